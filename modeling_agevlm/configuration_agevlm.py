@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AGE-VLM configuration.
+
+This file travels to the Hub with every saved model, so it imports nothing but libraries.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto import AutoConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils import auto_docstring
+
+
+def default_cross_attention_layers(num_hidden_layers: int) -> list[int]:
+    """Four blocks spread evenly over a Llama of any depth, in merged numbering.
+
+    Blocks go before Llama layers `round(2 + i * L / 4)`, which for `L = 16` are the paper's 2, 6, 10, 14 (2, 7, 12, 17
+    in the merged stack). Below 12 layers that rule runs past the end, so shallower models take `i * L // 4`, with one
+    block a layer when there are fewer than four.
+    """
+    if num_hidden_layers >= 12:
+        before = [round(2 + i * num_hidden_layers / 4) for i in range(4)]
+    else:
+        count = min(4, num_hidden_layers)
+        before = [i * num_hidden_layers // count for i in range(count)]
+    return [layer + i for i, layer in enumerate(before)]
+
+
+@auto_docstring(checkpoint="age-vlm-1b")
+@strict
+class AgeVlmTextConfig(LlamaConfig):
+    r"""
+    cross_attention_layers (`list[int]` or `tuple[int, ...]`, *optional*):
+        Where the gated cross-attention blocks stand, as indices in the merged stack of Llama layers and blocks (the
+        paper's numbering, and Mllama's). `[2, 7, 12, 17]` on 16 Llama layers puts a block before each of Llama layers
+        2, 6, 10 and 14. Must be strictly increasing, with at most one block before each Llama layer. Defaults to four
+        blocks spread evenly over the depth. An empty list is a plain Llama.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassClassValidationError`: for a list out of range, unsorted, or with two
+        blocks on one layer.
+    """
+
+    model_type = "agevlm_text"
+    base_config_key = "text_config"
+    base_model_tp_plan = {
+        **LlamaConfig.base_model_tp_plan,
+        "layers.*.cross_attn.q_proj": "colwise",
+        "layers.*.cross_attn.k_proj": "colwise",
+        "layers.*.cross_attn.v_proj": "colwise",
+        "layers.*.cross_attn.o_proj": "rowwise",
+    }
+
+    # Llama-3.2-1B
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    tie_word_embeddings: bool = True
+    cross_attention_layers: list[int] | tuple[int, ...] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters is None and "rope_scaling" not in kwargs and "rope_theta" not in kwargs:
+            self.rope_parameters = {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        if self.cross_attention_layers is None:
+            self.cross_attention_layers = default_cross_attention_layers(self.num_hidden_layers)
+        # A list, because JSON has no tuples and a configuration must equal itself after a round trip.
+        self.cross_attention_layers = list(self.cross_attention_layers)
+        super().__post_init__(**kwargs)
+
+    @property
+    def cross_attention_llama_layers(self) -> list[int]:
+        """The Llama layers, in Llama's own numbering, that have a cross-attention block in front of them."""
+        return [layer - i for i, layer in enumerate(self.cross_attention_layers or [])]
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        super().validate_architecture()
+        layers, before = self.cross_attention_layers, self.cross_attention_llama_layers
+        merged = self.num_hidden_layers + len(layers)
+        if any(not 0 <= layer < merged for layer in layers) or any(
+            layer >= self.num_hidden_layers for layer in before
+        ):
+            raise ValueError(
+                f"cross_attention_layers={layers} leaves the merged stack of {self.num_hidden_layers} Llama layers and "
+                f"{len(layers)} blocks: each index must lie in 0..{merged - 1} and have a Llama layer after it."
+            )
+        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+            raise ValueError(f"cross_attention_layers={layers} must be strictly increasing, without repeats.")
+        if len(set(before)) != len(before):
+            raise ValueError(
+                f"cross_attention_layers={layers} puts two blocks before one Llama layer ({before} in Llama numbering): "
+                "leave at least one Llama layer between two blocks."
+            )
+
+
+@auto_docstring(checkpoint="age-vlm-1b")
+@strict
+class AgeVlmConfig(PreTrainedConfig):
+    r"""
+    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+        Activation between the two linear layers of the adapter.
+    visual_position_embedding (`bool`, *optional*, defaults to `False`):
+        Whether a fixed 2-D sine-cosine signal is added to the visual tokens before the adapter. Features of a
+        convolutional tower carry hardly any absolute position, which questions such as "where is it?" need.
+    image_token_id (`int`, *optional*, defaults to 128002):
+        The token that stands for one image in the text, never expanded. The default is
+        `<|reserved_special_token_0|>` of the Llama 3.2 tokenizers, so that no embedding is resized.
+
+    The defaults are age-vlm-1b: Llama-3.2-1B with cross-attention at merged layers 2, 7, 12 and 17, and a CLIP-trained
+    ConvNeXt-Large through timm, which turns a 768x768 image into 24x24 = 576 tokens of width 1536.
+
+    Example:
+
+    ```python
+    >>> from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+
+    >>> configuration = AgeVlmConfig()
+    >>> model = AgeVlmForConditionalGeneration(configuration)
+    >>> configuration = model.config
+    ```"""
+
+    model_type = "agevlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults = {
+        "text_config": AgeVlmTextConfig,
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="timm_wrapper",
+            init_kwargs={"architecture": "convnext_large_mlp.clip_laion2b_soup_ft_d_320", "do_pooling": False},
+        ),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 128002
+    projector_hidden_act: str = "gelu"
+    visual_position_embedding: bool = False
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Tying is decided on the outer configuration, because that is the one the head belongs to.
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
+                "tokens: name an existing token (a reserved special one), because the embedding is never resized."
+            )
+
+
+AgeVlmConfig.register_for_auto_class()
+
+__all__ = ["AgeVlmConfig", "AgeVlmTextConfig"]

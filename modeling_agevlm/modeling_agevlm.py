@@ -1,0 +1,1068 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AGE-VLM: gated cross-attention from a frozen Llama to convolutional image tokens (arXiv 2511.17793).
+
+This file travels to the Hub with every saved model, so it imports nothing but libraries and its sibling configuration.
+
+Shapes used throughout: `B` rows of the batch, `S` text tokens, `N` images of the batch in order, `T` visual tokens an
+image, `V` visual tokens a row sees at most (its images one after another), `P` phrases, `D` the text model's width.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto import AutoModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
+
+logger = logging.get_logger(__name__)
+
+# The position of a visual token that nobody may see: one that covers only padding, or fills up a row with fewer images.
+NEVER = torch.iinfo(torch.long).max
+
+
+@auto_docstring(custom_intro="Image features as the vision tower and the adapter give them.")
+@dataclass
+class AgeVlmImageFeatures(BaseModelOutputWithPooling):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, vision_width)`):
+        The vision tower's tokens, row by row of the image. Given alone as `mm_encoder_outputs["image"]`, they go
+        through the adapter only, so that the features of a frozen tower can be computed once and kept.
+    pooler_output (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`):
+        The visual tokens after the adapter, which the cross-attention reads.
+    visual_attention_mask (`torch.BoolTensor` of shape `(num_images, num_visual_tokens)`, *optional*):
+        False for visual tokens that cover only padding. None when every token covers some of the image.
+    grid (`tuple[int, int]`):
+        Rows and columns of the visual tokens, `num_visual_tokens = rows * columns`.
+    """
+
+    visual_attention_mask: torch.BoolTensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+@auto_docstring(custom_intro="Output of the AGE-VLM base model.")
+@dataclass
+class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
+        The self-attention layers' keys and values, followed by one layer a cross-attention block that holds the
+        visual tokens' keys and values.
+    cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+        One tensor a cross-attention block of shape `(batch_size, num_heads, sequence_length, num_visual_tokens)`; rows
+        of text tokens that see no image are zero. Eager attention only.
+    cross_attention_maps (`torch.FloatTensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
+        Where each phrase looks: float32 attention probabilities averaged over heads and over the phrase's tokens, the
+        row's images one after another. A phrase whose tokens see an image sums to 1, one before any image to 0.
+    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
+        The visual tokens after the adapter.
+    """
+
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attention_maps: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@auto_docstring(custom_intro="Output of AGE-VLM with its language modelling head.")
+@dataclass
+class AgeVlmCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Language modelling loss (for next-token prediction).
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
+        Prediction scores of the language modelling head, before softmax.
+    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
+        See [`AgeVlmModelOutputWithPast`].
+    cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+        See [`AgeVlmModelOutputWithPast`].
+    cross_attention_maps (`torch.FloatTensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
+        See [`AgeVlmModelOutputWithPast`].
+    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
+        The visual tokens after the adapter.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attention_maps: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
+    """Keys and values of the visual tokens that one cross-attention block has computed, and whose image they are.
+
+    Appended behind the self-attention layers of whatever cache the caller brought (dynamic, static, quantised), so
+    beams, batch selection and offloading reach it like any other layer. It grows with images, not with text.
+
+    `positions` `(B, V)` holds, for each visual token, the cache index of the text token that stands for its image,
+    or `NEVER`. A text token at index `q` sees exactly the visual tokens with `positions <= q`.
+    """
+
+    # Reading it in a compiled decoding step changes no shape.
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, text_layer: CacheLayerMixin):
+        super().__init__()
+        self.text_layer = text_layer
+        self.positions: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends `(B, kv_heads, V', head_dim)` keys and values with their `(B, V')` positions; returns all of them."""
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+            positions = torch.cat([self.positions, positions], dim=-1)
+        else:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values, self.positions = key_states, value_states, positions
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        # Small, and needed again by the next token: it stays where it was computed.
+        pass
+
+    def reset(self) -> None:
+        # Dropped rather than zeroed: the next prompt brings its own images, or none.
+        self.keys = self.values = self.positions = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Images whose text token is still there stay whole; those whose token was removed are seen by nobody."""
+        if self.is_initialized and tokens_to_remove != 0:
+            # The self-attention layers come first in the cache and are cropped already.
+            length = self.text_layer.get_seq_length()
+            self.positions = self.positions.masked_fill(self.positions >= length, NEVER)
+
+    def _select(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.positions = select(self.keys), select(self.values), select(self.positions)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices])
+
+
+def append_cross_attention_layers(cache: Cache, config: AgeVlmTextConfig) -> None:
+    """Gives a cache built for the self-attention layers alone its cross-attention layers. Does nothing the second time."""
+    if cache.layer_class_to_replicate is not None:  # `DynamicCache()` without a configuration makes its layers late
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(config.num_hidden_layers - len(cache.layers))]
+    if len(cache.layers) == config.num_hidden_layers:
+        cache.layers += [AgeVlmCrossAttentionCacheLayer(cache.layers[0]) for _ in config.cross_attention_layers]
+
+
+def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> torch.Tensor | None:
+    """Positions `(B, V)` of the visual tokens in the cache, None when it holds none."""
+    if cache is None or not config.cross_attention_layers or len(cache.layers) <= config.num_hidden_layers:
+        return None
+    return cache.layers[config.num_hidden_layers].positions
+
+
+@dataclass
+class MapSelection:
+    """The few query rows that `map_queries` asks for, gathered so that each block computes these alone.
+
+    `index` `(B, M)`: text positions, padded; `weights` `(B, P, M)`: each phrase's mean over its own tokens.
+    """
+
+    index: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def from_queries(cls, map_queries: torch.Tensor) -> "MapSelection":
+        asked = map_queries.any(dim=1)
+        width = int(asked.sum(-1).max())
+        index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
+        weights = map_queries.gather(2, index[:, None].expand(-1, map_queries.shape[1], -1)).float()
+        return cls(index, weights / weights.sum(-1, keepdim=True).clamp(min=1))
+
+
+class AgeVlmCrossAttention(nn.Module):
+    """The gated block: `tanh(gate) * rms(h) * CrossAttention(RMSNorm(h), visual)`, to be added to `h` (paper, section 3).
+
+    Grouped-query attention with the language model's own head counts, RMSNorm on queries and keys, no FFN. `gate`
+    starts at 0, so a fresh block adds exactly nothing. The block's output is scaled by each token's residual RMS,
+    because a trained language model's residual stream is many times larger than a fresh block's output.
+    """
+
+    # SDPA takes a missing flag for True and would hide later visual tokens from earlier text.
+    is_causal = False
+
+    def __init__(self, config: AgeVlmTextConfig, cache_layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.cache_layer_idx = cache_layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+
+        self.layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cross_attention_states: torch.Tensor | None,
+        cross_attention_mask: torch.Tensor | None,
+        visible: torch.BoolTensor,
+        visual_positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        map_selection: MapSelection | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `(B, S, D)`, the residual stream.
+            cross_attention_states: `(B, V', D)`, visual tokens that are new in this call; None to read the cache alone.
+            cross_attention_mask: the attention implementation's own form of `visible`.
+            visible: `(B, S, V)`, which visual token each text token may see.
+            visual_positions: `(B, V')`, kept with the new keys in the cache.
+            map_selection: the query rows of which maps are asked.
+
+        Returns:
+            What to add to the residual stream `(B, S, D)`, exactly zero for text tokens that see no image; the attention
+            weights `(B, heads, S, V)` (eager only); the maps `(B, P, V)`.
+        """
+        input_shape = hidden_states.shape[:-1]
+
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.view(*states.shape[:-1], -1, self.head_dim)
+
+        query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states)))).transpose(1, 2)
+        if cross_attention_states is not None:
+            key_states = self.k_norm(heads(self.k_proj(cross_attention_states))).transpose(1, 2)
+            value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
+            if past_key_values is not None:
+                key_states, value_states = past_key_values.update(
+                    key_states, value_states, self.cache_layer_idx, visual_positions
+                )
+        else:
+            cached = past_key_values.layers[self.cache_layer_idx]
+            key_states, value_states = cached.keys, cached.values
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            cross_attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+
+        rms = hidden_states.detach().float().pow(2).mean(-1, keepdim=True).add(self.config.rms_norm_eps).sqrt()
+        attn_output = self.gate.tanh() * attn_output * rms.to(attn_output.dtype)
+        sees_image = visible.any(-1)
+        attn_output = attn_output.masked_fill(~sees_image[..., None], 0.0)
+        if attn_weights is not None:
+            attn_weights = attn_weights.masked_fill(~sees_image[:, None, :, None], 0.0)
+
+        attention_map = None
+        if map_selection is not None:
+            attention_map = self.attention_map(query_states, key_states, visible, map_selection)
+        return attn_output, attn_weights, attention_map
+
+    def attention_map(
+        self, query_states: torch.Tensor, key_states: torch.Tensor, visible: torch.Tensor, selection: MapSelection
+    ) -> torch.Tensor:
+        """Attention probabilities `(B, P, V)` of the selected rows, in float32, averaged over heads and phrase tokens."""
+        batch_size, num_heads, _, head_dim = query_states.shape
+        num_rows = selection.index.shape[1]
+        query_states = query_states.gather(2, selection.index[:, None, :, None].expand(-1, num_heads, -1, head_dim))
+        visible = visible.gather(1, selection.index[..., None].expand(-1, -1, visible.shape[-1]))
+        # Query heads of one group share a key head: fold the group into the rows instead of repeating the keys.
+        query_states = query_states.reshape(batch_size, -1, self.num_key_value_groups * num_rows, head_dim)
+        with maybe_autocast(device_type=query_states.device.type, enabled=False):
+            scores = query_states.float() @ key_states.float().transpose(2, 3) * self.scaling
+            scores = scores.view(batch_size, num_heads, num_rows, -1)
+            hidden = ~visible[:, None]
+            # The lowest finite number, not -inf: a row that sees nothing must give 0, and a gradient of 0, not NaN.
+            probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+            return selection.weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
+
+
+class AgeVlmDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer, with a gated cross-attention block in front of it where the configuration puts one."""
+
+    def __init__(self, config: AgeVlmTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.cross_attn = None
+        if layer_idx in config.cross_attention_llama_layers:
+            block = config.cross_attention_llama_layers.index(layer_idx)
+            self.cross_attn = AgeVlmCrossAttention(config, cache_layer_idx=config.num_hidden_layers + block)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cross_attention_states: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        visible: torch.BoolTensor | None = None,
+        visual_positions: torch.Tensor | None = None,
+        map_selection: MapSelection | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Returns the residual stream `(B, S, D)` and, where maps are asked of a block, its maps `(B, P, V)`. The maps are
+        an output of the layer, not captured on the side, so that checkpointing of either kind keeps their gradient.
+        """
+        attention_map = None
+        if self.cross_attn is not None and visible is not None:
+            attn_output, _, attention_map = self.cross_attn(
+                hidden_states,
+                cross_attention_states,
+                cross_attention_mask,
+                visible,
+                visual_positions=visual_positions,
+                past_key_values=past_key_values,
+                map_selection=map_selection,
+            )
+            hidden_states = hidden_states + attn_output
+        hidden_states = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+        return hidden_states, attention_map
+
+
+class AgeVlmMultiModalProjector(nn.Module):
+    """The adapter: LayerNorm, an optional fixed position signal, and a two-layer MLP from vision to text width."""
+
+    def __init__(self, config: AgeVlmConfig, vision_width: int):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.visual_position_embedding = config.visual_position_embedding
+        self.layernorm = nn.LayerNorm(vision_width)
+        self.linear_1 = nn.Linear(vision_width, hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, visual_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`(N, T, vision_width)` tokens on a `grid` of rows and columns to `(N, T, D)`."""
+        visual_tokens = self.layernorm(visual_tokens)
+        if self.visual_position_embedding:
+            # After the norm, where the tokens have unit scale whatever the tower.
+            visual_tokens = visual_tokens + sincos_2d(grid, visual_tokens.shape[-1]).to(visual_tokens)
+        return self.linear_2(self.act(self.linear_1(visual_tokens)))
+
+
+def sincos_2d(grid: tuple[int, int], width: int) -> torch.Tensor:
+    """Fixed sine-cosine position signal `(rows * columns, width)`, float32 (as in MAE, arXiv 2111.06377).
+
+    A quarter of the width each holds the sine and cosine of the row, and of the column, at frequencies from 1 down to
+    1/10000; a width that four does not divide is filled up with zeros.
+    """
+    quarter = width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter) / quarter)
+    rows, columns = (torch.arange(n)[:, None] * frequencies for n in grid)
+    rows = rows[:, None].expand(-1, grid[1], -1)
+    columns = columns[None].expand(grid[0], -1, -1)
+    signal = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)
+    return nn.functional.pad(signal, (0, width - signal.shape[-1]))
+
+
+@auto_docstring
+class AgeVlmPreTrainedModel(PreTrainedModel):
+    config: AgeVlmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AgeVlmDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Flash attention has no mask for "this text may see those images": cross-attention would look at every image.
+    _supports_flash_attn = False
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, AgeVlmCrossAttention):
+            init.zeros_(module.gate)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in Transformers, with an `auto_map` that names every Auto class, so that one flag loads all of them."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_agevlm.AgeVlmConfig",
+            "AutoModel": "modeling_agevlm.AgeVlmModel",
+            "AutoModelForImageTextToText": "modeling_agevlm.AgeVlmForConditionalGeneration",
+            "AutoProcessor": "processing_agevlm.AgeVlmProcessor",
+            "AutoImageProcessor": "image_processing_agevlm.AgeVlmImageProcessor",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@auto_docstring(custom_intro="A Llama model with gated cross-attention blocks. A Llama checkpoint loads as it is.")
+class AgeVlmTextModel(AgeVlmPreTrainedModel):
+    config: AgeVlmTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(AgeVlmDecoderLayer, index=0),
+        "attentions": LlamaAttention,
+        "cross_attentions": OutputRecorder(AgeVlmCrossAttention, index=1),
+    }
+
+    def __init__(self, config: AgeVlmTextConfig):
+        super().__init__(config)
+        # The names are LlamaModel's own, so that a Llama checkpoint loads with no renaming.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([AgeVlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cross_attention_states: torch.FloatTensor | None = None,
+        visual_positions: torch.LongTensor | None = None,
+        map_queries: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AgeVlmModelOutputWithPast:
+        r"""
+        cross_attention_states (`torch.FloatTensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
+            Visual tokens that are new in this call, each row's images one after another.
+        visual_positions (`torch.LongTensor` of shape `(batch_size, num_visual_tokens)`, *optional*):
+            Index in the text (the cached part counted) of the token that stands for each visual token's image.
+        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, seq_length = inputs_embeds.shape[:2]
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        text_positions = torch.arange(seq_length, device=inputs_embeds.device) + past_seen_tokens
+        if position_ids is None:
+            position_ids = text_positions.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        all_positions = [cached_visual_positions(past_key_values, self.config), visual_positions]
+        all_positions = [positions for positions in all_positions if positions is not None]
+        visible = cross_attention_mask = map_selection = None
+        if all_positions:
+            if past_key_values is not None:
+                append_cross_attention_layers(past_key_values, self.config)
+            visible = torch.cat(all_positions, dim=-1)[:, None, :] <= text_positions[None, :, None]
+            cross_attention_mask = self._cross_attention_mask(visible, inputs_embeds)
+            if map_queries is not None:
+                map_selection = MapSelection.from_queries(map_queries)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        attention_maps = []
+        for decoder_layer in self.layers:
+            # By position: reentrant checkpointing gives gradients to positional tensors only.
+            hidden_states, attention_map = decoder_layer(
+                hidden_states,
+                cross_attention_states,
+                cross_attention_mask,
+                visible,
+                visual_positions,
+                map_selection,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if attention_map is not None:
+                attention_maps.append(attention_map)
+        hidden_states = self.norm(hidden_states)
+
+        cross_attention_maps = None
+        if map_queries is not None:
+            shape = (len(self.config.cross_attention_layers), batch_size, map_queries.shape[1], 0)
+            cross_attention_maps = (
+                torch.stack(attention_maps) if attention_maps else hidden_states.new_zeros(shape).float()
+            )
+        return AgeVlmModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            cross_attention_maps=cross_attention_maps,
+        )
+
+    def _cross_attention_mask(self, visible: torch.Tensor, inputs_embeds: torch.Tensor):
+        """`visible` `(B, S, V)` in the form that the attention implementation in use wants."""
+        # A softmax over nothing is NaN, and so is its gradient: such rows look anywhere, and the block zeroes them.
+        attend = visible | ~visible.any(-1, keepdim=True)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=None,
+            encoder_hidden_states=inputs_embeds.new_empty((visible.shape[0], visible.shape[-1], 0)),
+            and_mask_function=lambda batch_idx, head_idx, q_idx, kv_idx: attend[batch_idx, q_idx, kv_idx],
+        )
+
+
+@auto_docstring(custom_intro="AGE-VLM without a language modelling head: vision tower, adapter and text model.")
+class AgeVlmModel(AgeVlmPreTrainedModel):
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
+        self.language_model = AgeVlmTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    @auto_docstring(custom_intro="Runs the vision tower and the adapter.")
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | AgeVlmImageFeatures:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
+            All images of the batch, in order.
+        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
+            1 for pixels of the image, 0 for padding around it.
+        """
+        tokens, grid = self._vision_tokens(pixel_values)
+        visual_attention_mask = None
+        if pixel_attention_mask is not None:
+            # A token counts as soon as one pixel of the image lies in its cell.
+            cells = nn.functional.adaptive_max_pool2d(pixel_attention_mask[:, None].float(), grid)
+            visual_attention_mask = cells.flatten(1) > 0
+        return AgeVlmImageFeatures(
+            last_hidden_state=tokens,
+            pooler_output=self._project(tokens, grid),
+            visual_attention_mask=visual_attention_mask,
+            grid=grid,
+        )
+
+    def _vision_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, and their rows and columns."""
+        height, width = pixel_values.shape[-2:]
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True)
+        features = outputs.last_hidden_state
+        if isinstance(features, (list, tuple)):  # timm's `features_only`: the last of the stages asked for
+            features = features[-1]
+        channels = self.multi_modal_projector.layernorm.normalized_shape[0]
+        if features.ndim == 4:
+            if features.shape[1] != channels:  # timm models that keep channels last
+                features = features.permute(0, 3, 1, 2)
+            grid = (features.shape[-2], features.shape[-1])
+            return features.flatten(2).transpose(1, 2), grid
+        features = features[:, num_prefix_tokens(self.vision_tower) :]
+        rows = round(math.sqrt(features.shape[1] * height / width))
+        grid = (rows, features.shape[1] // rows)
+        if grid[0] * grid[1] != features.shape[1]:
+            raise ValueError(
+                f"The vision tower gave {features.shape[1]} tokens for a {height}x{width} image, which is no grid of "
+                "rows and columns: use a tower that keeps the image's layout."
+            )
+        return features, grid
+
+    def _project(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype), grid)
+
+    def get_image_token_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """`(B, S)`, true where a token stands for an image; found by its embedding when only embeddings are given."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
+    def _place_images(
+        self,
+        features: AgeVlmImageFeatures,
+        image_token_mask: torch.BoolTensor,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """Lays the images out by row of the batch.
+
+        Returns `cross_attention_states` `(B, V, D)` and `visual_positions` `(B, V)`, see [`AgeVlmTextModel`].
+
+        Raises:
+            ValueError: if there are more or fewer images than image tokens.
+        """
+        tokens, mask = features.pooler_output, features.visual_attention_mask
+        counts = image_token_mask.sum(-1)
+        rows, columns = image_token_mask.nonzero(as_tuple=True)  # row-major, which is the order of the images
+        cached = cached_visual_positions(past_key_values, self.config.text_config)
+        if tokens.shape[0] != rows.shape[0] and cached is not None:
+            # A later turn may bring the images of the whole conversation again: those in the cache are done.
+            seen = torch.tensor([row[row != NEVER].unique().numel() for row in cached], device=counts.device)
+            if tokens.shape[0] == int((seen + counts).sum()):
+                ends = (seen + counts).cumsum(0)
+                new = torch.cat(
+                    [torch.arange(end - n, end) for end, n in zip(ends.tolist(), counts.tolist(), strict=True)]
+                )
+                tokens = tokens[new.to(tokens.device)]
+                mask = mask[new.to(mask.device)] if mask is not None else None
+        if tokens.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"Got {tokens.shape[0]} image(s) for {rows.shape[0]} image token(s) (id {self.config.image_token_id}; "
+                f"by row of the batch: {counts.tolist()}). Each image needs exactly one image token in the text, in the "
+                "same order; AgeVlmProcessor puts them there."
+            )
+        num_images, num_tokens, width = tokens.shape
+        slots = torch.arange(num_images, device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        shape = (image_token_mask.shape[0], int(counts.max()), num_tokens)
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        image_positions = (columns + past_seen_tokens)[:, None].expand(-1, num_tokens)
+        if mask is not None:
+            image_positions = image_positions.masked_fill(~mask.to(rows.device), NEVER)
+        states = tokens.new_zeros((*shape, width)).index_put((rows, slots), tokens)
+        positions = rows.new_full(shape, NEVER).index_put((rows, slots), image_positions)
+        return states.flatten(1, 2), positions.flatten(1, 2)
+
+    def _blank_image(self, batch_size: int, device: torch.device) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """One visual token a row that nobody may see, made by every module that images go through.
+
+        A text-only batch in training must still touch each trainable parameter, or data-parallel workers wait for
+        gradients that never come. What it adds, and the gradients it gives, are exactly zero.
+        """
+        channels = self.multi_modal_projector.layernorm.normalized_shape[0]
+        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            # A convolutional tower takes any size; others say theirs in their configuration.
+            size = getattr(self.config.vision_config, "image_size", None) or 64
+            tokens, _ = self._vision_tokens(torch.zeros(1, 3, size, size, device=device))
+            tokens = tokens.mean(1, keepdim=True)
+        else:
+            tokens = torch.zeros(1, 1, channels, device=device)
+        states = self._project(tokens, (1, 1)).expand(batch_size, -1, -1)
+        return states, torch.full((batch_size, 1), NEVER, device=device)
+
+    def _check_no_image_token(self, input_ids: torch.LongTensor | None, past_key_values: Cache | None) -> None:
+        # Only at the start of a text: a cached one has had its images, and drafted tokens may be any. Not while
+        # compiling, where looking at a value breaks the graph.
+        if input_ids is None or is_torchdynamo_compiling():
+            return
+        at_start = past_key_values is None or past_key_values.get_seq_length() == 0
+        if at_start and (num_tokens := int((input_ids == self.config.image_token_id).sum())):
+            raise ValueError(
+                f"Got {num_tokens} image token(s) (id {self.config.image_token_id}) and no image: pass `pixel_values`, "
+                "or take the image token out of the text."
+            )
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        map_queries: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, AgeVlmImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | AgeVlmModelOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+            All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
+            have none, one or many. With a cache, either the new images alone or those of the whole conversation.
+        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
+            1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
+        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if map_queries is not None and map_queries.shape[::2] != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"map_queries has shape {tuple(map_queries.shape)}; for this batch it must be (batch_size, num_phrases, "
+                f"sequence_length) = ({inputs_embeds.shape[0]}, num_phrases, {inputs_embeds.shape[1]})."
+            )
+
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, pixel_attention_mask, return_dict=True)
+
+        cross_attention_states = visual_positions = None
+        if features is not None:
+            if features.pooler_output is None:  # a frozen tower's features, computed before
+                features.pooler_output = self._project(features.last_hidden_state, features.grid)
+            image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
+            cross_attention_states, visual_positions = self._place_images(features, image_token_mask, past_key_values)
+            cross_attention_states = cross_attention_states.to(inputs_embeds.device, inputs_embeds.dtype)
+        else:
+            self._check_no_image_token(input_ids, past_key_values)
+            if self.training and torch.is_grad_enabled():
+                cross_attention_states, visual_positions = self._blank_image(
+                    inputs_embeds.shape[0], inputs_embeds.device
+                )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cross_attention_states=cross_attention_states,
+            visual_positions=visual_positions,
+            map_queries=map_queries,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        outputs.image_hidden_states = features.pooler_output if features is not None else None
+        return outputs
+
+
+def vision_width(vision_tower: PreTrainedModel) -> int:
+    """Channels of the tokens that a vision tower gives.
+
+    Raises:
+        ValueError: if neither the timm model nor the configuration says.
+    """
+    if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
+        if vision_tower.features_only:
+            return timm_model.feature_info.channels()[-1]
+        return timm_model.num_features
+    config = vision_tower.config
+    width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else getattr(config, "hidden_size", None)
+    if width is None:
+        raise ValueError(
+            f"Cannot tell the width of {type(vision_tower).__name__}'s features: its configuration has neither "
+            "`hidden_sizes` nor `hidden_size`. Use a timm model or a ConvNext, ConvNextV2 or DINOv3-ConvNeXt checkpoint."
+        )
+    return width
+
+
+def num_prefix_tokens(vision_tower: PreTrainedModel) -> int:
+    """How many of a vision tower's tokens stand before those of the image grid (class token, registers)."""
+    if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
+        return getattr(timm_model, "num_prefix_tokens", 0)
+    # Transformers' own towers that give a token sequence put one class token first, and registers where they have any.
+    return 1 + (getattr(vision_tower.config, "num_register_tokens", None) or 0)
+
+
+@auto_docstring(custom_intro="AGE-VLM with a language modelling head: image and text to text.")
+class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: AgeVlmConfig):
+        super().__init__(config)
+        self.model = AgeVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # A generated image token would stand for an image that is not there.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @classmethod
+    def from_parts(
+        cls,
+        text_model: str | PreTrainedModel,
+        vision_model: str | PreTrainedModel,
+        *,
+        dtype: torch.dtype | str = "auto",
+        **config_kwargs,
+    ) -> "AgeVlmForConditionalGeneration":
+        """Assembles an AGE-VLM from a Llama and a vision backbone, with fresh adapter and cross-attention.
+
+        The parts' weights are taken over, not copied. With its gates at zero the result gives exactly the Llama's
+        logits, for text and for images.
+
+        Args:
+            text_model: a Llama-architecture causal LM, or the path or Hub id of one; a path ending in `.gguf` is
+                dequantised.
+            vision_model: a timm wrapper, ConvNext, ConvNextV2 or DINOv3-ConvNeXt model, or the path or Hub id of one.
+            dtype: of the parts where they are loaded here; the fresh modules take the text model's.
+            config_kwargs: fields of [`AgeVlmConfig`] (`image_token_id`, `visual_position_embedding`, ...), and
+                `cross_attention_layers` of [`AgeVlmTextConfig`].
+
+        Raises:
+            ValueError: if the text model is not a Llama.
+            OSError: if a part's files are missing.
+        """
+        if isinstance(text_model, str):
+            text_model = _load_llama(text_model, dtype)
+        _check_llama(text_model.config)
+        if isinstance(vision_model, str):
+            vision_model = AutoModel.from_pretrained(vision_model, dtype=dtype)
+
+        text_config = {
+            k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")
+        }
+        if "cross_attention_layers" in config_kwargs:
+            text_config["cross_attention_layers"] = config_kwargs.pop("cross_attention_layers")
+        config = AgeVlmConfig(
+            text_config=text_config,
+            vision_config=vision_model.config,
+            tie_word_embeddings=text_model.config.tie_word_embeddings,
+            **config_kwargs,
+        )
+        config.dtype = text_model.dtype
+        with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
+            model = cls(config)
+
+        language_model = model.model.language_model
+        loaded = language_model.load_state_dict(text_model.model.state_dict(), strict=False, assign=True)
+        unloaded = [key for key in loaded.missing_keys if ".cross_attn." not in key] + loaded.unexpected_keys
+        if unloaded:
+            raise ValueError(f"The text model does not match its own Llama configuration at {unloaded}.")
+        language_model.rotary_emb = text_model.model.rotary_emb  # its buffers are in no state dict
+        model.model.vision_tower = vision_model
+        model.lm_head.weight = text_model.lm_head.weight
+        for fresh in (model.model.multi_modal_projector, *(layer.cross_attn for layer in language_model.layers)):
+            if fresh is not None:
+                fresh.to_empty(device=text_model.device).to(text_model.dtype)
+                for module in fresh.modules():
+                    model._init_weights(module)
+        model.tie_weights()
+        suppress_tokens = model.generation_config.suppress_tokens
+        model.generation_config = text_model.generation_config
+        model.generation_config.suppress_tokens = suppress_tokens
+        return model.eval()
+
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | AgeVlmImageFeatures:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
+            All images of the batch, in order.
+        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
+            1 for pixels of the image, 0 for padding around it.
+        """
+        return self.model.get_image_features(pixel_values, pixel_attention_mask, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        map_queries: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, AgeVlmImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | AgeVlmCausalLMOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+            All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
+            have none, one or many. With a cache, either the new images alone or those of the whole conversation.
+        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
+            1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Labels for computing the language modelling loss, in `[0, ..., vocab_size]` or -100 to be ignored.
+        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import agevlm  # registers the Auto classes
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/age-vlm")
+        >>> processor = AutoProcessor.from_pretrained("path/to/age-vlm")
+        >>> messages = [
+        ...     {
+        ...         "role": "user",
+        ...         "content": [
+        ...             {"type": "image", "image": Image.open("dog.jpg")},
+        ...             {"type": "text", "text": "Is there a dog in the image?"},
+        ...         ],
+        ...     }
+        ... ]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ... )
+        >>> outputs = model.generate(**inputs, max_new_tokens=10)
+        >>> processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            map_queries=map_queries,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return AgeVlmCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            cross_attention_maps=outputs.cross_attention_maps,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
+        if has_images and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "Chunked prefill cuts image features by image token, which fits models with one token a feature. "
+                "AGE-VLM has one token an image: pass `prefill_chunk_size=None`, the prompt is short anyway."
+            )
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Repeats a row's images together with the row (for beams), where Transformers counts one token a feature."""
+        features = mm_encoder_output.get("image")
+        if features is None:
+            return mm_encoder_output
+        only_embeds = input_ids is None or input_ids.numel() == 0
+        counts = self.model.get_image_token_mask(None if only_embeds else input_ids, inputs_embeds).sum(-1).tolist()
+        if sum(counts) != features.pooler_output.shape[0]:
+            raise ValueError(
+                f"Got {features.pooler_output.shape[0]} image(s) for {sum(counts)} image token(s) in the prompts (by row "
+                f"of the batch: {counts}). Beam search and several return sequences need every image of the conversation."
+            )
+        order = torch.cat([rows.repeat(expand_size) for rows in torch.arange(sum(counts)).split(counts)])
+        expanded = {
+            name: value[order.to(value.device)] if isinstance(value, torch.Tensor) else value
+            for name, value in features.items()
+        }
+        return {**mm_encoder_output, "image": AgeVlmImageFeatures(**expanded)}
+
+
+def _check_llama(config) -> None:
+    if config.model_type != "llama":
+        raise ValueError(
+            f"The text model is a '{config.model_type}', but AGE-VLM injects its blocks into Llama layers: choose a "
+            "Llama-architecture checkpoint (model_type 'llama'), such as Llama-3.2-1B or SmolLM2."
+        )
+
+
+def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    kwargs = {}
+    if path.endswith(".gguf"):
+        path, kwargs["gguf_file"] = os.path.split(path)
+    # Before the weights: a wrong architecture should not cost a download of them.
+    _check_llama(AutoConfig.from_pretrained(path, **kwargs))
+    if kwargs:
+        # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
+AgeVlmModel.register_for_auto_class("AutoModel")
+AgeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["AgeVlmForConditionalGeneration", "AgeVlmModel", "AgeVlmPreTrainedModel", "AgeVlmTextModel"]

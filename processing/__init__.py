@@ -1,0 +1,1 @@
+"""Image processor, processor and grounding data."""
