@@ -4,6 +4,8 @@
 This file travels to the Hub with every saved model, so it imports nothing but libraries.
 """
 
+import itertools
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto import AutoConfig
@@ -98,7 +100,7 @@ class AgeVlmTextConfig(LlamaConfig):
                 f"cross_attention_layers={layers} leaves the merged stack of {self.num_hidden_layers} Llama layers and "
                 f"{len(layers)} blocks: each index must lie in 0..{merged - 1} and have a Llama layer after it."
             )
-        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(layers)):
             raise ValueError(f"cross_attention_layers={layers} must be strictly increasing, without repeats.")
         if len(set(before)) != len(before):
             raise ValueError(
