@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ._auto import register_when_transformers_loads
 
-
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in. The one list that both lazy loading and `dir()` read.

@@ -10,7 +10,6 @@ import importlib.machinery
 import sys
 from types import ModuleType
 
-
 # Every Auto class loads this one first.
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .scenes import new_folder
+from agevlm._files import new_folder
 
 # Name and code point of emoji that are easily told apart and of which no photograph below shows the real thing.
 OPENMOJI = {

@@ -12,7 +12,6 @@ import difflib
 import hashlib
 import io
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+from agevlm._files import new_folder
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -445,26 +446,6 @@ def scene_features() -> Features:
             "answers": List(Value("string")),
         }
     )
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to fill, which appears under the name `folder` when the block ends, or not at all if it raises.
-
-    Raises:
-        FileExistsError: if `folder` exists and is not an empty folder.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already exists; choose another output folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
-        partial = Path(parent) / folder.name
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
 
 
 def _rows(

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 from scipy import ndimage
 
+from agevlm._files import new_folder
 from agevlm.processing import cutouts as cutouts_module
 from agevlm.processing import scenes
 from agevlm.processing.cutouts import OPENMOJI, PHOTOGRAPHS, export_openmoji, export_photographs
@@ -22,7 +23,6 @@ from agevlm.processing.scenes import (
     load_cutouts,
     mask_from_rle,
     mask_to_rle,
-    new_folder,
     position_word,
 )
 

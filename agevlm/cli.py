@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, `agevlm`. Each command is a thin coat over one public function."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="AGE-VLM: vision-language models that are taught where to look.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    pass
+
+
+def _parse_json(text: str | None, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{option} is not JSON ({error}): write for example '{{\"features_only\": true}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text}.")
+    return value
+
+
+def _parse_numbers(text: str | None, option: str, kind: type) -> list | None:
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} must be numbers with commas between them, got '{text}'.") from error
+
+
+@app.command()
+def build(
+    text: Annotated[str, typer.Option(help="Llama-architecture checkpoint: folder, Hub id, or .gguf file.")],
+    vision: Annotated[
+        str, typer.Option(help="Vision backbone: folder or Hub id, or with --vision-weights a timm name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist yet.")],
+    vision_weights: Annotated[
+        Path | None, typer.Option(help="Weight file of the timm model named by --vision.")
+    ] = None,
+    vision_args: Annotated[
+        str | None,
+        typer.Option(help='JSON for timm.create_model, as \'{"features_only": true, "out_indices": [3]}\'.'),
+    ] = None,
+    image_token: Annotated[
+        str | None, typer.Option(help="Special token of the tokenizer that stands for an image.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side in pixels of the square that images are fitted into.")] = 768,
+    image_mean: Annotated[
+        str | None, typer.Option(help="By channel, as 0.5,0.5,0.5; the backbone's own by default.")
+    ] = None,
+    image_std: Annotated[
+        str | None, typer.Option(help="By channel, as 0.5,0.5,0.5; the backbone's own by default.")
+    ] = None,
+    cross_attention_layers: Annotated[
+        str | None, typer.Option(help="Merged indices of the blocks, as 2,7,12,17; four spread evenly by default.")
+    ] = None,
+    visual_position_embedding: Annotated[
+        bool, typer.Option(help="Add a fixed 2-D position signal to the visual tokens.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Assemble an AGE-VLM from a Llama and a vision backbone, and save it with its processor."""
+    numbers = {
+        "image_mean": _parse_numbers(image_mean, "--image-mean", float),
+        "image_std": _parse_numbers(image_std, "--image-std", float),
+    }
+    layers = _parse_numbers(cross_attention_layers, "--cross-attention-layers", int)
+    timm_args = _parse_json(vision_args, "--vision-args")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'.")
+
+    from .assembly import build_checkpoint, load_timm
+
+    vision_model: Any = vision
+    if vision_weights is not None:
+        vision_model = load_timm(vision, vision_weights, **timm_args)
+        if dtype != "auto":
+            import torch
+
+            vision_model.to(getattr(torch, dtype))
+    elif timm_args:
+        raise ValueError("--vision-args goes with --vision-weights: other backbones bring their own configuration.")
+    model, processor = build_checkpoint(
+        text,
+        vision_model,
+        out,
+        image_token=image_token,
+        image_size=image_size,
+        dtype=dtype,
+        visual_position_embedding=visual_position_embedding,
+        **({} if layers is None else {"cross_attention_layers": layers}),
+        **numbers,
+    )
+    config = model.config.text_config
+    added = sum(
+        p.numel()
+        for layer in model.model.language_model.layers
+        if layer.cross_attn
+        for p in layer.cross_attn.parameters()
+    )
+    Console().print(
+        f"[green]Saved[/green] {out}: {config.num_hidden_layers} Llama layers, cross-attention before layers "
+        f"{', '.join(map(str, config.cross_attention_llama_layers))} ({added / 1e6:.1f} M parameters), "
+        f"image token {processor.image_token}."
+    )
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask about the image.")],
+    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
+    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    heatmap: Annotated[
+        Path | None, typer.Option(help="PNG to write: where --phrase looks, for each cross-attention block.")
+    ] = None,
+    phrase: Annotated[
+        str | None, typer.Option(help="Words of the question whose attention --heatmap shows; all by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+) -> None:
+    """Ask a question about an image."""
+    from .evaluation.attention_maps import block_titles, draw_heatmaps, find_phrase, phrase_maps
+
+    if not question.strip():
+        raise ValueError("The question is empty: write what you want to know about the image.")
+    if phrase is not None:
+        find_phrase(question, phrase)
+    if phrase is not None and heatmap is None:
+        raise ValueError("--phrase says what --heatmap shows: name the PNG to write with --heatmap.")
+    if heatmap is not None and not heatmap.absolute().parent.is_dir():
+        raise ValueError(f"--heatmap {heatmap}: there is no folder {heatmap.absolute().parent}.")
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .processing.image_processing_agevlm import load_image
+
+    picture = load_image(image).convert("RGB")
+    processor = AutoProcessor.from_pretrained(model)
+    vlm = AutoModelForImageTextToText.from_pretrained(model).eval()
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    outputs = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    Console().print(answer, markup=False)
+    if heatmap is not None:
+        start, end = find_phrase(text, question)
+        if phrase is not None:
+            offset, start = start, find_phrase(question, phrase)[0]
+            start, end = offset + start, offset + start + len(phrase)
+        maps = phrase_maps(vlm, processor, text, picture, [(start, end)])[:, 0]
+        draw_heatmaps(
+            picture, maps, block_titles(vlm), heatmap, caption=f"{question}  {answer}    [{phrase or question}]"
+        )
+
+
+@app.command()
+def scenes(
+    cutouts: Annotated[Path, typer.Option(help="Folder of cut-outs: RGBA images named after what they show.")],
+    backgrounds: Annotated[Path, typer.Option(help="Folder of photographs, at least three.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data set; must not exist yet.")],
+    train: Annotated[int, typer.Option(help="Scenes in the split train.")] = 3000,
+    validation: Annotated[int, typer.Option(help="Scenes in the split validation.")] = 300,
+    test: Annotated[int, typer.Option(help="Scenes in the split test.")] = 300,
+    image_size: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 256,
+    max_objects: Annotated[int, typer.Option(help="Most classes in a scene.")] = 4,
+    questions_per_scene: Annotated[int, typer.Option(help="Most existence questions about a scene.")] = 8,
+    classes: Annotated[str | None, typer.Option(help="Class names with commas between them; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Other seeds give other scenes.")] = 0,
+) -> None:
+    """Build a grounded-scenes data set: cut-outs on photographs, with questions, answers and exact masks."""
+    from .processing.scenes import build_scenes
+
+    splits = build_scenes(
+        cutouts,
+        backgrounds,
+        out,
+        num_train=train,
+        num_validation=validation,
+        num_test=test,
+        image_size=image_size,
+        max_objects=max_objects,
+        questions_per_scene=questions_per_scene,
+        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+        seed=seed,
+    )
+    rows = ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
+    Console().print(f"[green]Saved[/green] {out}: {rows} (rows, one a conversation).")
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in a message and exit code 2, never in a traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        app()
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        Console(stderr=True).print(
+            f"[red]agevlm: error:[/red] {type(error).__name__ if not str(error) else ''}", end=""
+        )
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("agevlm: interrupted", file=sys.stderr)
+        sys.exit(130)

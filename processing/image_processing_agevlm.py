@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image processors of AGE-VLM: one geometry, two backends (torchvision and PIL).
+
+Both backends are in this one file, so that a checkpoint saved from either carries the code of both.
+"""
+
+import base64
+import os
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+import torch
+from huggingface_hub import get_session
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """All images of `images` in order, as a flat list.
+
+    `images` is a single image, a list of images nested to any depth, or arrays of several images (4 dimensions).
+    """
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flatten_images(item)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def load_image(source: str | os.PathLike) -> PIL.Image.Image:
+    """Reads an image file, URL or base64 string into an upright PIL image that keeps its own mode.
+
+    Transformers' loaders drop the alpha channel of files while its processors composite that of PIL images on white;
+    keeping the mode until the conversion gives a file and the PIL image opened from it the same pixels.
+
+    Raises:
+        ValueError: if the source cannot be found, is no image, is truncated, or is suspiciously large.
+    """
+    source = os.fspath(source)
+    file: Any = source
+    try:
+        if source.startswith(("http://", "https://")):
+            response = get_session().get(source, follow_redirects=True)
+            response.raise_for_status()
+            file = BytesIO(response.content)
+        elif not os.path.isfile(source):
+            data = source.split(",", 1)[1] if source.startswith("data:image/") else source
+            file = BytesIO(base64.b64decode("".join(data.split()), validate=True))
+        with PIL.Image.open(file) as image:
+            return PIL.ImageOps.exif_transpose(_decode(image))
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"Cannot read image {_shorten(source)}: {error} {_BOMB_MEND}") from error
+    except Exception as error:  # decoders raise errors of many types for damaged data
+        raise ValueError(
+            f"Cannot read image {_shorten(source)}: {error or type(error).__name__}. "
+            "Pass the path of an intact image file, an image URL or a base64 encoded image."
+        ) from error
+
+
+_BOMB_MEND = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+
+
+def _shorten(text: str, length: int = 120) -> str:
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decodes the pixels of a PIL image: files are opened lazily, so that damage shows only now."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if isinstance(image, PIL.ImageFile.ImageFile) and limit is not None and image.width * image.height > limit:
+        raise ValueError(
+            f"its {image.width}x{image.height} pixels exceed the limit of {limit} against decompression bombs. "
+            + _BOMB_MEND
+        )
+    try:
+        image.load()
+    except Exception as error:  # as above
+        name = getattr(image, "filename", None)
+        raise ValueError(
+            f"the image file{f' {_shorten(str(name))}' if name else ''} cannot be decoded ({error}). Replace the file, "
+            "or set `PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True` to read truncated files as far as they go."
+        ) from error
+    return image
+
+
+def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scales 16-bit grey images to 8 bits, which PIL's own conversion clips to white."""
+    if image.mode == "F":
+        raise ValueError('PIL mode "F" has no defined range of values. Convert the image to mode "L" or "RGB" first.')
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.array(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(
+            f'PIL mode "{image.mode}" is read as 16-bit grey, but its values reach from {pixels.min()} to {pixels.max()}. '
+            'Convert the image to mode "L" or "RGB" first.'
+        )
+    return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+
+
+class AgeVlmImageProcessorMixin(BaseImageProcessor):
+    """What the two backends share: checks of the input, the geometry and the mask of real pixels.
+
+    With `do_pad` (the default) an image keeps its aspect ratio: it is resized, up or down, to the largest size that
+    fits `size` (`{"height", "width"}`, in pixels) and padded on the right and at the bottom. Anchoring the image at the
+    top left makes its geometry a mere scaling: pixel (y, x) of the original is at (y * h' / h, x * w' / w) with
+    (h', w') from [`~AgeVlmImageProcessorMixin.get_resized_size`]. The padding is written after normalisation, as
+    zeros, hence in the mean colour: it makes no strong border and the vision tower reads it as "nothing special".
+    Without `do_pad` the image is stretched to `size`.
+
+    Accepted are PIL images, NumPy arrays and PyTorch tensors (`(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4
+    channels; `uint8`, or floating point in [0, 255], or in [0, 1] along with `do_rescale=False`), file paths, URLs and
+    base64 strings, alone or in lists nested to any depth. Transparent images are composited on white. Files are turned
+    upright by their EXIF orientation; PIL images are taken as they are.
+
+    Returns, from `preprocess` and `__call__`, a [`~transformers.BatchFeature`] with
+
+    - `pixel_values`, float `(num_images, 3, height, width)`: all images of the batch in order;
+    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding.
+
+    Raises:
+        ValueError: for input that is no valid image, naming the image's index and what to do about it.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 768, "width": 768}
+    default_to_square = True
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    model_input_names = ["pixel_values", "pixel_attention_mask"]
+
+    def get_resized_size(
+        self,
+        height: int,
+        width: int,
+        size: dict[str, int] | SizeDict | None = None,
+        do_resize: bool | None = None,
+        do_pad: bool | None = None,
+    ) -> tuple[int, int]:
+        """The `(height, width)` in pixels which an image of `height` x `width` has after resizing, before padding.
+
+        Whatever belongs to the image (masks, boxes) and is resized to it, then padded on the right and at the bottom
+        to `size`, lies on the image as the model sees it. `size`, `do_resize` and `do_pad` default to the processor's.
+
+        Raises:
+            ValueError: if the image has no pixels.
+        """
+        height, width = int(height), int(width)
+        if height < 1 or width < 1:
+            raise ValueError(f"An image of {height}x{width} pixels (height x width) is empty.")
+        if not (self.do_resize if do_resize is None else do_resize):
+            return height, width
+        size = self.size if size is None else size
+        target_height, target_width = int(size["height"]), int(size["width"])
+        if not (self.do_pad if do_pad is None else do_pad):
+            return target_height, target_width
+        # Integer arithmetic, rounding half up: the same on every platform, never above the target, never 0.
+        if height * target_width >= width * target_height:
+            return target_height, max(1, (2 * width * target_height + height) // (2 * height))
+        return max(1, (2 * height * target_width + width) // (2 * width)), target_width
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Reads paths, URLs and base64 strings into PIL images; keeps images and the nesting of lists."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = None,
+        **kwargs,
+    ) -> Any:
+        """One image in the backend's type, channels first. See the class for what is accepted and what raises."""
+        if isinstance(image, PIL.Image.Image):
+            self.get_resized_size(image.height, image.width)  # raises on empty images
+            image = _to_8_bits(_decode(image))
+        else:
+            image, input_data_format = self._check_array(image, input_data_format, do_rescale)
+        return super().process_image(
+            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, do_rescale=do_rescale, **kwargs
+        )
+
+    def _check_array(
+        self, image: Any, input_data_format: str | ChannelDimension | None, do_rescale: bool | None
+    ) -> tuple[Any, ChannelDimension]:
+        """The image with a channel dimension, as the backends take it, and which dimension that is."""
+        shape = tuple(image.shape)
+        if len(shape) not in (2, 3):
+            raise ValueError(f"expected 2 or 3 dimensions, got the shape {shape}.")
+        if 0 in shape:
+            raise ValueError(f"an image of shape {shape} is empty.")
+        if len(shape) == 2:
+            image, input_data_format = image[None], ChannelDimension.FIRST
+        axes = {None: (0, 2), ChannelDimension.FIRST: (0,), ChannelDimension.LAST: (2,)}
+        given_format = None if input_data_format is None else ChannelDimension(input_data_format)
+        channels = [image.shape[axis] for axis in axes[given_format]]
+        if not set(channels) & {1, 3, 4}:
+            raise ValueError(
+                f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels first or last, got the shape {shape}. "
+                "Select or merge channels, or fix `input_data_format`."
+            )
+        if input_data_format is None:
+            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        is_tensor = isinstance(image, torch.Tensor)
+        if is_tensor:
+            is_float, is_uint8 = image.is_floating_point(), image.dtype == torch.uint8
+            image = image.detach().cpu() if isinstance(self, PilBackend) else image.detach()
+        else:
+            is_float, is_uint8 = np.issubdtype(image.dtype, np.floating), image.dtype == np.uint8
+            # PyTorch takes neither flipped views nor read-only arrays.
+            image = image if image.flags.c_contiguous and image.flags.writeable else image.copy()
+        if is_float:
+            image = image.float() if is_tensor else image.astype(np.float32)
+            low, high = float(image.min()), float(image.max())
+            if not np.isfinite([low, high]).all():
+                raise ValueError("the image has values that are NaN or infinite.")
+            if do_rescale and low >= 0 and high <= 1:
+                logger.warning_once(
+                    "Rescaling an image whose values are in [0, 1] already makes it almost black. If it is not meant "
+                    "to be, pass `do_rescale=False`."
+                )
+        elif not is_uint8:
+            raise ValueError(
+                f"expected uint8 or floating point values, got {image.dtype}. Convert the image to uint8."
+            )
+        return image, ChannelDimension(input_data_format)
+
+    def _prepare_image_like_inputs(self, images: ImageInput, *args, expected_ndims: int = 3, **kwargs) -> list[Any]:
+        flat_images = flatten_images(self.fetch_images(images))
+        if not flat_images:
+            raise ValueError("No images were passed.")
+        prepared = []
+        for index, image in enumerate(flat_images):
+            try:
+                prepared.append(self.process_image(image, *args, **kwargs))
+            except ValueError as error:
+                raise ValueError(f"Image {index} of {len(flat_images)} is invalid: {error}") from error
+        return prepared
+
+    def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:  # type: ignore[override]
+        kwargs = super()._standardize_kwargs(**kwargs)
+        size = kwargs["size"]
+        if size is None or not (size.height and size.width and size.height > 0 and size.width > 0):
+            raise ValueError(f'`size` must be {{"height": int, "width": int}}, both positive, got {size}.')
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:  # type: ignore[override]
+        super()._validate_preprocess_kwargs(**kwargs)
+        # They would move the image away from what `get_resized_size` says, and its masks with it.
+        if kwargs.get("do_center_crop") or kwargs.get("pad_size"):
+            raise ValueError(
+                "`do_center_crop` and `pad_size` are not supported: images are resized and padded to `size`."
+            )
+
+    def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs) -> Any:
+        """Resizes `image` `(..., h, w)` to `size`, or to what fits into its `max_height` and `max_width`."""
+        if size.max_height and size.max_width:
+            target = SizeDict(height=size.max_height, width=size.max_width)
+            height, width = image.shape[-2:]
+            height, width = self.get_resized_size(height, width, size=target, do_resize=True, do_pad=True)
+            size = SizeDict(height=height, width=width)
+        if image.dtype in (torch.uint8, np.dtype(np.uint8)):
+            return super().resize(image=image, size=size, resample=resample, **kwargs)  # type: ignore[misc]
+        if isinstance(image, np.ndarray) and isinstance(resample, int):
+            # The inherited way by 8 bits takes a floating point image of zeros and ones for a black one.
+            channels = [PIL.Image.fromarray(c).resize((size["width"], size["height"]), resample) for c in image]
+            resized = np.stack([np.asarray(channel) for channel in channels])
+        else:
+            resized = super().resize(image=image, size=size, resample=resample, **kwargs)  # type: ignore[misc]
+        # Bicubic resampling overshoots at edges. 8-bit images are clipped, hence others too.
+        return resized.clip(min(0.0, float(image.min())), 1.0 if image.max() <= 1 else 255.0)
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[Any],
+        size: SizeDict,
+        do_pad: bool | None,
+        return_tensors: Any,
+        disable_grouping: bool | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        resized_size = SizeDict(max_height=size.height, max_width=size.width) if do_pad else size
+        kwargs["disable_grouping"] = disable_grouping
+        data = super()._preprocess(images, size=resized_size, do_pad=False, return_tensors=None, **kwargs).data
+        if do_pad:
+            data["pixel_values"], data["pixel_attention_mask"] = self.pad(  # type: ignore[attr-defined]
+                data["pixel_values"], pad_size=size, return_mask=True, disable_grouping=disable_grouping
+            )
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary; its `auto_map`, if any, names the classes of both backends."""
+        output = super().to_dict()
+        auto_map = output.get("auto_map") or {}
+        if "AutoImageProcessor" in auto_map:
+            module, name = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Pil")
+            auto_map["AutoImageProcessor"] = {"torchvision": f"{module}.{name}", "pil": f"{module}.{name}Pil"}
+        return output
+
+
+class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):  # type: ignore[misc]
+    """Image processor of AGE-VLM on torchvision, the default. See [`AgeVlmImageProcessorMixin`] for what it does."""
+
+
+class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):  # type: ignore[misc]
+    """Image processor of AGE-VLM on PIL and NumPy. See [`AgeVlmImageProcessorMixin`] for what it does."""
+
+
+# Saved processors carry this file, for use where `agevlm` is not installed.
+AgeVlmImageProcessor.register_for_auto_class()
+AgeVlmImageProcessorPil.register_for_auto_class()
+
+
+__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "flatten_images", "load_image"]
