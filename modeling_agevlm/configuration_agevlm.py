@@ -142,7 +142,7 @@ class AgeVlmConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="timm_wrapper",
-            init_kwargs={"architecture": "convnext_large_mlp.clip_laion2b_soup_ft_d_320", "do_pooling": False},
+            init_kwargs={"architecture": "convnext_large_mlp.clip_laion2b_ft_soup_320", "do_pooling": False},
         ),
     }
 

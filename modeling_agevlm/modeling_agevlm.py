@@ -7,6 +7,7 @@ Shapes used throughout: `B` rows of the batch, `S` text tokens, `N` images of th
 image, `V` visual tokens a row sees at most (its images one after another), `P` phrases, `D` the text model's width.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -308,7 +309,8 @@ class AgeVlmCrossAttention(nn.Module):
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
 
         rms = hidden_states.detach().float().pow(2).mean(-1, keepdim=True).add(self.config.rms_norm_eps).sqrt()
-        attn_output = self.gate.tanh() * attn_output * rms.to(attn_output.dtype)
+        # Back to the stream's own type: a float32 block in a bfloat16 model must not widen all that follows.
+        attn_output = (self.gate.tanh() * attn_output * rms).to(hidden_states.dtype)
         sees_image = visible.any(-1)
         attn_output = attn_output.masked_fill(~sees_image[..., None], 0.0)
         if attn_weights is not None:
@@ -429,6 +431,12 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # The text model's, and not that of the first parameter: a tower may be kept in float32, and saving writes this
+        # into the configuration, so that a bfloat16 text model would come back widened.
+        return self.get_input_embeddings().weight.dtype
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -601,7 +609,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it.
         """
-        tokens, grid = self._vision_tokens(pixel_values)
+        tokens, grid, outputs = self._vision_tokens(pixel_values, **kwargs)
         visual_attention_mask = None
         if pixel_attention_mask is not None:
             # A token counts as soon as one pixel of the image lies in its cell.
@@ -610,14 +618,19 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return AgeVlmImageFeatures(
             last_hidden_state=tokens,
             pooler_output=self._project(tokens, grid),
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),  # a convolutional tower has none
             visual_attention_mask=visual_attention_mask,
             grid=grid,
         )
 
-    def _vision_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, and their rows and columns."""
+    def _vision_tokens(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
+        """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, their rows and columns, and all of
+        the tower's output."""
         height, width = pixel_values.shape[-2:]
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True)
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = outputs.last_hidden_state
         if isinstance(features, (list, tuple)):  # timm's `features_only`: the last of the stages asked for
             features = features[-1]
@@ -626,7 +639,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             if features.shape[1] != channels:  # timm models that keep channels last
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[-2], features.shape[-1])
-            return features.flatten(2).transpose(1, 2), grid
+            return features.flatten(2).transpose(1, 2), grid, outputs
         features = features[:, num_prefix_tokens(self.vision_tower) :]
         rows = round(math.sqrt(features.shape[1] * height / width))
         grid = (rows, features.shape[1] // rows)
@@ -635,7 +648,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 f"The vision tower gave {features.shape[1]} tokens for a {height}x{width} image, which is no grid of "
                 "rows and columns: use a tower that keeps the image's layout."
             )
-        return features, grid
+        return features, grid, outputs
 
     def _project(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         return self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype), grid)
@@ -703,7 +716,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             # A convolutional tower takes any size; others say theirs in their configuration.
             size = getattr(self.config.vision_config, "image_size", None) or 64
-            tokens, _ = self._vision_tokens(torch.zeros(1, 3, size, size, device=device))
+            tokens, _, _ = self._vision_tokens(torch.zeros(1, 3, size, size, device=device))
             tokens = tokens.mean(1, keepdim=True)
         else:
             tokens = torch.zeros(1, 1, channels, device=device)
@@ -905,9 +918,11 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                 for module in fresh.modules():
                     model._init_weights(module)
         model.tie_weights()
-        suppress_tokens = model.generation_config.suppress_tokens
-        model.generation_config = text_model.generation_config
-        model.generation_config.suppress_tokens = suppress_tokens
+        model.generation_config = copy.deepcopy(text_model.generation_config)
+        model.generation_config.suppress_tokens = [
+            *(text_model.generation_config.suppress_tokens or []),
+            config.image_token_id,
+        ]
         return model.eval()
 
     @auto_docstring

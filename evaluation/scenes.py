@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grounded scenes as an examination: answers against their chance level, and where the asked phrase looks."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
+from ..processing.processing_agevlm import AgeVlmProcessor
+from ..processing.scenes import KINDS, mask_from_rle
+from .attention_maps import crop_to_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class SceneQuestion:
+    """One question about a scene, asked in a conversation of its own.
+
+    `spans` are the characters of the phrases in `text` that name something in the image, `masks` the COCO RLE of each.
+    `answer`, `maps` `(blocks, rows, columns)` and `pointing` (by block: does the phrase look hardest at its object?)
+    are filled in by [`evaluate_scenes`]; the last two of the first phrase, and only where there is one.
+    """
+
+    scene: int
+    kind: str
+    text: str
+    expected: str
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    masks: list[dict[str, Any]] = field(default_factory=list)
+    answer: str | None = None
+    maps: np.ndarray | None = None
+    pointing: np.ndarray | None = None
+    mask_share: float | None = None
+
+
+def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
+    """The questions of a split of grounded scenes, in order."""
+    questions = []
+    for row in dataset.remove_columns("images"):
+        for turn, expected in enumerate(row["answers"]):
+            message = 2 * turn
+            text = "".join(part["text"] or "" for part in row["messages"][message]["content"])
+            named = [phrase for phrase in row["grounding"] if phrase["message"] == message]
+            questions.append(
+                SceneQuestion(
+                    scene=row["scene"],
+                    kind=row["kind"],
+                    text=text,
+                    expected=expected,
+                    spans=[(phrase["start"], phrase["end"]) for phrase in named],
+                    masks=[phrase["mask"] for phrase in named],
+                )
+            )
+    return questions
+
+
+def scene_images(dataset: "Dataset") -> dict[int, Image.Image]:
+    """Each scene's image, by the scene's number."""
+    first = {}
+    for row, scene in enumerate(dataset["scene"]):
+        first.setdefault(scene, row)
+    return {scene: dataset[row]["images"][0].convert("RGB") for scene, row in first.items()}
+
+
+@torch.no_grad()
+def image_features(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    images: Iterable[Image.Image],
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> AgeVlmImageFeatures:
+    """The vision tower's tokens of many images, computed once; the adapter is left to the model's forward.
+
+    Give rows of the result ([`select_features`]) to the model as `mm_encoder_outputs={"image": ...}`.
+    """
+    images = list(images)
+    parts = []
+    # Channels last is several times faster for depthwise convolutions on CPUs, and changes no value's meaning.
+    model.model.vision_tower.to(memory_format=torch.channels_last)
+    with Progress(disable=progress is None) as bar:
+        for start in bar.track(range(0, len(images), batch_size), description=progress or ""):
+            inputs = processor.image_processor(images[start : start + batch_size], return_tensors="pt")
+            pixels = inputs["pixel_values"].to(model.device, memory_format=torch.channels_last)
+            parts.append(model.model.get_image_features(pixels, inputs.get("pixel_attention_mask")))
+    masks = [part.visual_attention_mask for part in parts]
+    return AgeVlmImageFeatures(
+        last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
+        visual_attention_mask=None if masks[0] is None else torch.cat(masks),
+        grid=parts[0].grid,
+    )
+
+
+def select_features(features: AgeVlmImageFeatures, rows: list[int]) -> AgeVlmImageFeatures:
+    """The tower's tokens of some of the images, in the order of `rows`."""
+    mask = features.visual_attention_mask
+    return AgeVlmImageFeatures(
+        last_hidden_state=features.last_hidden_state[rows],
+        visual_attention_mask=None if mask is None else mask[rows],
+        grid=features.grid,
+    )
+
+
+def render_question(processor: AgeVlmProcessor, text: str) -> str:
+    """The prompt that asks `text` about one image."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+
+
+@torch.no_grad()
+def answer_questions(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    questions: list[SceneQuestion],
+    images: dict[int, Image.Image],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: str | None = "questions",
+) -> None:
+    """Answers each question with greedy `generate`, and maps the first phrase of those that have one. In place."""
+    tokenizer = processor.tokenizer
+    scenes = sorted({question.scene for question in questions})
+    features = image_features(model, processor, [images[scene] for scene in scenes], progress=progress and "images")
+    row_of = {scene: row for row, scene in enumerate(scenes)}
+    order = sorted(questions, key=lambda question: (question.kind, len(question.text)))
+    model.eval()
+    with Progress(disable=progress is None) as bar:
+        for start in bar.track(range(0, len(order), batch_size), description=progress or ""):
+            batch = order[start : start + batch_size]
+            texts = [render_question(processor, question.text) for question in batch]
+            inputs = tokenizer(
+                texts, padding=True, padding_side="left", return_offsets_mapping=True, return_tensors="pt"
+            )
+            offsets = inputs.pop("offset_mapping")
+            inputs.pop("token_type_ids", None)
+            inputs = inputs.to(model.device)
+            selected = select_features(features, [row_of[question.scene] for question in batch])
+            selected.pooler_output = model.model._project(selected.last_hidden_state, selected.grid)
+            tokens = model.generate(
+                **inputs,
+                mm_encoder_outputs={"image": selected},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for question, answer in zip(batch, answers, strict=True):
+                question.answer = answer.strip()
+
+            spans = []
+            for question, text in zip(batch, texts, strict=True):
+                shift = text.rfind(question.text)
+                spans.append([(shift + start, shift + end) for start, end in question.spans[:1]])
+            if any(spans):
+                map_queries = processor.get_map_queries(offsets, spans, inputs["attention_mask"].cpu(), text=texts)
+                outputs = model.model(
+                    **inputs,
+                    mm_encoder_outputs={"image": selected},
+                    map_queries=map_queries.to(model.device),
+                    use_cache=False,
+                )
+                for row, question in enumerate(batch):
+                    if question.spans:
+                        maps = outputs.cross_attention_maps[:, row, 0]
+                        question.maps = crop_to_image(maps, selected, processor, images[question.scene].size)
+                        mask = mask_from_rle(question.masks[0])
+                        question.pointing = points_at(question.maps, mask)
+                        question.mask_share = float(mask.mean())
+
+
+def points_at(maps: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Whether the middle of the strongest cell of each map `(..., rows, columns)` lies in the mask `(height, width)`."""
+    rows, columns = maps.shape[-2:]
+    best = maps.reshape(*maps.shape[:-2], -1).argmax(-1)
+    y = ((best // columns + 0.5) * mask.shape[0] / rows).astype(int)
+    x = ((best % columns + 0.5) * mask.shape[1] / columns).astype(int)
+    return mask[y, x]
+
+
+def evaluate_scenes(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    dataset: "Dataset",
+    *,
+    max_questions: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: str | None = "questions",
+) -> tuple[dict[str, dict[str, Any]], list[SceneQuestion]]:
+    """Asks a split of grounded scenes and scores the answers.
+
+    Args:
+        dataset: a split as `build_scenes` writes it, images included.
+        max_questions: of each kind, drawn with `seed`; all by default.
+
+    Returns:
+        A row of numbers for each kind of question and one for pointing, and the questions with their answers.
+
+        - `existence`, `count`, `position`: the share of exactly right answers. Chance is the best answer that ignores
+          the image: the most frequent one.
+        - `objects`: the mean F1 of the named classes against those there. Chance is the mean F1 of the same answers
+          against other scenes.
+        - `pointing`: the share of phrases whose map is strongest inside their object, for the mean of all blocks
+          (`score`) and by block (`by_block`). Chance is the mean share of the image that the object covers.
+    """
+    questions = scene_questions(dataset)
+    rng = random.Random(seed)
+    if max_questions is not None:
+        by_kind = defaultdict(list)
+        for question in questions:
+            by_kind[question.kind].append(question)
+        questions = [q for kind in by_kind.values() for q in rng.sample(kind, min(max_questions, len(kind)))]
+    images = scene_images(dataset)
+    answer_questions(model, processor, questions, images, batch_size=batch_size, progress=progress)
+
+    results: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        asked = [question for question in questions if question.kind == kind]
+        if not asked:
+            continue
+        if kind == "objects":
+            given, expected = (
+                [_names(text) for text in texts]
+                for texts in zip(*((q.answer, q.expected) for q in asked), strict=True)
+            )
+            others = expected[1:] + expected[:1]
+            score = np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)])
+            chance = np.mean([_f1(a, b) for a, b in zip(given, others, strict=True)])
+        else:
+            score = np.mean([question.answer == question.expected for question in asked])
+            chance = Counter(question.expected for question in asked).most_common(1)[0][1] / len(asked)
+        results[kind] = {"score": float(score), "chance": float(chance), "questions": len(asked)}
+    mapped = [question for question in questions if question.maps is not None]
+    if mapped:
+        mean_points = [points_at(question.maps.mean(0), mask_from_rle(question.masks[0])) for question in mapped]
+        results["pointing"] = {
+            "score": float(np.mean(mean_points)),
+            "chance": float(np.mean([question.mask_share for question in mapped])),
+            "questions": len(mapped),
+            "by_block": np.mean([question.pointing for question in mapped], axis=0).tolist(),
+        }
+    return results, questions
+
+
+def _names(answer: str | None) -> set[str]:
+    return {name.strip() for name in (answer or "").split(",") if name.strip()}
+
+
+def _f1(given: set[str], expected: set[str]) -> float:
+    return 2 * len(given & expected) / max(1, len(given) + len(expected))
