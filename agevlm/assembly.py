@@ -56,18 +56,21 @@ def load_timm(
         weights = Path(weights)
         if not weights.is_file():
             raise FileNotFoundError(f"There is no weight file {weights}.")
+        whole = timm.create_model(architecture)
         try:
             state_dict = timm.models.load_state_dict(str(weights), weights_only=True)
-            whole = timm.create_model(architecture)
-            if rename is not None:
-                state_dict = rename(state_dict, whole)
-            whole.load_state_dict(state_dict)
-            # Features-only models flatten or cut the names of the whole, so weights move by way of the whole.
-            loaded = model.timm_model.load_state_dict(whole.state_dict(), strict=False)
-        except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+            whole.load_state_dict(rename(state_dict, whole) if rename is not None else state_dict)
+        except Exception as error:  # readers raise errors of many types for damaged files
             raise ValueError(f"{weights} does not hold the weights of timm's '{architecture}': {error}") from error
-        if loaded.missing_keys:
-            raise ValueError(f"{weights} lacks weights of timm's '{architecture}': {loaded.missing_keys[:5]}.")
+        # timm's own way of loading, which knows that features-only models name their parts otherwise.
+        loaded = timm.create_model(
+            architecture,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": whole.state_dict()},
+            num_classes=0,
+            **model_args,
+        )
+        model.timm_model.load_state_dict(loaded.state_dict())
     return model.eval()
 
 

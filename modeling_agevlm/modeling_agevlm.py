@@ -279,7 +279,8 @@ class AgeVlmCrossAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
 
         def heads(states: torch.Tensor) -> torch.Tensor:
-            return states.view(*states.shape[:-1], -1, self.head_dim)
+            # The count is spelt out because a turn may bring no new visual token at all.
+            return states.unflatten(-1, (states.shape[-1] // self.head_dim, self.head_dim))
 
         query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states)))).transpose(1, 2)
         if cross_attention_states is not None:
@@ -392,6 +393,7 @@ class AgeVlmMultiModalProjector(nn.Module):
         self.linear_1 = nn.Linear(vision_width, hidden_size)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.output_norm = LlamaRMSNorm(hidden_size, eps=config.text_config.rms_norm_eps)
 
     def forward(self, visual_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """`(N, T, vision_width)` tokens on a `grid` of rows and columns to `(N, T, D)`."""
@@ -399,7 +401,7 @@ class AgeVlmMultiModalProjector(nn.Module):
         if self.visual_position_embedding:
             # After the norm, where the tokens have unit scale whatever the tower.
             visual_tokens = visual_tokens + sincos_2d(grid, visual_tokens.shape[-1]).to(visual_tokens)
-        return self.linear_2(self.act(self.linear_1(visual_tokens)))
+        return self.output_norm(self.linear_2(self.act(self.linear_1(visual_tokens))))
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> torch.Tensor:
@@ -1024,6 +1026,18 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    # `inputs_embeds` is named because Transformers looks for it here before it generates from embeddings.
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        # Transformers takes no call of a draft model for the first, and would leave its images out. A static cache serves
+        # no draft, and comparing its length, a tensor, would make the host wait at every token.
+        length = past_key_values.get_seq_length() if past_key_values is not None else None
+        if isinstance(length, int) and length == 0:
+            inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
+        return inputs
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
@@ -1033,9 +1047,25 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                 "Chunked prefill cuts image features by image token, which fits models with one token a feature. "
                 "AGE-VLM has one token an image: pass `prefill_chunk_size=None`, the prompt is short anyway."
             )
-        return super()._maybe_prepare_encoder_kwargs_for_generation(
+        pixels = {name: model_kwargs.get(name) for name in ("pixel_values", "pixel_attention_mask")}
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
+        if pixels["pixel_values"] is not None:
+            model_kwargs["mm_encoder_outputs"]["pixels"] = pixels  # for a draft model
+        return model_kwargs
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Gives a draft model that sees images its own features of them; Transformers hands it this model's."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        draft, encoded = kwargs.get("assistant_model"), kwargs["model_kwargs"].get("mm_encoder_outputs")
+        if draft is not None and draft.config.model_type == self.config.model_type and encoded:
+            if "pixels" in encoded:
+                features = draft.get_image_features(**encoded["pixels"], return_dict=True)
+            else:  # features of a tower that both share, computed before
+                features = AgeVlmImageFeatures(**{**encoded["image"], "pooler_output": None})
+            generator.assistant_kwargs["mm_encoder_outputs"] = {"image": features}
+        return generator
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
         """Repeats a row's images together with the row (for beams), where Transformers counts one token a feature."""
