@@ -2,13 +2,14 @@
 """Output folders that appear complete or not at all."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill, which appears under the name `folder` when the block ends, or not at all if it raises.
 
     Raises:

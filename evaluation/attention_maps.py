@@ -63,6 +63,8 @@ def crop_to_image(
 
     `image_size` is the image's `(width, height)` in pixels, as PIL gives it.
     """
+    if features.grid is None:
+        raise ValueError("The image features do not say their grid: keep what `get_image_features` returns.")
     rows, columns = features.grid
     size = processor.image_processor.size
     height, width = processor.image_processor.get_resized_size(image_size[1], image_size[0])

@@ -65,7 +65,7 @@ def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
 
 def scene_images(dataset: "Dataset") -> dict[int, Image.Image]:
     """Each scene's image, by the scene's number."""
-    first = {}
+    first: dict[int, int] = {}
     for row, scene in enumerate(dataset["scene"]):
         first.setdefault(scene, row)
     return {scene: dataset[row]["images"][0].convert("RGB") for scene, row in first.items()}
@@ -236,12 +236,12 @@ def evaluate_scenes(
                 for texts in zip(*((q.answer, q.expected) for q in asked), strict=True)
             )
             others = expected[1:] + expected[:1]
-            score = np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)])
-            chance = np.mean([_f1(a, b) for a, b in zip(given, others, strict=True)])
+            score = float(np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)]))
+            chance = float(np.mean([_f1(a, b) for a, b in zip(given, others, strict=True)]))
         else:
-            score = np.mean([question.answer == question.expected for question in asked])
+            score = float(np.mean([question.answer == question.expected for question in asked]))
             chance = Counter(question.expected for question in asked).most_common(1)[0][1] / len(asked)
-        results[kind] = {"score": float(score), "chance": float(chance), "questions": len(asked)}
+        results[kind] = {"score": score, "chance": chance, "questions": len(asked)}
     mapped = [question for question in questions if question.maps is not None]
     if mapped:
         mean_points = [points_at(question.maps.mean(0), mask_from_rle(question.masks[0])) for question in mapped]
@@ -249,7 +249,7 @@ def evaluate_scenes(
             "score": float(np.mean(mean_points)),
             "chance": float(np.mean([question.mask_share for question in mapped])),
             "questions": len(mapped),
-            "by_block": np.mean([question.pointing for question in mapped], axis=0).tolist(),
+            "by_block": np.mean(np.stack([q.pointing for q in mapped if q.pointing is not None]), axis=0).tolist(),
         }
     return results, questions
 

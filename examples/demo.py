@@ -42,7 +42,24 @@ from agevlm.processing.processing_agevlm import add_image_support
 from agevlm.processing.scenes import build_scenes
 
 # Few enough for a short training, and easily told apart by a small ImageNet network.
-CLASSES = ["apple", "ball", "banana", "bicycle", "bird", "book", "car", "chair", "dog", "elephant", "fish", "guitar", "house", "pizza", "tree", "umbrella"]
+CLASSES = [
+    "apple",
+    "ball",
+    "banana",
+    "bicycle",
+    "bird",
+    "book",
+    "car",
+    "chair",
+    "dog",
+    "elephant",
+    "fish",
+    "guitar",
+    "house",
+    "pizza",
+    "tree",
+    "umbrella",
+]
 
 # SmolLM2's format, with the assistant's turns marked for training and without its default system message.
 CHAT_TEMPLATE = (

@@ -8,6 +8,7 @@ import itertools
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.auto import AutoConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import auto_docstring
@@ -65,6 +66,7 @@ class AgeVlmTextConfig(LlamaConfig):
     bos_token_id: int | None = 128000
     eos_token_id: int | list[int] | None = 128001
     tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
     cross_attention_layers: list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs):
@@ -91,7 +93,7 @@ class AgeVlmTextConfig(LlamaConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         super().validate_architecture()
-        layers, before = self.cross_attention_layers, self.cross_attention_llama_layers
+        layers, before = list(self.cross_attention_layers or []), self.cross_attention_llama_layers
         merged = self.num_hidden_layers + len(layers)
         if any(not 0 <= layer < merged for layer in layers) or any(
             layer >= self.num_hidden_layers for layer in before

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,15 +53,15 @@ class AgeVlmImageFeatures(BaseModelOutputWithPooling):
     last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, vision_width)`):
         The vision tower's tokens, row by row of the image. Given alone as `mm_encoder_outputs["image"]`, they go
         through the adapter only, so that the features of a frozen tower can be computed once and kept.
-    pooler_output (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`):
+    pooler_output (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`):
         The visual tokens after the adapter, which the cross-attention reads.
-    visual_attention_mask (`torch.BoolTensor` of shape `(num_images, num_visual_tokens)`, *optional*):
+    visual_attention_mask (`torch.Tensor` of shape `(num_images, num_visual_tokens)`, *optional*):
         False for visual tokens that cover only padding. None when every token covers some of the image.
     grid (`tuple[int, int]`):
         Rows and columns of the visual tokens, `num_visual_tokens = rows * columns`.
     """
 
-    visual_attention_mask: torch.BoolTensor | None = None
+    visual_attention_mask: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
 
 
@@ -71,47 +72,47 @@ class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
     past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
         The self-attention layers' keys and values, followed by one layer a cross-attention block that holds the
         visual tokens' keys and values.
-    cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+    cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
         One tensor a cross-attention block of shape `(batch_size, num_heads, sequence_length, num_visual_tokens)`; rows
         of text tokens that see no image are zero. Eager attention only.
-    cross_attention_maps (`torch.FloatTensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
+    cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
         Where each phrase looks: float32 attention probabilities averaged over heads and over the phrase's tokens, the
         row's images one after another. A phrase whose tokens see an image sums to 1, one before any image to 0.
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
+    image_hidden_states (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
         The visual tokens after the adapter.
     """
 
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attention_maps: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attention_maps: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @auto_docstring(custom_intro="Output of AGE-VLM with its language modelling head.")
 @dataclass
 class AgeVlmCausalLMOutputWithPast(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+    loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
         Language modelling loss (for next-token prediction).
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
         Prediction scores of the language modelling head, before softmax.
     past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
         See [`AgeVlmModelOutputWithPast`].
-    cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+    cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
         See [`AgeVlmModelOutputWithPast`].
-    cross_attention_maps (`torch.FloatTensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
+    cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
         See [`AgeVlmModelOutputWithPast`].
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
+    image_hidden_states (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
         The visual tokens after the adapter.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attention_maps: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attention_maps: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
@@ -132,7 +133,9 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
     def __init__(self, text_layer: CacheLayerMixin):
         super().__init__()
         self.text_layer = text_layer
-        self.positions: torch.Tensor | None = None
+        self.keys: Any = None
+        self.values: Any = None
+        self.positions: Any = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -180,7 +183,7 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values, self.positions = select(self.keys), select(self.values), select(self.positions)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -195,7 +198,7 @@ def append_cross_attention_layers(cache: Cache, config: AgeVlmTextConfig) -> Non
     if cache.layer_class_to_replicate is not None:  # `DynamicCache()` without a configuration makes its layers late
         cache.layers += [cache.layer_class_to_replicate() for _ in range(config.num_hidden_layers - len(cache.layers))]
     if len(cache.layers) == config.num_hidden_layers:
-        cache.layers += [AgeVlmCrossAttentionCacheLayer(cache.layers[0]) for _ in config.cross_attention_layers]
+        cache.layers += [AgeVlmCrossAttentionCacheLayer(cache.layers[0]) for _ in config.cross_attention_llama_layers]
 
 
 def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> torch.Tensor | None:
@@ -240,14 +243,15 @@ class AgeVlmCrossAttention(nn.Module):
         self.config = config
         self.cache_layer_idx = cache_layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
 
         self.layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -258,7 +262,7 @@ class AgeVlmCrossAttention(nn.Module):
         hidden_states: torch.Tensor,
         cross_attention_states: torch.Tensor | None,
         cross_attention_mask: torch.Tensor | None,
-        visible: torch.BoolTensor,
+        visible: torch.Tensor,
         visual_positions: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         map_selection: MapSelection | None = None,
@@ -356,7 +360,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
         hidden_states: torch.Tensor,
         cross_attention_states: torch.Tensor | None = None,
         cross_attention_mask: torch.Tensor | None = None,
-        visible: torch.BoolTensor | None = None,
+        visible: torch.Tensor | None = None,
         visual_positions: torch.Tensor | None = None,
         map_selection: MapSelection | None = None,
         past_key_values: Cache | None = None,
@@ -423,7 +427,7 @@ def sincos_2d(grid: tuple[int, int], width: int) -> torch.Tensor:
 class AgeVlmPreTrainedModel(PreTrainedModel):
     config: AgeVlmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["AgeVlmDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -461,7 +465,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
 @auto_docstring(custom_intro="A Llama model with gated cross-attention blocks. A Llama checkpoint loads as it is.")
 class AgeVlmTextModel(AgeVlmPreTrainedModel):
     config: AgeVlmTextConfig
-    input_modalities = ("text",)
+    input_modalities: tuple[str, ...] = ("text",)
     _can_record_outputs = {
         "hidden_states": OutputRecorder(AgeVlmDecoderLayer, index=0),
         "attentions": LlamaAttention,
@@ -483,23 +487,23 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
     @auto_docstring
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        cross_attention_states: torch.FloatTensor | None = None,
-        visual_positions: torch.LongTensor | None = None,
-        map_queries: torch.BoolTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cross_attention_states: torch.Tensor | None = None,
+        visual_positions: torch.Tensor | None = None,
+        map_queries: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmModelOutputWithPast:
         r"""
-        cross_attention_states (`torch.FloatTensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
+        cross_attention_states (`torch.Tensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
             Visual tokens that are new in this call, each row's images one after another.
-        visual_positions (`torch.LongTensor` of shape `(batch_size, num_visual_tokens)`, *optional*):
+        visual_positions (`torch.Tensor` of shape `(batch_size, num_visual_tokens)`, *optional*):
             Index in the text (the cached part counted) of the token that stands for each visual token's image.
-        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+        map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
             Which tokens make up each phrase whose `cross_attention_maps` are returned.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -523,8 +527,8 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             position_ids=position_ids,
         )
 
-        all_positions = [cached_visual_positions(past_key_values, self.config), visual_positions]
-        all_positions = [positions for positions in all_positions if positions is not None]
+        cached_positions = cached_visual_positions(past_key_values, self.config)
+        all_positions = [positions for positions in (cached_positions, visual_positions) if positions is not None]
         visible = cross_attention_mask = map_selection = None
         if all_positions:
             if past_key_values is not None:
@@ -559,7 +563,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
 
         cross_attention_maps = None
         if map_queries is not None:
-            shape = (len(self.config.cross_attention_layers), batch_size, map_queries.shape[1], 0)
+            shape = (len(self.config.cross_attention_llama_layers), batch_size, map_queries.shape[1], 0)
             cross_attention_maps = (
                 torch.stack(attention_maps) if attention_maps else hidden_states.new_zeros(shape).float()
             )
@@ -601,12 +605,12 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     @auto_docstring(custom_intro="Runs the vision tower and the adapter.")
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmImageFeatures:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
+        pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it.
@@ -652,12 +656,15 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             )
         return features, grid, outputs
 
-    def _project(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _project(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        if grid is None or grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(
+                f"Image features of {tokens.shape[1]} tokens need their grid of rows and columns to go through the "
+                f"adapter, got grid={grid}: keep what `get_image_features` returns."
+            )
         return self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype), grid)
 
-    def get_image_token_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
-    ) -> torch.BoolTensor:
+    def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`(B, S)`, true where a token stands for an image; found by its embedding when only embeddings are given."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -667,9 +674,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def _place_images(
         self,
         features: AgeVlmImageFeatures,
-        image_token_mask: torch.BoolTensor,
+        image_token_mask: torch.Tensor,
         past_key_values: Cache | None,
-    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Lays the images out by row of the batch.
 
         Returns `cross_attention_states` `(B, V, D)` and `visual_positions` `(B, V)`, see [`AgeVlmTextModel`].
@@ -680,7 +687,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         tokens, mask = features.pooler_output, features.visual_attention_mask
         counts = image_token_mask.sum(-1)
         rows, columns = image_token_mask.nonzero(as_tuple=True)  # row-major, which is the order of the images
-        cached = cached_visual_positions(past_key_values, self.config.text_config)
+        cached = cached_visual_positions(past_key_values, self.language_model.config)
         if tokens.shape[0] != rows.shape[0] and cached is not None:
             # A later turn may bring the images of the whole conversation again: those in the cache are done.
             seen = torch.tensor([row[row != NEVER].unique().numel() for row in cached], device=counts.device)
@@ -708,7 +715,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         positions = rows.new_full(shape, NEVER).index_put((rows, slots), image_positions)
         return states.flatten(1, 2), positions.flatten(1, 2)
 
-    def _blank_image(self, batch_size: int, device: torch.device) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    def _blank_image(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """One visual token a row that nobody may see, made by every module that images go through.
 
         A text-only batch in training must still touch each trainable parameter, or data-parallel workers wait for
@@ -725,7 +732,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         states = self._project(tokens, (1, 1)).expand(batch_size, -1, -1)
         return states, torch.full((batch_size, 1), NEVER, device=device)
 
-    def _check_no_image_token(self, input_ids: torch.LongTensor | None, past_key_values: Cache | None) -> None:
+    def _check_no_image_token(self, input_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
         # Only at the start of a text: a cached one has had its images, and drafted tokens may be any. Not while
         # compiling, where looking at a value breaks the graph.
         if input_ids is None or is_torchdynamo_compiling():
@@ -741,25 +748,25 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     @auto_docstring
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        map_queries: torch.BoolTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        map_queries: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, AgeVlmImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmModelOutputWithPast:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+        pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
             All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
             have none, one or many. With a cache, either the new images alone or those of the whole conversation.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
-        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+        map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
             Which tokens make up each phrase whose `cross_attention_maps` are returned.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -930,12 +937,12 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     @auto_docstring
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmImageFeatures:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
+        pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it.
@@ -946,29 +953,29 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     @auto_docstring
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        map_queries: torch.BoolTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        map_queries: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, AgeVlmImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmCausalLMOutputWithPast:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+        pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
             All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
             have none, one or many. With a cache, either the new images alone or those of the whole conversation.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             Labels for computing the language modelling loss, in `[0, ..., vocab_size]` or -100 to be ignored.
-        map_queries (`torch.BoolTensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
+        map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
             Which tokens make up each phrase whose `cross_attention_maps` are returned.
 
         Example:
@@ -1080,7 +1087,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                 f"of the batch: {counts}). Beam search and several return sequences need every image of the conversation."
             )
         order = torch.cat([rows.repeat(expand_size) for rows in torch.arange(sum(counts)).split(counts)])
-        expanded = {
+        expanded: Any = {
             name: value[order.to(value.device)] if isinstance(value, torch.Tensor) else value
             for name, value in features.items()
         }

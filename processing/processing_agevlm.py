@@ -93,13 +93,11 @@ class AgeVlmProcessor(ProcessorMixin):
         image_token = getattr(tokenizer, "image_token", None) if image_token is None else image_token
         self.image_token_id = _get_image_token_id(tokenizer, image_token)
         self.image_token = str(image_token)
-        if chat_template is None and isinstance(tokenizer.chat_template, dict):
-            self.chat_template = {
-                name: add_image_support(template, self.image_token)
-                for name, template in tokenizer.chat_template.items()
-            }
-        elif chat_template is None and tokenizer.chat_template is not None:
-            self.chat_template = add_image_support(tokenizer.chat_template, self.image_token)
+        if chat_template is None:
+            template = tokenizer.chat_template
+            named = template if isinstance(template, dict) else {"default": template} if template else {}
+            supported = {name: add_image_support(text, self.image_token) for name, text in named.items()}
+            self.chat_template = supported if isinstance(template, dict) else supported.get("default")
 
     def __call__(
         self,
