@@ -284,6 +284,27 @@ def test_block_equals_reference(model, implementation):
             assert (added[~visible.any(-1)] == 0).all(), "a token that sees no image gets exactly nothing"
 
 
+def test_no_gradient_flows_through_the_residual_scale(model):
+    """All but that scale is blind to the size of the residual, so no gradient may point along it."""
+    hidden, visual, visible = block_inputs()
+    hidden.requires_grad_()
+    torch.manual_seed(0)
+    mask = model.model.language_model._cross_attention_mask(visible, hidden)
+    added, _, _ = blocks(model)[0](hidden, visual, mask, visible)
+    (gradient,) = torch.autograd.grad((added * torch.randn_like(added)).sum(), hidden)
+    assert largest(gradient) > 0.1
+    assert largest(torch.cosine_similarity(gradient, hidden, dim=-1)) < 1e-4
+
+
+@pytest.mark.parametrize(("implementation", "attended"), [("eager", 0.0), ("sdpa", True)])
+def test_no_query_is_left_without_keys(model, implementation, attended):
+    """A softmax over nothing is NaN, or has a NaN gradient, on some of the backends behind SDPA."""
+    hidden, _, visible = block_inputs()
+    with attention(model, implementation):
+        mask = model.model.language_model._cross_attention_mask(visible, hidden)[:, 0] == attended
+    assert torch.equal(mask, visible | ~visible.any(-1, keepdim=True))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_block_has_no_causal_mask(model, implementation):
@@ -300,6 +321,7 @@ def test_block_has_no_causal_mask(model, implementation):
 @torch.no_grad()
 def test_block_knows_no_order_of_text_or_visual_tokens(model, implementation):
     hidden, visual, visible = block_inputs()
+    torch.manual_seed(0)
     texts, visuals = torch.randperm(hidden.shape[1]), torch.randperm(visual.shape[1])
     block, language_model = blocks(model)[0], model.model.language_model
     with attention(model, implementation):
