@@ -450,6 +450,14 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         if isinstance(module, AgeVlmCrossAttention):
             init.zeros_(module.gate)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As in Transformers; a plain name passes over a vision tower that does not support it, see `tower_supports`."""
+        tower = getattr(self.base_model, "vision_tower", None)
+        plain = tower is not None and isinstance(attn_implementation, str)
+        if plain and not tower_supports(type(tower), attn_implementation):
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers, with an `auto_map` that names every Auto class, so that one flag loads all of them."""
         self.config.auto_map = {
@@ -590,6 +598,9 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
 class AgeVlmModel(AgeVlmPreTrainedModel):
     def __init__(self, config: AgeVlmConfig):
         super().__init__(config)
+        tower_class = AutoModel._model_mapping[type(config.vision_config)]
+        if not tower_supports(tower_class, config.vision_config._attn_implementation):
+            config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
         self.language_model = AgeVlmTextModel._from_config(config.text_config)
@@ -832,6 +843,20 @@ def vision_width(vision_tower: PreTrainedModel) -> int:
             "`hidden_sizes` nor `hidden_size`. Use a timm model or a ConvNext, ConvNextV2 or DINOv3-ConvNeXt checkpoint."
         )
     return width
+
+
+def tower_supports(tower_class: type[PreTrainedModel], attn_implementation: str | None) -> bool:
+    """Whether a vision tower takes an attention implementation.
+
+    Convolutional towers have no attention and declare support of none, and Transformers refuses to build them with one
+    that was asked for the whole model: such a request is for the text model then.
+    """
+    flags = {
+        "sdpa": "_supports_sdpa",
+        "flex_attention": "_supports_flex_attn",
+        "flash_attention": "_supports_flash_attn",
+    }
+    return all(getattr(tower_class, flag) for name, flag in flags.items() if name in (attn_implementation or ""))
 
 
 def num_prefix_tokens(vision_tower: PreTrainedModel) -> int:

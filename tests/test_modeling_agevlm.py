@@ -780,3 +780,16 @@ def test_default_places_fit_any_depth(depth):
     assert len(before) == len(set(before)) == min(4, depth)
     if depth >= 12:
         assert before == [round(2 + i * depth / 4) for i in range(4)]
+
+
+@pytest.mark.parametrize("vision", ["convnext", "timm"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_a_plain_attention_name_is_for_the_text_model(vision, implementation, tmp_path):
+    """Towers without attention refuse one, and must not keep the text model from having its own."""
+    model = tiny_age_vlm(vision=vision)
+    model.save_pretrained(tmp_path)
+    loaded = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation)
+    model.set_attn_implementation(implementation)
+    for vlm in (model, loaded):
+        assert vlm.config._attn_implementation == implementation
+        assert vlm.model.language_model.config._attn_implementation == implementation
