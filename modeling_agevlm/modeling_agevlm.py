@@ -387,7 +387,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
 
 
 class AgeVlmMultiModalProjector(nn.Module):
-    """The adapter: LayerNorm, an optional fixed position signal, and a two-layer MLP from vision to text width."""
+    """The adapter: LayerNorm, an optional fixed position signal, a two-layer MLP from vision to text width, RMSNorm."""
 
     def __init__(self, config: AgeVlmConfig, vision_width: int):
         super().__init__()

@@ -21,7 +21,20 @@ from transformers import (
 import agevlm  # noqa: F401
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
-SMALL = ["--scenes", "6", "--test-scenes", "3", "--steps", "3", "--tokens-per-batch", "200", "--image-size", "128", "--examples", "4"]
+SMALL = [
+    "--scenes",
+    "6",
+    "--test-scenes",
+    "3",
+    "--steps",
+    "3",
+    "--tokens-per-batch",
+    "200",
+    "--image-size",
+    "128",
+    "--examples",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
