@@ -286,7 +286,7 @@ def draw_curve(log: list[dict], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
     axis.plot([entry["step"] for entry in log], [entry["loss"] for entry in log])
-    axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss (language modelling + guidance)", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -429,12 +429,13 @@ def main() -> None:
     write_report(args.output_dir, model, results, before, log, examples, scene_images(scenes["test"]), facts)
     console.print(summary_table(results, before))
     console.print(f"Done in {minutes:.1f} minutes. Open {args.output_dir / 'report.html'}, or ask yourself:")
+    first = examples[0]
+    scene_images(scenes["test"])[first.scene].save(args.output_dir / "example.png")
     console.print(
         f"  agevlm ask --model {args.output_dir / 'checkpoint'} --image {args.output_dir / 'example.png'} "
-        f'"Is there a dog in the image?" --phrase dog --heatmap heatmap.png',
+        f'"{first.text}" --phrase {first.text[slice(*first.spans[0])]} --heatmap heatmap.png',
         soft_wrap=True,
     )
-    scene_images(scenes["test"])[examples[0].scene].save(args.output_dir / "example.png")
 
 
 if __name__ == "__main__":

@@ -453,9 +453,9 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in Transformers; a plain name passes over a vision tower that does not support it, see `tower_supports`."""
         tower = getattr(self.base_model, "vision_tower", None)
-        plain = tower is not None and isinstance(attn_implementation, str)
-        if plain and not tower_supports(type(tower), attn_implementation):
-            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        plain = attn_implementation if isinstance(attn_implementation, str) else None
+        if tower is not None and not tower_supports(type(tower), plain):
+            attn_implementation = {"": plain, "text_config": plain}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
