@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
@@ -49,28 +50,28 @@ def load_timm(
     if not timm.is_model(architecture.split(".")[0]):
         close = timm.list_models(f"*{architecture.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model '{architecture}'" + (f"; it has {', '.join(close)}." if close else "."))
-    model = TimmWrapperModel(
-        TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args or None)
+    config = TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args or None)
+    if weights is None:
+        return TimmWrapperModel(config).eval()
+    weights = Path(weights)
+    if not weights.is_file():
+        raise FileNotFoundError(f"There is no weight file {weights}.")
+    # Names and shapes are all that is needed of these two until the weights come: they cost no memory.
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        whole, model = timm.create_model(architecture), TimmWrapperModel(config)
+    try:
+        state_dict = timm.models.load_state_dict(str(weights), weights_only=True)
+        whole.load_state_dict(rename(state_dict, whole) if rename is not None else state_dict, assign=True)
+    except Exception as error:  # readers raise errors of many types for damaged files
+        raise ValueError(f"{weights} does not hold the weights of timm's '{architecture}': {error}") from error
+    # timm's own way of loading, which knows that features-only models name their parts otherwise.
+    model.timm_model = timm.create_model(
+        architecture,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": whole.state_dict()},
+        num_classes=0,
+        **model_args,
     )
-    if weights is not None:
-        weights = Path(weights)
-        if not weights.is_file():
-            raise FileNotFoundError(f"There is no weight file {weights}.")
-        whole = timm.create_model(architecture)
-        try:
-            state_dict = timm.models.load_state_dict(str(weights), weights_only=True)
-            whole.load_state_dict(rename(state_dict, whole) if rename is not None else state_dict)
-        except Exception as error:  # readers raise errors of many types for damaged files
-            raise ValueError(f"{weights} does not hold the weights of timm's '{architecture}': {error}") from error
-        # timm's own way of loading, which knows that features-only models name their parts otherwise.
-        loaded = timm.create_model(
-            architecture,
-            pretrained=True,
-            pretrained_cfg_overlay={"state_dict": whole.state_dict()},
-            num_classes=0,
-            **model_args,
-        )
-        model.timm_model.load_state_dict(loaded.state_dict())
     return model.eval()
 
 

