@@ -118,8 +118,8 @@ class AgeVlmCausalLMOutputWithPast(ModelOutput):
 class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
     """Keys and values of the visual tokens that one cross-attention block has computed, and whose image they are.
 
-    Appended behind the self-attention layers of whatever cache the caller brought (dynamic, static, quantised), so
-    beams, batch selection and offloading reach it like any other layer. It grows with images, not with text.
+    Appended behind the self-attention layers of the cache the caller brought, dynamic or static, so that beams, batch
+    selection and reset reach it like any other layer. It grows with images, not with text.
 
     `positions` `(B, V)` holds, for each visual token, the cache index of the text token that stands for its image,
     or `NEVER`. A text token at index `q` sees exactly the visual tokens with `positions <= q`.
