@@ -145,13 +145,13 @@ def ask(
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from .evaluation.scenes import render_question
     from .processing.image_processing_agevlm import load_image
 
     picture = load_image(image).convert("RGB")
     processor = AutoProcessor.from_pretrained(model)
     vlm = AutoModelForImageTextToText.from_pretrained(model).eval()
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = render_question(processor, question)
     inputs = processor(images=picture, text=text, return_tensors="pt")
     outputs = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

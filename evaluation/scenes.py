@@ -26,8 +26,8 @@ class SceneQuestion:
     """One question about a scene, asked in a conversation of its own.
 
     `spans` are the characters of the phrases in `text` that name something in the image, `masks` the COCO RLE of each.
-    `answer`, `maps` `(blocks, rows, columns)` and `pointing` (by block: does the phrase look hardest at its object?)
-    are filled in by [`evaluate_scenes`]; the last two of the first phrase, and only where there is one.
+    `answer` and `maps` `(blocks, rows, columns)` are filled in by [`evaluate_scenes`], the maps those of the first phrase
+    and only where there is one.
     """
 
     scene: int
@@ -38,8 +38,6 @@ class SceneQuestion:
     masks: list[dict[str, Any]] = field(default_factory=list)
     answer: str | None = None
     maps: np.ndarray | None = None
-    pointing: np.ndarray | None = None
-    mask_share: float | None = None
 
 
 def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
@@ -175,9 +173,6 @@ def answer_questions(
                     if question.spans:
                         maps = outputs.cross_attention_maps[:, row, 0]
                         question.maps = crop_to_image(maps, selected, processor, images[question.scene].size)
-                        mask = mask_from_rle(question.masks[0])
-                        question.pointing = points_at(question.maps, mask)
-                        question.mask_share = float(mask.mean())
 
 
 def points_at(maps: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -244,12 +239,15 @@ def evaluate_scenes(
         results[kind] = {"score": score, "chance": chance, "questions": len(asked)}
     mapped = [question for question in questions if question.maps is not None]
     if mapped:
-        mean_points = [points_at(question.maps.mean(0), mask_from_rle(question.masks[0])) for question in mapped]
+        masks = [mask_from_rle(question.masks[0]) for question in mapped]
+        # Each block's map, and last the mean of all.
+        maps = [np.concatenate([question.maps, question.maps.mean(0, keepdims=True)]) for question in mapped]
+        *by_block, score = np.mean([points_at(m, mask) for m, mask in zip(maps, masks, strict=True)], axis=0).tolist()
         results["pointing"] = {
-            "score": float(np.mean(mean_points)),
-            "chance": float(np.mean([question.mask_share for question in mapped])),
+            "score": score,
+            "chance": float(np.mean([mask.mean() for mask in masks])),
             "questions": len(mapped),
-            "by_block": np.mean(np.stack([q.pointing for q in mapped if q.pointing is not None]), axis=0).tolist(),
+            "by_block": by_block,
         }
     return results, questions
 

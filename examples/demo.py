@@ -125,28 +125,25 @@ def tokenize(processor: AgeVlmProcessor, dataset: Dataset, grid: tuple[int, int]
         text = tokenizer.apply_chat_template(row["messages"], chat_template=processor.chat_template, tokenize=False)
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-
-        def tokens(start: int, end: int, offsets=offsets) -> list[int]:
-            return [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
-
         # Where each message's own text stands in the whole.
         starts, position = [], 0
         for message in row["messages"]:
             said = "".join(part["text"] or "" for part in message["content"])
             starts.append(text.index(said, position))
             position = starts[-1] + len(said)
-        labels = [-100] * len(ids)
-        for message, start in zip(row["messages"], starts, strict=True):
-            if message["role"] == "assistant":
-                for i in tokens(start, text.index("<|im_end|>", start) + len("<|im_end|>")):
-                    labels[i] = ids[i]
-        phrases, coverages = [], []
-        for named in row["grounding"]:
-            if row["messages"][named["message"]]["role"] == "assistant":
-                continue  # a name in an answer looks at the image only once it has been said
-            offset = starts[named["message"]]
-            phrases.append(tokens(offset + named["start"], offset + named["end"]))
-            coverages.append(mask_coverage(mask_from_rle(named["mask"]), grid, processor.image_processor))
+        answers = [
+            (start, text.index("<|im_end|>", start) + len("<|im_end|>"))
+            for message, start in zip(row["messages"], starts, strict=True)
+            if message["role"] == "assistant"
+        ]
+        # A name in an answer looks at the image only once it has been said: the questions' phrases are guided.
+        asked = [named for named in row["grounding"] if row["messages"][named["message"]]["role"] == "user"]
+        spans = [tuple(starts[named["message"]] + named[side] for side in ("start", "end")) for named in asked]
+        tokens = processor.get_map_queries([offsets], [answers + spans], text=[text])[0]
+        learn = tokens[: len(answers)].any(0).tolist()
+        labels = [token if learnt else -100 for token, learnt in zip(ids, learn, strict=True)]
+        phrases = [phrase.nonzero().flatten().tolist() for phrase in tokens[len(answers) :]]
+        coverages = [mask_coverage(mask_from_rle(named["mask"]), grid, processor.image_processor) for named in asked]
         conversations.append(Conversation(ids, labels, row["scene"], row["kind"], phrases, coverages))
     return conversations
 
@@ -195,7 +192,6 @@ class SceneTrainer(Trainer):
 def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Namespace) -> list[dict]:
     """Trains adapter and cross-attention; returns the log."""
     features = image_features(model, processor, scene_images(scenes).values(), progress="features of training images")
-    features.pooler_output = None  # the adapter learns: only the frozen tower's part can be kept
     model.requires_grad_(False)
     blocks = [layer.cross_attn for layer in model.model.language_model.layers if layer.cross_attn is not None]
     for module in (model.model.multi_modal_projector, *blocks):
