@@ -13,8 +13,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
+from ..processing.grounding import mask_from_rle
 from ..processing.processing_agevlm import AgeVlmProcessor
-from ..processing.scenes import KINDS, mask_from_rle
+from ..processing.scenes import KINDS
 from .attention_maps import crop_to_image
 
 if TYPE_CHECKING:

@@ -39,10 +39,12 @@ from agevlm.evaluation.scenes import (
     scene_images,
     select_features,
 )
+from agevlm.processing.collator import mask_coverage
 from agevlm.processing.cutouts import export_openmoji, export_photographs
+from agevlm.processing.grounding import mask_from_rle
 from agevlm.processing.processing_agevlm import add_image_support
-from agevlm.processing.scenes import build_scenes, mask_from_rle
-from agevlm.trainer.guidance import dice_loss, mask_coverage
+from agevlm.processing.scenes import build_scenes
+from agevlm.trainer.guidance import dice_loss
 
 # Few enough for a short training, and easily told apart by a small ImageNet network.
 CLASSES = ("apple", "banana", "bicycle", "bird", "book", "car", "chair", "dog", "guitar", "umbrella")

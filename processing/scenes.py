@@ -23,6 +23,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from agevlm._files import new_folder
 
+from .grounding import mask_to_rle, row_features
+
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
 
@@ -42,46 +44,6 @@ _PHOTOGRAPH_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _POSITION_MARGIN = 0.02
 _MIN_MASK_PIXELS = 16
 _PLACEMENTS = 200
-
-
-# --- masks ---
-
-
-def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
-    """Encode a mask, bool `(height, width)`, as COCO RLE: `{"size": [height, width], "counts": str}`."""
-    from pycocotools import mask as coco
-
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def mask_from_rle(rle: dict[str, Any]) -> np.ndarray:
-    """Decode COCO RLE, `{"size": [height, width], "counts": str}`, to a mask, bool `(height, width)`.
-
-    Raises:
-        ValueError: if `rle` is not of this form, or its runs do not add up to `height * width`.
-    """
-    # pycocotools is not used here: it reads and writes out of bounds where the runs do not fit the size.
-    try:
-        height, width = (int(side) for side in rle["size"])
-        codes = [byte - 48 for byte in rle["counts"].encode("ascii")]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError('not a COCO RLE mask: expected {"size": [height, width], "counts": str}') from error
-    runs: list[int] = []
-    value, shift = 0, 0
-    for code in codes:
-        value |= (code & 0x1F) << shift
-        shift += 5
-        if not code & 0x20:  # the run's last character; its highest bit is the sign
-            if code & 0x10:
-                value -= 1 << shift
-            # from the fourth on, a run is written as its difference to the last run of the same colour
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value, shift = 0, 0
-    legal = all(0 <= code < 64 for code in codes) and not shift and min(height, width, *runs, 0) == 0
-    if not legal or sum(runs) != height * width:
-        raise ValueError(f"damaged COCO RLE mask: its runs do not make up {height} x {width} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def position_word(mask: np.ndarray, margin: float = 0.0) -> str | None:
@@ -378,7 +340,7 @@ class _Conversation:
             phrase, rle = part
             start, end = len(text), len(text) + len(phrase)
             where = {"message": len(self.messages), "start": start, "end": end, "image": 0}
-            self.grounding.append(where | {"mask": rle})
+            self.grounding.append(where | {"box": None, "mask": rle, "score": None})
             text += phrase
         # Arrow gives all parts the same keys, so the image part says `text: None` itself.
         content = [] if self.messages else [{"type": "image", "text": None}]
@@ -424,27 +386,10 @@ def _converse(rng: np.random.Generator, plan: _Plan, masks: Sequence[np.ndarray]
 
 def scene_features() -> Features:
     """The columns of a grounded-scenes data set; see `build_scenes`."""
-    from datasets import Features, Image, List, Value
+    from datasets import Features, List, Value
 
     return Features(
-        {
-            "images": List(Image()),
-            "messages": List(
-                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-            ),
-            "grounding": List(
-                {
-                    "message": Value("int32"),
-                    "start": Value("int32"),
-                    "end": Value("int32"),
-                    "image": Value("int32"),
-                    "mask": {"size": List(Value("int32")), "counts": Value("string")},
-                }
-            ),
-            "scene": Value("int32"),
-            "kind": Value("string"),
-            "answers": List(Value("string")),
-        }
+        {**row_features(), "scene": Value("int32"), "kind": Value("string"), "answers": List(Value("string"))}
     )
 
 

@@ -21,8 +21,9 @@ from agevlm.evaluation.scenes import (
     scene_questions,
     select_features,
 )
+from agevlm.processing.grounding import mask_from_rle
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
-from agevlm.processing.scenes import build_scenes, mask_from_rle
+from agevlm.processing.scenes import build_scenes
 
 SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from agevlm import AgeVlmImageProcessor
-from agevlm.trainer.guidance import dice_loss, mask_coverage
+from agevlm.processing.collator import mask_coverage
+from agevlm.trainer.guidance import dice_loss
 
 
 def test_dice_equals_its_definition():

@@ -16,13 +16,12 @@ from agevlm._files import new_folder
 from agevlm.processing import cutouts as cutouts_module
 from agevlm.processing import scenes
 from agevlm.processing.cutouts import OPENMOJI, PHOTOGRAPHS, export_openmoji, export_photographs
+from agevlm.processing.grounding import mask_from_rle, mask_to_rle
 from agevlm.processing.scenes import (
     KINDS,
     POSITIONS,
     build_scenes,
     load_cutouts,
-    mask_from_rle,
-    mask_to_rle,
     position_word,
 )
 
