@@ -23,6 +23,13 @@ _EXPORTS = {
     "AgeVlmImageProcessor": "processing.image_processing_agevlm",
     "AgeVlmImageProcessorPil": "processing.image_processing_agevlm",
     "AgeVlmProcessor": "processing.processing_agevlm",
+    "AgeVlmDataCollator": "processing.collator",
+    "AgeVlmTrainer": "trainer.trainer",
+    "AgeVlmTrainingArguments": "trainer.arguments",
+    "AgeVlmSFTTrainer": "trainer.trl_trainers",
+    "AgeVlmSFTConfig": "trainer.trl_trainers",
+    "AgeVlmDPOTrainer": "trainer.trl_trainers",
+    "AgeVlmDPOConfig": "trainer.trl_trainers",
     "build_scenes": "processing.scenes",
     "build_checkpoint": "assembly",
 }
@@ -35,10 +42,17 @@ if TYPE_CHECKING:
     from .modeling_agevlm.modeling_agevlm import AgeVlmModel as AgeVlmModel
     from .modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel as AgeVlmPreTrainedModel
     from .modeling_agevlm.modeling_agevlm import AgeVlmTextModel as AgeVlmTextModel
+    from .processing.collator import AgeVlmDataCollator as AgeVlmDataCollator
     from .processing.image_processing_agevlm import AgeVlmImageProcessor as AgeVlmImageProcessor
     from .processing.image_processing_agevlm import AgeVlmImageProcessorPil as AgeVlmImageProcessorPil
     from .processing.processing_agevlm import AgeVlmProcessor as AgeVlmProcessor
     from .processing.scenes import build_scenes as build_scenes
+    from .trainer.arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
+    from .trainer.trainer import AgeVlmTrainer as AgeVlmTrainer
+    from .trainer.trl_trainers import AgeVlmDPOConfig as AgeVlmDPOConfig
+    from .trainer.trl_trainers import AgeVlmDPOTrainer as AgeVlmDPOTrainer
+    from .trainer.trl_trainers import AgeVlmSFTConfig as AgeVlmSFTConfig
+    from .trainer.trl_trainers import AgeVlmSFTTrainer as AgeVlmSFTTrainer
 
 
 def __getattr__(name: str):

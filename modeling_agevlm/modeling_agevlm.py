@@ -458,6 +458,15 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             attn_implementation = {"": plain, "text_config": plain}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
+    def enable_input_require_grads(self):
+        """As in Transformers, for the text's embeddings alone: the tower's would keep a graph through its frozen part."""
+
+        def require_grads(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grads)
+        self._require_grads_hooks = [self._require_grads_hook]
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in Transformers, with an `auto_map` that names every Auto class, so that one flag loads all of them."""
         self.config.auto_map = {
@@ -612,6 +621,14 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
+    def train(self, mode: bool = True) -> "AgeVlmModel":
+        """As in PyTorch, but what is frozen of the vision tower stays in evaluation mode, and so do its batch norms:
+        batches of a fine-tuning are too small for statistics."""
+        super().train(mode)
+        if mode:
+            _train_what_learns(self.vision_tower, False)
+        return self
+
     @can_return_tuple
     @auto_docstring(custom_intro="Runs the vision tower and the adapter.")
     def get_image_features(
@@ -647,7 +664,10 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, their rows and columns, and all of
         the tower's output."""
         height, width = pixel_values.shape[-2:]
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        # A frozen tower keeps no graph, whatever asks its input embeddings for gradients.
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = outputs.last_hidden_state
         if isinstance(features, (list, tuple)):  # timm's `features_only`: the last of the stages asked for
             features = features[-1]
@@ -823,6 +843,15 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         )
         outputs.image_hidden_states = features.pooler_output if features is not None else None
         return outputs
+
+
+def _train_what_learns(module: nn.Module, parent_learns: bool) -> None:
+    """Sets the mode of each module below: training where it holds parameters that learn, or none and its parent learns."""
+    parameters = list(module.parameters())
+    learns = any(parameter.requires_grad for parameter in parameters) if parameters else parent_learns
+    module.training = learns and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    for child in module.children():
+        _train_what_learns(child, learns)
 
 
 def vision_width(vision_tower: PreTrainedModel) -> int:

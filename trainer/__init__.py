@@ -1,1 +1,1 @@
-"""Training."""
+"""Training: stages, attention guidance, and trainers."""

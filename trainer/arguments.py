@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training arguments: those of Transformers, and of stages and guidance."""
+
+import json
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .freezing import resolve_groups
+
+
+@dataclass
+class AgeVlmArgumentsMixin:
+    """What AGE-VLM adds to the arguments of any trainer: [`AgeVlmTrainingArguments`], and TRL's configurations in
+    [`agevlm.trainer.trl_trainers`].
+
+    Args:
+        stage (`str` or `list[str]`, *optional*):
+            What trains: a preset of [`agevlm.trainer.freezing.PRESETS`], or a list of its groups. By default whatever of
+            the model requires gradients, as it is; so with PEFT, which decides that itself.
+        guidance_weight (`float`, defaults to 1.0):
+            Weight of the Dice loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
+        guided_layers (`list[int]`, *optional*):
+            The cross-attention layers to guide, of the configuration's `cross_attention_layers` (so 2, 7, 12, 17 for
+            age-vlm-1b). All by default.
+        guided_fraction (`float`, defaults to 1.0):
+            Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data.
+        initial_gate (`float`, *optional*):
+            What gates that are exactly 0, those of a freshly assembled model, are set to when training starts.
+        group_learning_rates (`dict[str, float]`, *optional*):
+            Learning rates by group of parameters, as `{"vision_last_block": 2e-6}`; the others have `learning_rate`.
+    """
+
+    stage: str | list[str] | None = field(default=None, metadata={"help": "Preset or groups that train."})
+    guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the Dice loss; 0 for no guidance."})
+    guided_layers: list[int] | None = field(
+        default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}
+    )
+    guided_fraction: float = field(default=1.0, metadata={"help": "Share of the rows with masks that are guided."})
+    initial_gate: float | None = field(default=None, metadata={"help": "Value of gates that are exactly 0."})
+    group_learning_rates: dict | str | None = field(
+        default=None, metadata={"help": "Learning rates by group of parameters."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()  # type: ignore[misc]  # TrainingArguments, further along
+        if isinstance(self.group_learning_rates, str):  # from a command line
+            self.group_learning_rates = json.loads(self.group_learning_rates)
+        if self.stage is not None:
+            resolve_groups(self.stage)
+        resolve_groups(list(self.group_learning_rates or {}))
+        if self.guidance_weight < 0:
+            raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
+        if not 0 <= self.guided_fraction <= 1:
+            raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
+
+
+@dataclass
+class AgeVlmTrainingArguments(AgeVlmArgumentsMixin, TrainingArguments):
+    """Arguments of [`~agevlm.trainer.AgeVlmTrainer`]: Transformers', those of [`AgeVlmArgumentsMixin`], and
+
+    Args:
+        max_length (`int`, *optional*):
+            Tokens that a conversation is cut to; all are kept by default.
+        assistant_only_loss (`bool`, defaults to `True`):
+            Learn the assistant's turns only.
+    """
+
+    max_length: int | None = field(default=None, metadata={"help": "Tokens that a conversation is cut to."})
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Learn the assistant's turns only."})

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trains in which stage: groups of parameters, and presets of groups, as data (paper, section on training stages)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+GROUPS: dict[str, str] = {
+    "adapter": r"model\.multi_modal_projector\.",
+    "cross_attention": r"model\.language_model\.layers\.\d+\.cross_attn\.",
+    "vision": r"model\.vision_tower\.",
+    "self_attention": r"model\.language_model\.layers\.\d+\.(self_attn|input_layernorm)\.",
+    "ffn": r"model\.language_model\.layers\.\d+\.(mlp|post_attention_layernorm)\.",
+    "embeddings": r"(lm_head|model\.language_model\.(embed_tokens|norm))\.",
+}
+"""Name of a group -> regular expression of its parameters' names, from their beginning. Each parameter is in one. Besides,
+`vision_last_block` is the part of `vision` that [`last_block`] finds."""
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "align": ("adapter", "cross_attention"),
+    "adapt_vision": ("adapter", "cross_attention", "vision_last_block"),
+    "guide": ("adapter", "cross_attention", "vision_last_block"),
+    "instruct": ("adapter", "cross_attention", "vision_last_block"),
+    "self_attention": ("adapter", "cross_attention", "vision_last_block", "self_attention"),
+    "full": ("adapter", "cross_attention", "vision", "self_attention", "ffn", "embeddings"),
+}
+"""Name of a stage -> the groups that train in it. `align` to `instruct` are the paper's stages 1 to 4, which leave
+self-attention and FFN frozen; `self_attention` is its open variant."""
+
+# A numbered stage or block of a tower, as timm and Transformers name them: `stages.3.blocks.2`, `encoder.stages.3.layers.2`,
+# `blocks.6.0`, `stages_3.blocks.2`, `encoder.layer.11`.
+_BLOCK = re.compile(
+    r"model\.vision_tower\.(?:\w+\.)*?((?:stages?|blocks|layers?)[._]\d+(?:\.(?:(?:blocks|layers?)\.)?\d+)*)\."
+)
+
+# Pooling heads, which no visual token goes through: they would never get a gradient.
+_POOLING = {
+    "convnext": r"model\.vision_tower\.layernorm\.",
+    "convnextv2": r"model\.vision_tower\.layernorm\.",
+    "timm_wrapper": r"model\.vision_tower\.timm_model\.(head|fc_norm|attn_pool)\.",
+}
+
+
+def last_block(names: Sequence[str]) -> str:
+    """Regular expression of a vision tower's last block, from its parameters' names.
+
+    Raises:
+        ValueError: if the tower has no numbered blocks.
+    """
+    prefixes = {match.group(): match.group(1) for name in names if (match := _BLOCK.match(name))}
+    if not prefixes:
+        raise ValueError(
+            "The vision tower has no numbered blocks, so that the group 'vision_last_block' is empty: train 'vision' as a "
+            "whole, or leave it frozen."
+        )
+    return re.escape(max(prefixes, key=lambda prefix: [int(n) for n in re.findall(r"\d+", prefixes[prefix])]))
+
+
+def group_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each group, by name; pooling heads of the tower are in none.
+
+    Raises:
+        ValueError: if a group's pattern matches nothing, or a parameter is in no group.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unused = _POOLING.get(model.config.vision_config.model_type, r"(?!)")
+    used = {name: parameter for name, parameter in parameters.items() if not re.match(unused, name)}
+    patterns = {**GROUPS, "vision_last_block": last_block([name for name in used if "vision_tower" in name])}
+    groups = {
+        group: {name: parameter for name, parameter in used.items() if re.match(pattern, name)}
+        for group, pattern in patterns.items()
+    }
+    if empty := [group for group, members in groups.items() if not members]:
+        raise ValueError(f"No parameter of this {type(model).__name__} is in the group(s) {', '.join(empty)}.")
+    if strays := used.keys() - {name for members in groups.values() for name in members}:
+        raise ValueError(f"In no group of parameters: {', '.join(sorted(strays)[:5])}.")
+    return groups
+
+
+@dataclass
+class TrainableGroup:
+    """A group that trains: its name, tensors and numbers in them."""
+
+    name: str
+    tensors: int
+    parameters: int
+
+
+def resolve_groups(preset: str | Sequence[str]) -> tuple[str, ...]:
+    """The groups of a preset; a list of group names stands for itself.
+
+    Raises:
+        ValueError: if there is no such preset or group.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(
+                f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}, or a list of groups."
+            )
+        return PRESETS[preset]
+    known = (*GROUPS, "vision_last_block")
+    for group in preset:
+        if group not in known:
+            raise ValueError(f"There is no group of parameters '{group}': choose of {', '.join(known)}.")
+    return tuple(preset)
+
+
+def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -> list[TrainableGroup]:
+    """Lets exactly the groups of a preset train, in float32, and freezes all else in the type it has.
+
+    Float32, because the steps of a fine-tuning are smaller than bfloat16 can add: a bfloat16 model then trains under
+    `bf16=True` with its frozen part as small as it was.
+
+    Args:
+        preset: one of [`PRESETS`], or a list of group names.
+
+    Raises:
+        ValueError: if the preset, or a group of it, does not exist or matches nothing in this model.
+    """
+    groups = group_parameters(model)
+    model.requires_grad_(False)
+    resolved = []
+    for group in resolve_groups(preset):
+        members = {id(parameter): parameter for parameter in groups[group].values()}.values()  # tied ones count once
+        for parameter in members:
+            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+            parameter.requires_grad_(True)
+        resolved.append(TrainableGroup(group, len(members), sum(parameter.numel() for parameter in members)))
+    return resolved
+
+
+def print_trainable(model: nn.Module, groups: Sequence[TrainableGroup], title: str) -> None:
+    """Prints what trains, with counts."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    table = Table(title=title, title_justify="left")
+    table.add_column("trains")
+    for name in ("tensors", "parameters", "of the model"):
+        table.add_column(name, justify="right")
+    counted = sum(group.parameters for group in groups)
+    for name, tensors, number in [
+        *((group.name, group.tensors, group.parameters) for group in groups),
+        ("all", sum(group.tensors for group in groups), counted),
+    ]:
+        table.add_row(name, str(tensors), f"{number:,}", f"{number / total:.1%}")
+    Console().print(table)
+
+
+def optimizer_groups(
+    model: nn.Module, weight_decay: float, learning_rates: dict[str, float] | None = None
+) -> list[dict]:
+    """Parameter groups for an optimiser: what trains, by group, with and without weight decay.
+
+    Norms, biases and gates are not decayed: all that has fewer than two dimensions.
+
+    Args:
+        weight_decay: of all else.
+        learning_rates: by name of group; the others get the optimiser's own.
+
+    Raises:
+        ValueError: if a learning rate is given for a group that does not exist or that nothing trains in.
+    """
+    rates = dict(learning_rates or {})
+    resolve_groups(list(rates))
+    # DDP, torch.compile and PEFT each put a name of their own in front.
+    names = {re.sub(r"^(module\.|_orig_mod\.|base_model\.model\.)+", "", n): p for n, p in model.named_parameters()}
+    patterns = dict(GROUPS)
+    if "vision_last_block" in rates:  # before `vision`, of which it is a part
+        patterns = {"vision_last_block": last_block([name for name in names if "vision_tower" in name]), **GROUPS}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in names.items():
+        if parameter.requires_grad:
+            group = next((g for g, pattern in patterns.items() if g in rates and re.match(pattern, name)), "")
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
+            members.setdefault((group, len(shape) >= 2), []).append(parameter)
+    for group in rates:
+        if not any(g == group for g, _ in members):
+            raise ValueError(f"There is a learning rate for '{group}', but nothing of it trains: leave it out.")
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            **({"lr": rates[group]} if group else {}),
+        }
+        for (group, decays), parameters in members.items()
+    ]
+
+
+def open_gates(model: AgeVlmForConditionalGeneration, gate: float) -> None:
+    """Sets the gates that are exactly 0, those of a freshly assembled model, to `gate`."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("cross_attn.gate"):
+                parameter.copy_(torch.where(parameter == 0, gate, parameter))

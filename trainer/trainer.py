@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AgeVlmTrainer`, and the mixin that gives its stages and guidance to any trainer of Transformers or TRL."""
+
+import contextlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from ..processing.collator import AgeVlmDataCollator
+from ..processing.processing_agevlm import AgeVlmProcessor
+from .arguments import AgeVlmTrainingArguments
+from .freezing import freeze, open_gates, optimizer_groups, print_trainable
+from .guidance import attention_iou, guidance_losses, pointing_hits
+
+# Inputs of guidance that are no inputs of the model.
+_TARGETS = ("map_targets", "num_dropped_phrases")
+
+# Where a checkpoint is written until it is whole.
+_UNFINISHED = ".unfinished"
+
+
+@torch.no_grad()
+def visual_grid(model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor) -> tuple[int, int]:
+    """Rows and columns of the visual tokens of an image as the processor prepares it."""
+    size = processor.image_processor.size
+    blank = torch.zeros(1, 3, size["height"], size["width"], device=model.device)
+    return model.model._vision_tokens(blank)[1]
+
+
+class GuidanceMixin:
+    """Stages and attention guidance for a trainer: `class MyTrainer(GuidanceMixin, SomeTrainer)`.
+
+    It sets up what trains (`args.stage`), hands the collator's `map_targets` past the model, takes the attention maps from
+    the base model's output, whatever head the trainer runs on it, and adds `guidance_weight` times the Dice loss, a mean over
+    all phrases of the optimiser step: of its accumulated batches and of all processes.
+
+    It logs `guidance_loss`, `pointing_accuracy` and `attention_iou` (means over phrases), `guided_phrases` and
+    `dropped_phrases` (numbers), and the trainer's own loss without guidance under `own_loss_name`.
+
+    Checkpoints appear when they are whole: until then they are in a folder `.unfinished`.
+    """
+
+    own_loss_name = "lm_loss"
+
+    def _set_up(self, model: nn.Module, args) -> None:
+        """Before the trainer wraps the model: what trains, and the hook on the attention maps."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+        if not isinstance(base, AgeVlmForConditionalGeneration):
+            raise ValueError(
+                f"{type(self).__name__} trains AgeVlmForConditionalGeneration, got {type(base).__name__}."
+            )
+        if args.stage is not None:
+            if base is not model:
+                raise ValueError(
+                    "With PEFT, `stage` must be left out: PEFT freezes all but its adapters and the modules named in "
+                    'LoraConfig(modules_to_save=["multi_modal_projector", "cross_attn"]).'
+                )
+            groups = freeze(base, args.stage)
+            if args.process_index == 0 and not args.disable_tqdm:
+                print_trainable(base, groups, f"Stage {args.stage}" if isinstance(args.stage, str) else "Groups")
+        if args.initial_gate is not None:
+            open_gates(base, args.initial_gate)
+        half = {p.dtype for p in base.parameters() if not p.requires_grad} & {torch.bfloat16, torch.float16}
+        full = any(p.dtype == torch.float32 for p in base.parameters() if p.requires_grad)
+        if half and full and not (args.bf16 or args.fp16):
+            raise ValueError(
+                f"The frozen part of the model is {half.pop()} and what trains is float32: train with `bf16=True`, or load "
+                "the model in float32."
+            )
+        layers = base.config.text_config.cross_attention_layers
+        guided = list(layers) if args.guided_layers is None else args.guided_layers
+        if unknown := [layer for layer in guided if layer not in layers]:
+            raise ValueError(f"guided_layers has {unknown}, but the cross-attention layers are {list(layers)}.")
+        self._guided_blocks = [list(layers).index(layer) for layer in guided]
+
+        self._maps: torch.Tensor | None = None
+        self._num_phrases: torch.Tensor | None = None
+        self._guidance_sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._last_logged_step = 0
+        base.base_model.register_forward_hook(self._keep_maps)
+
+    def _keep_maps(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        # The first forward of a loss is the policy's: DPO's reference and extra forwards for metrics come after it.
+        if self._maps is None:
+            self._maps = output.cross_attention_maps
+
+    def _make_collator(self, model: nn.Module, processor, args, assistant_only_loss: bool) -> AgeVlmDataCollator:
+        if not isinstance(processor, AgeVlmProcessor):
+            raise ValueError(
+                f"Pass the model's processor as `processing_class` (AutoProcessor.from_pretrained), got {processor!r:.80}."
+            )
+        return AgeVlmDataCollator(
+            processor,
+            grid=visual_grid(_base(model), processor) if args.guidance_weight else None,
+            max_length=args.max_length,
+            assistant_only_loss=assistant_only_loss,
+            guided_fraction=args.guided_fraction,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    # --- data ---
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns = ["messages", "prompt", "completion", "image", "images", "grounding"]
+        self._signature_columns += [name for name in columns if name not in self._signature_columns]
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        counts = [_num_phrases(batch) for batch in batches]
+        self._num_phrases = self.accelerator.reduce(torch.tensor(sum(counts), device=device))
+        return batches, num_items
+
+    # --- loss ---
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        targets, dropped = (inputs.pop(name, None) for name in _TARGETS)
+        self._maps = None
+        result = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        maps, self._maps = self._maps, None
+        loss, outputs = result if return_outputs else (result, None)
+        mode = "train" if self.model.training else "eval"
+        sums = self._guidance_sums[mode]
+        # What the trainer will divide by, once this loss is handed to it.
+        accumulated = (
+            1 if mode == "eval" or self._is_scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
+        )
+        sums["own_loss"] += loss.detach() / accumulated
+        sums["losses"] += 1
+        sums["dropped_phrases"] += 0 if dropped is None else dropped.sum()
+        if targets is not None and self.args.guidance_weight:
+            loss = loss + self.args.guidance_weight * self._guidance(maps, targets, sums, mode) * accumulated
+        return (loss, outputs) if return_outputs else loss
+
+    def _guidance(self, maps: torch.Tensor | None, targets: torch.Tensor, sums: dict, mode: str) -> torch.Tensor:
+        """This batch's part of the mean Dice loss over the phrases of the step."""
+        if self.get_tp_size() > 1:
+            raise NotImplementedError(
+                "Under tensor parallelism each process has attention maps of its own heads only: train with DDP, FSDP2 or "
+                "ZeRO, or with guidance_weight=0."
+            )
+        if maps is None or (mode == "train" and not maps.requires_grad):
+            raise RuntimeError(
+                "The attention maps came without a gradient, so guidance would teach nothing: reentrant gradient "
+                "checkpointing does that where nothing before the first cross-attention layer trains. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or train the adapter too."
+            )
+        maps = maps[self._guided_blocks]
+        losses, named = guidance_losses(maps, targets)
+        sums["guided_phrases"] += named.sum()
+        sums["guidance_loss"] += losses.detach().sum()
+        sums["pointing_accuracy"] += pointing_hits(maps, targets)[named].sum()
+        sums["attention_iou"] += attention_iou(maps, targets)[named].sum()
+        if mode == "eval":
+            return losses.sum() / named.sum().clamp(min=1)
+        # Data-parallel training averages over the processes, each of which has some of the phrases.
+        return losses.sum() / self._num_phrases.clamp(min=1) * self.accelerator.num_processes
+
+    def _is_scaled(self, num_items_in_batch) -> bool:
+        """Whether the trainer's own loss is that of its share of the step, rather than a mean over the batch."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_items or self.compute_loss_func is not None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self._guidance_sums[mode]
+        if sums:
+            names = ("own_loss", "losses", "guided_phrases", "dropped_phrases")
+            means = ("guidance_loss", "pointing_accuracy", "attention_iou")
+            device = self.accelerator.device
+            local = torch.stack(
+                [
+                    torch.as_tensor(
+                        sums[n], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+                    )
+                    for n in (*names, *means)
+                ]
+            )
+            own, losses, guided, dropped, *totals = self.accelerator.reduce(local).tolist()
+            if mode == "train":
+                steps = max(1, self.state.global_step - self._last_logged_step)
+                self._last_logged_step = self.state.global_step
+                own = own / steps / self.accelerator.num_processes
+            else:
+                own = own / losses
+            values = {self.own_loss_name: own, "guided_phrases": guided, "dropped_phrases": dropped}
+            if guided:
+                values |= {name: total / guided for name, total in zip(means, totals, strict=True)}
+            logs.update({f"eval_{k}" if mode == "eval" else k: round(v, 6) for k, v in values.items()})
+            sums.clear()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # --- optimiser ---
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            trained = optimizer_groups(
+                self.model if model is None else model, self.args.weight_decay, self.args.group_learning_rates
+            )
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if (
+                any(name in kwargs for name in ("params", "model", "optimizer_dict"))
+                and self.args.group_learning_rates
+            ):
+                raise ValueError(f"optim={self.args.optim} makes its own groups: leave group_learning_rates out.")
+            if any(name in kwargs for name in ("params", "model", "optimizer_dict")):
+                return super().create_optimizer(model)  # type: ignore[misc]
+            self.optimizer = cls(trained, **kwargs)
+        return self.optimizer
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial=None) -> str:
+        folder = super()._get_output_dir(trial)  # type: ignore[misc]
+        return os.path.join(folder, _UNFINISHED) if getattr(self, "_saving", False) else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
+        folder = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished, whole = os.path.join(folder, _UNFINISHED), os.path.join(folder, name)
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter on a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"Could not save {whole}: {error}. Earlier checkpoints are as they were: make room, and resume from the last."
+            ) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint and _UNFINISHED in self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = whole
+                self.state.save_to_json(os.path.join(unfinished, name, TRAINER_STATE_NAME))
+            shutil.rmtree(whole, ignore_errors=True)  # of an earlier run in the same folder
+            os.replace(os.path.join(unfinished, name), whole)
+            with contextlib.suppress(OSError):
+                os.rmdir(unfinished)
+            rotate_checkpoints(
+                output_dir=folder,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def _base(model: nn.Module) -> AgeVlmForConditionalGeneration:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _num_phrases(batch: dict) -> int:
+    targets = batch.get("map_targets")
+    return 0 if targets is None else int((targets > 0).any(-1).sum())
+
+
+class AgeVlmTrainer(GuidanceMixin, Trainer):
+    """Transformers' `Trainer` for AGE-VLM: any stage, with or without guidance, on rows with images, messages and grounding.
+
+    ```python
+    trainer = AgeVlmTrainer(
+        model=model,
+        args=AgeVlmTrainingArguments("output", stage="guide", bf16=True),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model: [`~agevlm.AgeVlmForConditionalGeneration`], or a PEFT model of one.
+        args: [`~agevlm.trainer.arguments.AgeVlmTrainingArguments`].
+        processing_class: the model's processor; saved with every checkpoint.
+        data_collator: by default [`~agevlm.processing.collator.AgeVlmDataCollator`] with the arguments' settings.
+        kwargs: the other arguments of `Trainer`.
+
+    Raises:
+        ValueError: if the model is no AGE-VLM, or a setting does not fit it.
+    """
+
+    def __init__(self, model, args: AgeVlmTrainingArguments, *, processing_class=None, data_collator=None, **kwargs):
+        self._set_up(model, args)
+        if data_collator is None:
+            data_collator = self._make_collator(model, processing_class, args, args.assistant_only_loss)
+        super().__init__(
+            model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "AgeVlmTrainer does not train with nn.DataParallel, which Transformers uses where one process sees several "
+                "GPUs: start it with `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
+            )
