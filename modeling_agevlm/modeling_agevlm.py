@@ -288,6 +288,8 @@ class AgeVlmCrossAttention(nn.Module):
 
         query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states)))).transpose(1, 2)
         if cross_attention_states is not None:
+            # The block may be float32 in a bfloat16 model.
+            cross_attention_states = cross_attention_states.to(self.k_proj.weight.dtype)
             key_states = self.k_norm(heads(self.k_proj(cross_attention_states))).transpose(1, 2)
             value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
             if past_key_values is not None:

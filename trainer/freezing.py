@@ -116,7 +116,8 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
     """Lets exactly the groups of a preset train, in float32, and freezes all else in the type it has.
 
     Float32, because the steps of a fine-tuning are smaller than bfloat16 can add: a bfloat16 model then trains under
-    `bf16=True` with its frozen part as small as it was.
+    `bf16=True` with its frozen part as small as it was. A vision tower of which something trains is float32 as a whole,
+    since a tower has no place where types may change.
 
     Args:
         preset: one of [`PRESETS`], or a list of group names.
@@ -132,6 +133,8 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
         for parameter in members:
             parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
             parameter.requires_grad_(True)
+        if group.startswith("vision"):
+            model.model.vision_tower.float()
         resolved.append(TrainableGroup(group, len(members), sum(parameter.numel() for parameter in members)))
     return resolved
 

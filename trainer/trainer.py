@@ -111,7 +111,7 @@ class GuidanceMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        columns = ["messages", "prompt", "completion", "image", "images", "grounding"]
+        columns = ["messages", "prompt", "completion", "image", "images", "grounding", self.args.length_column_name]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
