@@ -4,7 +4,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +14,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+data = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+# Bad rows that `data check` prints.
+_BAD_ROWS_SHOWN = 20
 
 
 @app.callback()
@@ -119,6 +124,21 @@ def build(
 
 
 @app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of a stage, such as those in examples/recipes.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace values: training.max_steps=100 data.0.path=my_rows"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+) -> None:
+    """Train a stage as its recipe says. On several GPUs: accelerate launch $(which agevlm) train …"""
+    from .trainer import recipes
+
+    recipes.train(recipes.load_recipe(recipe, overrides or ()), resume)
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the image.")],
     model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
@@ -199,6 +219,144 @@ def scenes(
     )
     rows = ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
     Console().print(f"[green]Saved[/green] {out}: {rows} (rows, one a conversation).")
+
+
+@app.command()
+def masks(
+    dataset: Annotated[Path, typer.Argument(help="Grounding data set: a folder that `save_to_disk` wrote.")],
+    teacher: Annotated[str, typer.Option(help="sam (from boxes), sam3 (from phrases) or grounded-sam (both).")],
+    checkpoint: Annotated[str, typer.Option(help="SAM's .pth file; for sam3 a folder or Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data set with masks; must not exist yet.")],
+    detector: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of grounded-sam's detector: a Grounding DINO or OWL.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score of an instance (sam3) or box (grounded-sam).")
+    ] = None,
+    min_score: Annotated[float, typer.Option(help="Least score of a mask.")] = 0.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace masks that are there already.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images that are encoded together.")] = 8,
+    save_every: Annotated[int, typer.Option(help="Rows after which work is saved.")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    preview: Annotated[Path | None, typer.Option(help="PNG to write: some rows with their masks.")] = None,
+) -> None:
+    """Add masks from Segment Anything to a grounding data set. Run again, it goes on where it stopped."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
+    if preview is not None and not preview.absolute().parent.is_dir():
+        raise ValueError(f"--preview {preview}: there is no folder {preview.absolute().parent}.")
+    if not any((dataset / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise FileNotFoundError(f"{dataset} is not a data set that `save_to_disk` of Hugging Face datasets wrote.")
+
+    import datasets
+    import torch
+
+    from .processing.masks import add_masks, draw_masks, load_teacher
+
+    attribution = dataset / "ATTRIBUTION.md"
+    loaded, outcomes = add_masks(
+        datasets.load_from_disk(dataset),
+        load_teacher(
+            teacher,
+            checkpoint,
+            detector=detector,
+            threshold=threshold,
+            device=device,
+            dtype=getattr(torch, dtype),
+        ),
+        out,
+        batch_size=batch_size,
+        min_score=min_score,
+        overwrite=overwrite,
+        save_every=save_every,
+        attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+    )
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    Console().print(
+        f"[green]Saved[/green] {out}: of {outcomes.total()} phrases {outcomes['masked']} got a mask, "
+        f"{outcomes['refused']} did not (nothing found, or below --min-score {min_score}), {outcomes['kept']} had one, "
+        f"{outcomes['not asked']} have no box to start from."
+    )
+    if preview is not None:
+        draw_masks(next(iter(loaded.values())) if isinstance(loaded, datasets.DatasetDict) else loaded, preview)
+
+
+@data.command()
+def check(
+    path: Annotated[str, typer.Argument(help="Data set: folder, .json, .jsonl or .parquet file, or Hub id.")],
+    split: Annotated[str | None, typer.Option(help="Which split, where there are several.")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON file to write: the counts and every problem.")] = None,
+) -> None:
+    """Check every row of a data set: its form, its phrases, and that its images can be read. Exit code 1: bad rows."""
+    if report is not None and not report.absolute().parent.is_dir():
+        raise ValueError(f"--report {report}: there is no folder {report.absolute().parent}.")
+
+    from dataclasses import asdict
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from .processing.grounding import check_dataset
+    from .processing.readers import read_json_rows, read_rows
+
+    as_is = Path(path).suffix in (".json", ".jsonl") and split in (None, "train")
+    found = check_dataset(read_json_rows(path) if as_is else read_rows(path, split))
+    if report is not None:
+        report.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    console = Console()
+    counts = Table(show_header=False)
+    for label, number in (
+        ("rows", found.rows),
+        ("rows with grounding", found.rows_with_grounding),
+        ("phrases", found.phrases),
+        ("phrases with a mask", found.phrases_with_mask),
+        ("phrases with a box", found.phrases_with_box),
+        ("phrases dropped at training, their mask is empty", found.phrases_dropped),
+        ("bad rows", found.bad_rows),
+    ):
+        counts.add_row(label, f"{number}")
+    console.print(counts)
+    bad: dict[int | None, list[str]] = {}
+    for problem in found.problems:
+        if problem.severity == "error":
+            bad.setdefault(problem.row, []).append(f"{problem.where} {problem.message}")
+    if not bad:
+        console.print("[green]No bad rows.[/green]")
+        return
+    table = Table("row", "problem")
+    for row, problems in list(bad.items())[:_BAD_ROWS_SHOWN]:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        table.add_row(f"{row}", Text(problems[0] + more))
+    console.print(table)
+    if len(bad) > _BAD_ROWS_SHOWN:
+        console.print(f"and {len(bad) - _BAD_ROWS_SHOWN} more bad rows; see {report or '--report'}", markup=False)
+    raise typer.Exit(1)
+
+
+@data.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help=".json or .jsonl file.")],
+    format: Annotated[
+        Literal["llava", "grit"], typer.Option(help="llava: conversations; grit: captions with boxes (Kosmos-2).")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder that the paths of images start from.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data set; must not exist yet.")],
+) -> None:
+    """Convert a LLaVA or GRIT file to a data set that holds its images."""
+    from .processing import readers
+
+    rows = readers.convert(file, images, out, format=format)
+    import pyarrow.compute as pc
+
+    pictures, phrases = (
+        pc.sum(pc.list_value_length(rows.data.column(name))).as_py() for name in ("images", "grounding")
+    )
+    Console().print(f"[green]Saved[/green] {out}: {len(rows)} rows, {pictures} images, {phrases} grounded phrases.")
 
 
 def main() -> None:

@@ -4,19 +4,22 @@
 The rows are those of [`agevlm.processing.grounding`]: TRL's conversational vision format, with `grounding` where there is any.
 """
 
+import hashlib
 import json
-import zlib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .grounding import mask_from_rle
-from .image_processing_agevlm import AgeVlmImageProcessorMixin
+from .grounding import mask_from_rle, message_text, place_images
+from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
 from .processing_agevlm import AgeVlmProcessor
 
 _CHECK = "`agevlm data check` lists all such rows of a data set."
@@ -34,71 +37,107 @@ def mask_coverage(mask: np.ndarray, grid: tuple[int, int], image_processor: AgeV
         float32 `(rows * columns,)`, each in [0, 1].
     """
     size = image_processor.size
-    height, width = image_processor.get_resized_size(*mask.shape)
-    coverage = torch.from_numpy(mask.astype(np.float32))[None, None]
-    coverage = nn.functional.interpolate(coverage, (height, width), mode="area")
-    coverage = nn.functional.pad(coverage, (0, size["width"] - width, 0, size["height"] - height))
-    return nn.functional.adaptive_avg_pool2d(coverage, grid).flatten()
-
-
-def place_images(messages: Sequence[dict], num_images: int) -> list[dict]:
-    """Messages whose contents are all lists of parts. Where no message has an image part, the images go in front of the
-    first user message, as TRL puts them."""
-    messages = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-        for m in messages
-    ]
-    if num_images and not any(part["type"] == "image" for m in messages for part in m["content"]):
-        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-        if first is None:
-            raise ValueError(f"A row has {num_images} image(s), but no message that shows them and none of the user.")
-        parts = [{"type": "image", "text": None}] * num_images + list(messages[first]["content"])
-        messages[first] = {**messages[first], "content": parts}
-    return messages
+    resized = image_processor.get_resized_size(*mask.shape)
+    shares = []
+    for pixels, length, target, cells in zip(mask.shape, resized, (size["height"], size["width"]), grid, strict=True):
+        # Cells end where `target` is divided by `cells`, pixels where `length` is divided by `pixels`: as integers, in
+        # the smallest unit that both are multiples of.
+        cell, pixel = target * pixels, length * cells
+        cell_starts, pixel_starts = torch.arange(cells)[:, None] * cell, torch.arange(pixels) * pixel
+        overlap = torch.minimum(cell_starts + cell, pixel_starts + pixel) - torch.maximum(cell_starts, pixel_starts)
+        shares.append((overlap.clamp(min=0).double() / cell).float())
+    covered = shares[0] @ torch.from_numpy(mask.astype(np.float32)) @ shares[1].T
+    return covered.clamp(max=1).flatten()
 
 
 @dataclass
 class RenderedConversation:
     """A conversation as its chat template writes it.
 
-    `answers` are the characters `(start, end)` of the assistant's turns, `parts` for each message where its text parts stand:
-    tuples of the part's first character in the message's text, its first in `text`, and its length.
+    `answers` are the characters `(start, end)` of the assistant's turns in `text`. `messages` are what `render` has made
+    `text` of; their contents are lists of parts.
     """
 
     text: str
     answers: list[tuple[int, int]]
-    parts: list[list[tuple[int, int, int]]]
+    messages: list[dict]
+    render: Callable[[list[dict]], str]
 
     def locate(self, message: int, start: int, end: int) -> tuple[int, int]:
-        """Characters in `text` of a span of a message's text.
+        """Characters in `text` of a span of a message's text, without the white space at its ends.
 
         Raises:
-            ValueError: if the message does not exist or the span is empty, reversed or outside its text.
+            ValueError: if the message does not exist, the span is empty, reversed or outside its text or only white space,
+                or the chat template changes the message's text.
         """
-        if not 0 <= message < len(self.parts):
+        if not 0 <= message < len(self.messages):
             raise ValueError(
-                f"A grounded phrase is in message {message} of a row with {len(self.parts)} messages. {_CHECK}"
+                f"A grounded phrase is in message {message} of a row with {len(self.messages)} messages. {_CHECK}"
             )
-        parts = self.parts[message]
-        length = max((begin + size for begin, _, size in parts), default=0)
-        if not 0 <= start < end <= length:
+        said = message_text(self.messages[message])
+        phrase = said[max(start, 0) : end]
+        if not (0 <= start < end <= len(said) and phrase.strip()):
             raise ValueError(
-                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {length}, the "
-                f"length of that message's text. {_CHECK}"
+                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(said)}, the "
+                f"length of that message's text, and not only white space. {_CHECK}"
             )
-        first = next(where + start - begin for begin, where, size in parts if begin <= start < begin + size)
-        last = next(where + end - 1 - begin for begin, where, size in parts if begin < end <= begin + size)
+        first = self._places[message][end - len(phrase.lstrip())]
+        last = self._places[message][start + len(phrase.rstrip()) - 1]
+        if first is None or last is None:
+            raise ValueError(
+                f"The chat template changes the text of message {message}, so the grounded phrase {phrase!r} cannot be found "
+                "in it. Use a template that writes contents as they are (it may trim them), or leave out grounding in such "
+                "messages."
+            )
         return first, last + 1
+
+    @cached_property
+    def _places(self) -> list[list[int | None]]:
+        """For each character of each message's text its place in `text`; None for white space at the ends of text parts, and
+        for parts that the template changes, repeats or leaves out."""
+        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part: inside
+        # the white space there, which many templates trim.
+        unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in self.text)
+        marks: dict[str, tuple[int, int, str]] = {}  # message, first character in the message's text, what is marked
+        messages = []
+        for i, message in enumerate(self.messages):
+            content, length = [], 0
+            for part in message["content"]:
+                said = part["text"] if part["type"] == "text" else ""
+                if core := said.strip():
+                    before, _, after = said.partition(core)
+                    mark = next(unused)
+                    marks[mark] = i, length + len(before), core
+                    part = {**part, "text": before + mark + core + mark + after}
+                content.append(part)
+                length += len(said)
+            messages.append({**message, "content": content})
+        text = self.render(messages)
+        found: dict[str, list[int]] = {mark: [] for mark in marks}
+        for count, match in enumerate(re.finditer(f"[{''.join(marks)}]", text)):
+            found[match[0]].append(match.start() - count)
+
+        places: list[list[int | None]] = [[None] * len(message_text(message)) for message in self.messages]
+        # The lengths are compared, not the texts: a template may write the time.
+        if len(text) - sum(map(len, found.values())) == len(self.text):
+            for mark, (i, first, core) in marks.items():
+                if len(found[mark]) == 2 and self.text[slice(*found[mark])] == core:
+                    places[i][first : first + len(core)] = range(*found[mark])
+        return places
 
 
 def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) -> RenderedConversation:
     """Writes a conversation with the processor's chat template, and says where everything stands in it.
 
     Assistant turns are what the template marks with `{% generation %}`. In a template without that mark, they are what
-    each adds to the text rendered up to there with a generation prompt.
+    each adds to the text rendered up to there with a generation prompt, without the white space after its end of turn.
+
+    Args:
+        processor: of the model.
+        messages: contents are lists of parts, as `place_images` makes them.
 
     Raises:
-        ValueError: if there is no chat template, or it changes the text of messages or of earlier turns.
+        ValueError: if there is no chat template, or it has no marks and changes the text of earlier turns.
     """
     template = processor.chat_template
     if isinstance(template, dict):
@@ -107,7 +146,7 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
         raise ValueError("The processor has no chat template: set `processor.chat_template`.")
     marked = "endgeneration" in template
 
-    def render(messages, prompt: bool = False):
+    def render(messages: Sequence[dict], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         (text,), spans = render_jinja_template(
             [list(messages)],
             chat_template=template,
@@ -117,59 +156,40 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
         )
         return text, [tuple(span) for span in spans[0]] if marked else []
 
-    text, answers = render(messages)
-    if not marked:
+    def render_turns() -> tuple[str, list[tuple[int, int]]] | None:
+        text, answers = render(messages)[0], []
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, turn = render(messages[:i], True)[0], render(messages[: i + 1])[0]
-                if not (turn.startswith(prompt) and text.startswith(turn)):
-                    raise ValueError(
-                        "The chat template writes a turn otherwise once others follow, so the assistant's part cannot be "
-                        "told: mark it in the template with {% generation %} and {% endgeneration %}."
-                    )
-                answers.append((len(prompt), len(turn)))
+            if message["role"] != "assistant":
+                continue
+            try:
+                prompt, turn = render(messages[:i], prompt=True)[0], render(messages[: i + 1])[0]
+            except TemplateError:  # it cannot do with only a part of the conversation
+                return None
+            if not (turn.startswith(prompt) and text.startswith(turn)):
+                return None
+            end = turn.rstrip()
+            if end.endswith(message_text(message).rstrip()):  # white space is all that ends the turn
+                end = turn
+            answers.append((len(prompt), len(end)))
+        return text, answers
 
-    # Where each text part stands: rendered once more with a character at its ends that occurs nowhere else.
-    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
-    for strip in (False, True):  # many templates trim contents
-        texts = [[p["text"] or "" for p in m["content"] if p["type"] == "text"] for m in messages]
-        kept = [["".join(t).strip() and t.strip() if strip else t for t in row] for row in texts]
-        bounded = [
-            {
-                **m,
-                "content": [
-                    {**p, "text": f"{mark}{next(row)}{mark}"} if p["type"] == "text" else p for p in m["content"]
-                ],
-            }
-            for m, row in zip(messages, map(iter, kept), strict=True)
-        ]
-        pieces = render(bounded)[0].split(mark)
-        if "".join(pieces) == text and len(pieces) == 2 * sum(map(len, texts)) + 1:
-            break
-    else:
+    # Twice, because a template may write the date, and midnight be between two renderings.
+    rendered = render(messages) if marked else render_turns() or render_turns()
+    if rendered is None:
         raise ValueError(
-            "The chat template changes the text of messages, so that grounded phrases cannot be found in it."
+            "The chat template writes a turn otherwise once others follow, so the assistant's part cannot be "
+            "told: mark it in the template with {% generation %} and {% endgeneration %}."
         )
-    ends = np.cumsum([len(piece) for piece in pieces])
-    starts = iter(ends[::2].tolist())
-    parts: list[list[tuple[int, int, int]]] = []
-    for row, row_kept in zip(texts, kept, strict=True):
-        begin = 0
-        parts.append([])
-        for full, part in zip(row, row_kept, strict=True):
-            parts[-1].append((begin + full.find(part), next(starts), len(part)))
-            begin += len(full)
-    return RenderedConversation(text, answers, parts)
+    return RenderedConversation(*rendered, list(messages), lambda marked_messages: render(marked_messages)[0])
 
 
 @dataclass
 class GuidedPhrase:
-    """A phrase whose attention is guided: its characters in the rendered text, its target `(images of the row * T,)`, and
-    the first image it names something in."""
+    """A phrase whose attention is guided: its characters in the rendered text, and its target `(images of the row * T,)`
+    for `T` visual tokens an image."""
 
     span: tuple[int, int]
     target: torch.Tensor
-    image: int
 
 
 @dataclass
@@ -185,14 +205,15 @@ class AgeVlmDataCollator:
       row has fewer phrases;
     - `num_dropped_phrases`: `(1,)`, how many had to be left out: truncated, before their image, or with an empty mask.
 
-    Entries of `grounding` with the same span are one phrase, which may look at all that their masks cover. Entries without
-    a mask are no part of guidance.
+    Entries of `grounding` with the same span are one phrase, which may look at all that their masks cover in images
+    before it. Entries without a mask are no part of guidance.
 
     Args:
         processor: of the model.
         grid: rows and columns of an image's visual tokens; [`visual_grid`] finds them. None for no guidance.
         max_length: tokens that a text is cut to; all are kept by default.
-        assistant_only_loss: learn the assistant's turns only; otherwise all of the text.
+        assistant_only_loss: learn the assistant's turns only; otherwise all of the text. Of rows with `prompt` and
+            `completion`, the assistant's turns in the completion are learnt.
         pad_to_multiple_of: pad texts to a multiple of this.
         guided_fraction: share of the grounded rows whose masks are used, drawn by their content and `seed`; so the
             choice is the same in every epoch, process and resumed run.
@@ -216,11 +237,14 @@ class AgeVlmDataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [row_images(row) for row in rows]
-        messages = [place_images(row_messages(row), len(shown)) for row, shown in zip(rows, images, strict=True)]
-        rendered = [render_conversation(self.processor, conversation) for conversation in messages]
+        rendered = [
+            render_conversation(self.processor, place_images(row_messages(row), len(shown)))
+            for row, shown in zip(rows, images, strict=True)
+        ]
+        texts = [conversation.text for conversation in rendered]
         inputs = self.processor(
             images=images if any(images) else None,
-            text=[conversation.text for conversation in rendered],
+            text=texts,
             padding=True,
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
@@ -232,53 +256,62 @@ class AgeVlmDataCollator:
         )
         batch = dict(inputs)
         offsets, attended = batch.pop("offset_mapping"), batch["attention_mask"].bool()
-        learn = attended.clone()
-        answers = [self._answers(row, conversation) for row, conversation in zip(rows, rendered, strict=True)]
-        if any(spans is not None for spans in answers):
-            spans = [
-                spans if spans is not None else [(0, len(c.text))] for spans, c in zip(answers, rendered, strict=True)
-            ]
-            learn &= self.processor.get_map_queries(offsets, spans).any(1)
-        batch["labels"] = batch["input_ids"].masked_fill(~learn, -100)
+        learn = torch.zeros_like(attended)
+        for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
+            first, last = offsets[i].unbind(-1)
+            for start, end in self._learnt_spans(row, conversation):
+                # Unlike a phrase's, these are all tokens between: white space has empty offsets where they are trimmed.
+                learn[i] |= (first < end) & (last > start)
+        batch["labels"] = batch["input_ids"].masked_fill(~(learn & attended), -100)
         phrases = [self.guided_phrases(*row) for row in zip(rows, images, rendered, strict=True)]
-        texts = [conversation.text for conversation in rendered]
         batch.update(self.guidance_inputs(phrases, offsets, attended, texts))
         return batch
 
-    def _answers(self, row: dict, conversation: RenderedConversation) -> list[tuple[int, int]] | None:
-        """Characters to learn, None for all."""
-        if "completion" in row:
-            return conversation.answers[-1:]
-        return conversation.answers if self.assistant_only_loss else None
+    def _learnt_spans(self, row: dict, conversation: RenderedConversation) -> list[tuple[int, int]]:
+        """Characters to learn."""
+        answers = conversation.answers
+        if row.get("messages") is None and row.get("completion") is not None:
+            number = sum(message["role"] == "assistant" for message in row["completion"])
+            return answers[max(0, len(answers) - number) :]
+        return answers if self.assistant_only_loss else [(0, len(conversation.text))]
 
     def guided_phrases(self, row: dict, images: list, conversation: RenderedConversation) -> list[GuidedPhrase]:
         """The phrases of a row that have masks, if the row is one of those to be guided."""
         grounding = [entry for entry in row.get("grounding") or () if entry.get("mask") is not None]
         if self.grid is None or not grounding or not self._is_guided(grounding):
             return []
-        size = self.grid[0] * self.grid[1]
-        phrases: dict[tuple[int, int], GuidedPhrase] = {}
+        masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # of each phrase, in each image
         for entry in grounding:
             span, image = conversation.locate(entry["message"], entry["start"], entry["end"]), entry["image"]
+            phrase = conversation.text[slice(*span)]
             if not 0 <= image < len(images):
                 raise ValueError(
-                    f"A grounded phrase names image {image} of a row with {len(images)} image(s). {_CHECK}"
+                    f"The grounded phrase {phrase!r} names image {image} of a row with {len(images)} image(s). {_CHECK}"
                 )
-            mask = mask_from_rle(entry["mask"])
+            try:
+                mask = mask_from_rle(entry["mask"])
+            except ValueError as error:
+                raise ValueError(f"The mask of the phrase {phrase!r} cannot be read: {error}. {_CHECK}") from error
             if mask.shape != (shape := (images[image].height, images[image].width)):
                 raise ValueError(
-                    f"The mask of the phrase {conversation.text[slice(*span)]!r} has {mask.shape[0]}x{mask.shape[1]} "
-                    f"pixels (height x width), but its image has {shape[0]}x{shape[1]}. {_CHECK}"
+                    f"The mask of the phrase {phrase!r} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), but "
+                    f"its image has {shape[0]}x{shape[1]}. {_CHECK}"
                 )
-            phrase = phrases.setdefault(span, GuidedPhrase(span, torch.zeros(len(images) * size), image))
-            cells = phrase.target[image * size : (image + 1) * size]
-            cells.copy_(torch.maximum(cells, mask_coverage(mask, self.grid, self.processor.image_processor)))
-            phrase.image = min(phrase.image, image)
-        return list(phrases.values())
+            joined = masks.setdefault(span, {})
+            joined[image] = joined[image] | mask if image in joined else mask
+        phrases = []
+        for span, joined in masks.items():
+            target = torch.zeros(len(images), self.grid[0] * self.grid[1])
+            for image, mask in joined.items():
+                target[image] = mask_coverage(mask, self.grid, self.processor.image_processor)
+            phrases.append(GuidedPhrase(span, target.flatten()))
+        return phrases
 
     def _is_guided(self, grounding: list[dict]) -> bool:
-        content = json.dumps([self.seed, grounding], sort_keys=True, default=str)
-        return zlib.crc32(content.encode()) / 2**32 < self.guided_fraction
+        # Boxes and scores are left out: they come rounded from Arrow.
+        drawn = [[entry[key] for key in ("message", "start", "end", "image", "mask")] for entry in grounding]
+        digest = hashlib.sha256(json.dumps([self.seed, drawn], sort_keys=True, default=str).encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < self.guided_fraction
 
     def guidance_inputs(
         self,
@@ -298,36 +331,36 @@ class AgeVlmDataCollator:
         if not any(phrases):
             return {}
         queries = self.processor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
-        token = self.processor.image_token
-        kept: list[list[int]] = []
-        for i, row in enumerate(phrases):
+        token, size = self.processor.image_token, self.grid[0] * self.grid[1]
+        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        for row, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
             kept.append([])
-            for j, phrase in enumerate(row):
-                found = offsets[i][queries[i, j]]
-                whole = len(found) > 0 and found[:, 0].min() <= phrase.span[0] and found[:, 1].max() >= phrase.span[1]
-                sees = texts[i][: phrase.span[0]].count(token) > phrase.image
-                if whole and sees and phrase.target.any():
-                    kept[-1].append(j)
+            for phrase, query in zip(row, row_queries, strict=False):
+                start, end = phrase.span
+                found = row_offsets[query]
+                whole = len(found) > 0 and found[:, 0].min() <= start and found[:, 1].max() >= end
+                target = phrase.target.clone()
+                target[text.count(token, 0, start) * size :] = 0  # images after the phrase, which it cannot see
+                if whole and target.any():
+                    kept[-1].append((query, target))
         dropped = sum(map(len, phrases)) - sum(map(len, kept))
         batch = {"num_dropped_phrases": torch.tensor([dropped])}
         if any(kept):
-            most, width = max(map(len, kept)), max(len(p.target) for row in phrases for p in row)
-            width = max(width, max(text.count(token) for text in texts) * self.grid[0] * self.grid[1])
-            map_queries = torch.zeros(len(phrases), most, offsets.shape[1], dtype=torch.bool)
-            map_targets = torch.zeros(len(phrases), most, width)
+            most = max(map(len, kept))
+            map_queries = torch.zeros(len(kept), most, offsets.shape[1], dtype=torch.bool)
+            map_targets = torch.zeros(len(kept), most, max(text.count(token) for text in texts) * size)
             for i, row in enumerate(kept):
-                for slot, j in enumerate(row):
-                    map_queries[i, slot] = queries[i, j]
-                    map_targets[i, slot, : len(phrases[i][j].target)] = phrases[i][j].target
+                for j, (query, target) in enumerate(row):
+                    map_queries[i, j] = query
+                    map_targets[i, j, : len(target)] = target
             batch = {"map_queries": map_queries, "map_targets": map_targets, **batch}
         return batch
 
 
 def row_images(row: dict[str, Any]) -> list:
-    """The images of a row: `images`, or the single `image`, or none."""
-    if row.get("image") is not None:
-        return [row["image"]]
-    return list(row.get("images") or [])
+    """The images of a row: `images`, or the single `image`, or none. Paths are read."""
+    images = [row["image"]] if row.get("image") is not None else row.get("images") or []
+    return [load_image(image) if isinstance(image, (str, os.PathLike)) else image for image in images]
 
 
 def row_messages(row: dict[str, Any]) -> list[dict]:
@@ -336,14 +369,15 @@ def row_messages(row: dict[str, Any]) -> list[dict]:
     Raises:
         ValueError: if the row has neither, or they are not lists of messages.
     """
-    if "messages" in row:
+    # Data sets that mix kinds of rows have None in the columns of the others.
+    after = next((row[name] for name in ("completion", "chosen") if row.get(name) is not None), None)
+    if row.get("messages") is not None:
         messages = row["messages"]
-    elif "prompt" in row and ("completion" in row or "chosen" in row):
-        after = row["completion"] if "completion" in row else row["chosen"]
-        both_lists = isinstance(row["prompt"], list) and isinstance(after, list)
-        messages = row["prompt"] + after if both_lists else None
+    elif row.get("prompt") is not None and after is not None:
+        messages = row["prompt"] + after if isinstance(row["prompt"], list) and isinstance(after, list) else None
     else:
-        raise ValueError(f"A row needs `messages`, or `prompt` and `completion`; this one has {sorted(row)}.")
+        given = sorted(name for name, value in row.items() if value is not None)
+        raise ValueError(f"A row needs `messages`, or `prompt` and `completion`; this one has {given}.")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(
             "A row's conversation must be a list of messages, each with a `role` and a `content`: see the README's section "

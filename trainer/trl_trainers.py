@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT and DPO trainers with stages and attention guidance."""
+"""TRL's SFT and DPO trainers with stages and attention guidance; for GRPO, TRL's own trainer does as it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, apply_chat_template, is_conversational
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from ..processing.collator import (
@@ -17,7 +18,49 @@ from ..processing.collator import (
     row_messages,
 )
 from .arguments import AgeVlmArgumentsMixin
-from .trainer import _TARGETS, GuidanceMixin
+from .freezing import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
+from .trainer import GuidanceMixin
+
+
+@dataclass
+class AgeVlmScriptArguments:
+    """Where a training script finds its data, by the names of TRL's `ScriptArguments`.
+
+    Args:
+        dataset_name (`str`):
+            What [`agevlm.processing.readers.read_rows`] opens: a folder of `save_to_disk`, a file of rows, or a Hub id.
+        dataset_train_split (`str`, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, defaults to `"test"`):
+            Split to evaluate on, where `eval_strategy` asks for it.
+    """
+
+    dataset_name: str = field(metadata={"help": "Folder of `save_to_disk`, file of rows, or id on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+
+
+@dataclass
+class AgeVlmModelConfig(ModelConfig):
+    """TRL's `ModelConfig`, whose LoRA is by default on the language model's layers, beside full training of the adapter and
+    the cross-attention.
+
+    Raises:
+        ValueError: for 4 or 8 bits, in which cross-attention and adapter could not train.
+    """
+
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: [LORA_TARGET_MODULES],  # a single one is taken as a pattern
+        metadata={"help": "Modules with LoRA: names, or one regular expression."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default_factory=lambda: list(LORA_MODULES_TO_SAVE), metadata={"help": "Modules that train in full beside LoRA."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.load_in_4bit or self.load_in_8bit:
+            raise ValueError("AGE-VLM does not train in 4 or 8 bits: its cross-attention and adapter train in full.")
 
 
 @dataclass
@@ -35,65 +78,86 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
 
     `message` of a grounded phrase counts through the prompt and the chosen answer. Phrases are guided in the chosen rows: the
     prompt's would look at the same in the rejected ones.
+
+    Raises:
+        ValueError: when called with a row that does not hold together; the message says how.
     """
 
     def __init__(self, guidance: AgeVlmDataCollator):
-        super().__init__(processor=guidance.processor, max_length=guidance.max_length)
+        super().__init__(
+            guidance.processor, max_length=guidance.max_length, pad_to_multiple_of=guidance.pad_to_multiple_of
+        )
         self.guidance = guidance
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = []
         for example in examples:
-            images = row_images(example)
-            conversation = render_conversation(self.processor, place_images(row_messages(example), len(images)))
-            rows.append((conversation, self.guidance.guided_phrases(example, images, conversation)))
-        # As TRL wants them: it changes what it is given, and takes rows without images for rows with none.
-        batch = super().torch_call([{**example, "images": row_images(example)} for example in examples])
-        if not any(phrases for _, phrases in rows):
-            return batch
-        ids = batch["input_ids"]
-        offsets = torch.zeros(*ids.shape, 2, dtype=torch.long)
-        texts, phrases = [], []
-        for i, (conversation, found) in enumerate(rows):
-            text, start = conversation.text, conversation.answers[-1][0]
-            tokens, spans = [], []
-            for piece, shift in ((text[:start], 0), (text[start:], start)):  # TRL tokenizes the two by themselves
-                encoded = self.processor.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-                tokens += encoded["input_ids"]
-                spans += [(first + shift, last + shift) for first, last in encoded["offset_mapping"]]
-            length = min(len(tokens), ids.shape[1])
-            if found and ids[i, :length].tolist() != tokens[:length]:
-                raise RuntimeError(
-                    "TRL has tokenized a prompt and its answer otherwise than expected: cannot place phrases."
+            row = {**example, "images": row_images(example)}  # TRL wants an empty list where there are none
+            row.pop("image", None)
+            if is_conversational(example):  # as TRL would do, which does not hand out the texts
+                row["prompt"] = prepare_multimodal_messages(example["prompt"], images=row["images"])
+                row["chosen"] = prepare_multimodal_messages(example["chosen"])
+                row["rejected"] = prepare_multimodal_messages(example["rejected"])
+                row.update(apply_chat_template(row, self.processor))
+            rows.append(row)
+        batch = super().torch_call(rows)
+        offsets = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
+        texts = [row["prompt"] + row["chosen"] for row in rows]
+        phrases: list[list[GuidedPhrase]] = [[] for _ in batch["input_ids"]]  # none in the rejected rows
+        for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
+            if example.get("grounding"):
+                conversation = render_conversation(
+                    self.processor, place_images(row_messages(example), len(row["images"]))
                 )
-            offsets[i, :length] = torch.tensor(spans[:length])
-            texts.append(text)
-            phrases.append(found)
-        rejected: list[list[GuidedPhrase]] = [[] for _ in rows]
+                if conversation.text != texts[i]:
+                    raise ValueError("A row with `grounding` must have no other columns that its chat template reads.")
+                phrases[i] = self.guidance.guided_phrases(example, row["images"], conversation)
+                spans = torch.tensor(self._offsets(row["prompt"], row["chosen"])[: offsets.shape[1]])
+                offsets[i, : len(spans)] = spans
         batch.update(
-            self.guidance.guidance_inputs(phrases + rejected, offsets, batch["attention_mask"].bool(), texts + texts)
+            self.guidance.guidance_inputs(phrases, offsets, batch["attention_mask"].bool(), texts + texts)
         )
         return batch
+
+    def _offsets(self, prompt: str, answer: str) -> list[tuple[int, int]]:
+        """Characters in `prompt + answer` of each token, of which TRL tokenizes the two by themselves."""
+        first, second = self.processor.tokenizer(
+            [prompt, answer], add_special_tokens=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        return first + [(start + len(prompt), end + len(prompt)) for start, end in second]
 
 
 class AgeVlmSFTTrainer(GuidanceMixin, SFTTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with stages and guidance through its fused LM head.
 
     Arguments are those of `SFTTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmSFTConfig`].
+    `assistant_only_loss` needs no marks in the chat template. Data without images is left to TRL.
+
+    Raises:
+        ValueError: if the model is no AGE-VLM, or a setting does not fit it or the data.
     """
 
     def __init__(
         self, model, args: AgeVlmSFTConfig, *, processing_class=None, data_collator=None, peft_config=None, **kwargs
     ):
-        first = next(iter(kwargs["train_dataset"])) if kwargs.get("train_dataset") is not None else {}
-        if data_collator is None and ("images" in first or "image" in first):  # text alone is TRL's business
-            data_collator = self._make_collator(model, processing_class, args, args.assistant_only_loss)
+        first = _first_row(kwargs.get("train_dataset"))
+        assistant_only_loss = args.assistant_only_loss
+        if data_collator is None and _has_images(first):
+            if args.completion_only_loss not in (None, "completion" in first):
+                raise ValueError(
+                    "Leave `completion_only_loss` out: rows with a `completion` learn that, and rows with `messages` have none."
+                )
+            data_collator = self._make_collator(model, processing_class, args, assistant_only_loss)
+            data_collator.pad_to_multiple_of = args.pad_to_multiple_of
+            # The collator sees to it; TRL would refuse chat templates without marks that it does not know.
+            args.assistant_only_loss = False
         if peft_config is None:
             self._set_up(model, args)
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator,
             peft_config=peft_config, **kwargs
         )  # fmt: skip
+        args.assistant_only_loss = assistant_only_loss
         if peft_config is not None:
             self._set_up(self.model, args)
 
@@ -101,7 +165,11 @@ class AgeVlmSFTTrainer(GuidanceMixin, SFTTrainer):
 class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
     """TRL's `DPOTrainer` for AGE-VLM, with stages and guidance. Rows may have `grounding`, see [`AgeVlmPreferenceCollator`].
 
-    Arguments are those of `DPOTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmDPOConfig`].
+    Arguments are those of `DPOTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmDPOConfig`]. Data without
+    images is left to TRL.
+
+    Raises:
+        ValueError: if the model is no AGE-VLM, or a setting does not fit it or the data.
     """
 
     own_loss_name = "dpo_loss"
@@ -109,8 +177,10 @@ class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
     def __init__(
         self, model, args: AgeVlmDPOConfig, *, processing_class=None, data_collator=None, peft_config=None, **kwargs
     ):
-        if data_collator is None:
-            data_collator = AgeVlmPreferenceCollator(self._make_collator(model, processing_class, args, False))
+        if data_collator is None and _has_images(_first_row(kwargs.get("train_dataset"))):
+            guidance = self._make_collator(model, processing_class, args, False)
+            guidance.pad_to_multiple_of = args.pad_to_multiple_of
+            data_collator = AgeVlmPreferenceCollator(guidance)
         if peft_config is None:
             self._set_up(model, args)
         super().__init__(
@@ -120,9 +190,10 @@ class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
         if peft_config is not None:
             self._set_up(self.model, args)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in ("chosen", "rejected") if name not in self._signature_columns]
 
-    def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in _TARGETS})
+def _first_row(dataset) -> dict:
+    return {} if dataset is None else next(iter(dataset))
+
+
+def _has_images(row: dict) -> bool:
+    return "images" in row or "image" in row
