@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rows to batches: conversations with images and grounded phrases to model inputs, labels and guidance targets.
 
-The rows are those of [`agevlm.processing.grounding`]: TRL's conversational vision format, with `grounding` where there is any.
+The rows are those of [`agevlm.processing.grounding`]: TRL's conversational vision format, with `grounding` where there
+is any.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,25 +38,29 @@ def mask_coverage(mask: np.ndarray, grid: tuple[int, int], image_processor: AgeV
         float32 `(rows * columns,)`, each in [0, 1].
     """
     size = image_processor.size
-    resized = image_processor.get_resized_size(*mask.shape)
-    shares = []
-    for pixels, length, target, cells in zip(mask.shape, resized, (size["height"], size["width"]), grid, strict=True):
-        # Cells end where `target` is divided by `cells`, pixels where `length` is divided by `pixels`: as integers, in
-        # the smallest unit that both are multiples of.
-        cell, pixel = target * pixels, length * cells
-        cell_starts, pixel_starts = torch.arange(cells)[:, None] * cell, torch.arange(pixels) * pixel
-        overlap = torch.minimum(cell_starts + cell, pixel_starts + pixel) - torch.maximum(cell_starts, pixel_starts)
-        shares.append((overlap.clamp(min=0).double() / cell).float())
-    covered = shares[0] @ torch.from_numpy(mask.astype(np.float32)) @ shares[1].T
-    return covered.clamp(max=1).flatten()
+    height, width = image_processor.get_resized_size(*mask.shape)
+    rows = _shares_of_cells(mask.shape[0], height, size["height"], grid[0])
+    columns = _shares_of_cells(mask.shape[1], width, size["width"], grid[1])
+    return (rows @ torch.from_numpy(mask.astype(np.float32)) @ columns.T).clamp(max=1).flatten()
+
+
+@lru_cache(maxsize=64)  # few sizes of images are all that most data sets have
+def _shares_of_cells(pixels: int, length: int, target: int, cells: int) -> torch.Tensor:
+    """`(cells, pixels)`: how much of each cell each pixel covers, along one side of an image. Its `pixels` are resized
+    to `length`, at the beginning of a `target` that is divided into `cells`."""
+    # Exact, because in integers: in units of 1 / (pixels * cells) of a resized pixel.
+    cell, pixel = target * pixels, length * cells
+    cell_starts, pixel_starts = torch.arange(cells)[:, None] * cell, torch.arange(pixels) * pixel
+    overlap = torch.minimum(cell_starts + cell, pixel_starts + pixel) - torch.maximum(cell_starts, pixel_starts)
+    return (overlap.clamp(min=0).double() / cell).float()
 
 
 @dataclass
 class RenderedConversation:
     """A conversation as its chat template writes it.
 
-    `answers` are the characters `(start, end)` of the assistant's turns in `text`. `messages` are what `render` has made
-    `text` of; their contents are lists of parts.
+    `answers` are the characters `(start, end)` of the assistant's turns in `text`. `messages` are what `render` has
+    made `text` of; their contents are lists of parts.
     """
 
     text: str
@@ -67,8 +72,8 @@ class RenderedConversation:
         """Characters in `text` of a span of a message's text, without the white space at its ends.
 
         Raises:
-            ValueError: if the message does not exist, the span is empty, reversed or outside its text or only white space,
-                or the chat template changes the message's text.
+            ValueError: if the message does not exist, the span is empty, reversed, outside its text or only white
+                space, or the chat template changes the message's text.
         """
         if not 0 <= message < len(self.messages):
             raise ValueError(
@@ -78,25 +83,25 @@ class RenderedConversation:
         phrase = said[max(start, 0) : end]
         if not (0 <= start < end <= len(said) and phrase.strip()):
             raise ValueError(
-                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(said)}, the "
-                f"length of that message's text, and not only white space. {_CHECK}"
+                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(said)}, "
+                f"the length of that message's text, and not only white space. {_CHECK}"
             )
         first = self._places[message][end - len(phrase.lstrip())]
         last = self._places[message][start + len(phrase.rstrip()) - 1]
         if first is None or last is None:
             raise ValueError(
-                f"The chat template changes the text of message {message}, so the grounded phrase {phrase!r} cannot be found "
-                "in it. Use a template that writes contents as they are (it may trim them), or leave out grounding in such "
-                "messages."
+                f"The chat template changes the text of message {message}, so the grounded phrase {phrase!r} cannot "
+                "be found in it. Use a template that writes contents as they are (it may trim them), or leave out "
+                "grounding in such messages."
             )
         return first, last + 1
 
     @cached_property
     def _places(self) -> list[list[int | None]]:
-        """For each character of each message's text its place in `text`; None for white space at the ends of text parts, and
-        for parts that the template changes, repeats or leaves out."""
-        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part: inside
-        # the white space there, which many templates trim.
+        """For each character of each message's text its place in `text`; None for white space at the ends of text
+        parts, and for parts that the template changes, repeats or leaves out."""
+        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part; inside
+        # the white space there, as many templates trim it.
         unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in self.text)
         marks: dict[str, tuple[int, int, str]] = {}  # message, first character in the message's text, what is marked
         messages = []
@@ -167,10 +172,9 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
                 return None
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 return None
-            end = turn.rstrip()
-            if end.endswith(message_text(message).rstrip()):  # white space is all that ends the turn
-                end = turn
-            answers.append((len(prompt), len(end)))
+            if turn[len(prompt) :].strip() != message_text(message).strip():  # else white space is what ends the turn
+                turn = turn.rstrip()
+            answers.append((len(prompt), len(turn)))
         return text, answers
 
     # Twice, because a template may write the date, and midnight be between two renderings.
@@ -185,8 +189,8 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
 
 @dataclass
 class GuidedPhrase:
-    """A phrase whose attention is guided: its characters in the rendered text, and its target `(images of the row * T,)`
-    for `T` visual tokens an image."""
+    """A phrase whose attention is guided: its characters in the rendered text, and its target
+    `(images of the row * T,)` for `T` visual tokens an image."""
 
     span: tuple[int, int]
     target: torch.Tensor
@@ -197,12 +201,12 @@ class AgeVlmDataCollator:
     """Turns rows into a batch for AGE-VLM: model inputs, labels and, for grounded rows, what guidance needs.
 
     Rows have `messages` (or `prompt` and `completion`), `images` (one, many or none) and optionally `grounding`, see
-    [`agevlm.processing.grounding`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the right;
-    `pixel_values` and perhaps `pixel_attention_mask` of all images in order; and where there are phrases to guide
+    [`agevlm.processing.grounding`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
+    right; `pixel_values` and perhaps `pixel_attention_mask` of all images in order; and where phrases are to be guided
 
     - `map_queries`: bool `(B, P, S)`, the tokens of each phrase;
-    - `map_targets`: float32 `(B, P, V)`, how much of each visual token's cell the phrase's mask covers, all zero where a
-      row has fewer phrases;
+    - `map_targets`: float32 `(B, P, V)`, how much of each visual token's cell the phrase's mask covers, all zero where
+      a row has fewer phrases;
     - `num_dropped_phrases`: `(1,)`, how many had to be left out: truncated, before their image, or with an empty mask.
 
     Entries of `grounding` with the same span are one phrase, which may look at all that their masks cover in images
@@ -260,7 +264,7 @@ class AgeVlmDataCollator:
         for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
             first, last = offsets[i].unbind(-1)
             for start, end in self._learnt_spans(row, conversation):
-                # Unlike a phrase's, these are all tokens between: white space has empty offsets where they are trimmed.
+                # All tokens between, even empty ones: that is how trimmed offsets show white space.
                 learn[i] |= (first < end) & (last > start)
         batch["labels"] = batch["input_ids"].masked_fill(~(learn & attended), -100)
         phrases = [self.guided_phrases(*row) for row in zip(rows, images, rendered, strict=True)]
@@ -280,22 +284,25 @@ class AgeVlmDataCollator:
         grounding = [entry for entry in row.get("grounding") or () if entry.get("mask") is not None]
         if self.grid is None or not grounding or not self._is_guided(grounding):
             return []
+        decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same thing
         masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # of each phrase, in each image
         for entry in grounding:
             span, image = conversation.locate(entry["message"], entry["start"], entry["end"]), entry["image"]
             phrase = conversation.text[slice(*span)]
             if not 0 <= image < len(images):
                 raise ValueError(
-                    f"The grounded phrase {phrase!r} names image {image} of a row with {len(images)} image(s). {_CHECK}"
+                    f"The grounded phrase {phrase!r} names image {image} of a row with {len(images)} image(s). "
+                    + _CHECK
                 )
+            rle = str(entry["mask"])
             try:
-                mask = mask_from_rle(entry["mask"])
+                mask = decoded[rle] = decoded[rle] if rle in decoded else mask_from_rle(entry["mask"])
             except ValueError as error:
                 raise ValueError(f"The mask of the phrase {phrase!r} cannot be read: {error}. {_CHECK}") from error
             if mask.shape != (shape := (images[image].height, images[image].width)):
                 raise ValueError(
-                    f"The mask of the phrase {phrase!r} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), but "
-                    f"its image has {shape[0]}x{shape[1]}. {_CHECK}"
+                    f"The mask of the phrase {phrase!r} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
+                    f"but its image has {shape[0]}x{shape[1]}. {_CHECK}"
                 )
             joined = masks.setdefault(span, {})
             joined[image] = joined[image] | mask if image in joined else mask
@@ -380,7 +387,7 @@ def row_messages(row: dict[str, Any]) -> list[dict]:
         raise ValueError(f"A row needs `messages`, or `prompt` and `completion`; this one has {given}.")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(
-            "A row's conversation must be a list of messages, each with a `role` and a `content`: see the README's section "
-            "on grounding data."
+            "A row's conversation must be a list of messages, each with a `role` and a `content`: see the README's "
+            "section on grounding data."
         )
     return list(messages)

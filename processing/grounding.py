@@ -243,7 +243,7 @@ def check_dataset(dataset: Dataset | Sequence[dict[str, Any]], *, progress: bool
         report.phrases += len(entries)
         report.phrases_with_mask += sum(entry.get("mask") is not None for entry in entries)
         report.phrases_with_box += sum(entry.get("box") is not None for entry in entries)
-        report.phrases_dropped += sum(problem.severity == "note" for problem in problems)
+        report.phrases_dropped += sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
         report.bad_rows += any(problem.severity == "error" for problem in problems)
         report.problems += problems
     return report
@@ -376,7 +376,7 @@ def _check_region(entry: dict, where: str, image_sizes: Sequence[tuple[int, int]
     else:
         size = image_sizes[image]
     if box is None and mask is None:
-        yield Problem(where, "has neither box nor mask; write one of them or leave the entry out")
+        yield Problem(where, "has neither box nor mask; a mask teacher that takes phrases can add one", "note")
     if box is not None:
         yield from _check_box(box, f"{where}.box", size)
     if mask is not None:

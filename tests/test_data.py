@@ -146,7 +146,6 @@ ENTRY = ("grounding", 0)
         ((*ENTRY, "end"), 3, "grounding[0]", "empty or reversed"),
         ((*ENTRY, "start"), 8, "grounding[0]", "white space, ' the dog'"),
         ((*ENTRY, "end"), 13, "grounding[0]", "white space, 'the '"),
-        ((*ENTRY, "mask"), None, "grounding[0]", "neither box nor mask"),
         ((*ENTRY, "box"), [0, 0, 5], "grounding[0].box", "write four numbers"),
         ((*ENTRY, "box"), [0, 0, 5, "5"], "grounding[0].box", "write four numbers"),
         ((*ENTRY, "box"), [0, 0, 5, float("nan")], "grounding[0].box", "write four numbers"),
@@ -205,6 +204,13 @@ def test_all_problems_of_a_row_are_found():
 def test_an_empty_mask_is_a_note():
     (problem,) = check_row(changed(good_row(), ("grounding", 0, "mask"), rle(full=False)))
     assert (problem.where, problem.severity) == ("grounding[0].mask", "note")
+
+
+def test_a_phrase_that_waits_for_a_teacher_is_a_note():
+    (problem,) = check_row(changed(good_row(), ("grounding", 0, "mask"), None))
+    assert (problem.where, problem.severity) == ("grounding[0]", "note")
+    report = check_dataset([changed(good_row(), ("grounding", 0, "mask"), None)], progress=False)
+    assert (report.bad_rows, report.phrases_dropped) == (0, 0)
 
 
 def test_known_sizes_stand_in_for_images():
