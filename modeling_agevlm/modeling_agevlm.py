@@ -821,7 +821,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         cross_attention_states = visual_positions = None
         if features is not None:
             if features.pooler_output is None:  # a frozen tower's features, computed before
-                features.pooler_output = self._project(features.last_hidden_state, features.grid)
+                pooler_output = self._project(features.last_hidden_state, features.grid)
+                # A new object: the caller's is good for the next step as well, when the adapter has learnt.
+                features = AgeVlmImageFeatures(**{**features, "pooler_output": pooler_output})
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
             cross_attention_states, visual_positions = self._place_images(features, image_token_mask, past_key_values)
             cross_attention_states = cross_attention_states.to(inputs_embeds.device, inputs_embeds.dtype)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice guidance against its definition, in float64, and mask geometry against the image's own."""
+"""Guidance against its definition and a naive computation in float64, and mask geometry against the image's own."""
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import GRID, IMAGE_SIZE, NUM_VISUAL, images, pad, text, tiny_age_vlm
+from torch.overrides import TorchFunctionMode
 
 from agevlm import AgeVlmImageProcessor
+from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
 from agevlm.processing.collator import mask_coverage
-from agevlm.trainer.guidance import dice_loss
+from agevlm.trainer.guidance import attention_iou, dice_loss, guidance_losses, pointing_hits
 
 
 def test_dice_equals_its_definition():
@@ -64,3 +67,394 @@ def test_mask_lies_where_the_image_lies(height, width, do_pad):
     resized_height, resized_width = processor.get_resized_size(height, width)
     share = coverage.sum() / 16 * 64 * 64 / (resized_height * resized_width)
     assert share == pytest.approx(mask.mean(), abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------- by phrase
+
+
+def some_maps(blocks: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maps `(blocks, 2, 3, 20)`, targets `(2, 3, 20)` in float64, and which slots hold a phrase."""
+    generator = torch.Generator().manual_seed(0)
+    maps = (3 * torch.randn(blocks, 2, 3, 20, generator=generator, dtype=torch.float64)).softmax(-1)
+    targets = torch.rand(2, 3, 20, generator=generator, dtype=torch.float64)
+    targets = targets * (torch.rand(2, 3, 20, generator=generator) < 0.4)
+    named = torch.tensor([[True, True, True], [True, False, False]])
+    return maps, targets * named[..., None], named
+
+
+def test_a_phrase_is_where_its_target_covers_something():
+    maps, targets, named = some_maps()
+    targets[0, 1] = 0
+    targets[0, 1, 7] = 1e-6  # as little of one token as can be
+    losses, found = guidance_losses(maps, targets)
+    assert torch.equal(found, named)
+    for b, p in named.nonzero().tolist():
+        expected = np.mean([dice_loss(maps[block, b, p], targets[b, p]).item() for block in range(len(maps))])
+        assert losses[b, p].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slots_without_a_phrase_have_exactly_no_loss_and_no_gradient(dtype):
+    """Whatever their map: zero, as the model gives it for padding, or of a phrase that was asked without a mask."""
+    maps, targets, named = some_maps()
+    maps, targets = maps.to(dtype), targets.to(dtype)
+    maps[:, 1, 2] = 0
+    maps.requires_grad_()
+    losses, _ = guidance_losses(maps, targets)
+    losses.sum().backward()
+    assert (losses[~named] == 0).all()
+    assert (losses[named] > 0).all()
+    assert (maps.grad[:, ~named] == 0).all()
+    assert (maps.grad[:, named] != 0).any(-1).all()
+
+
+def test_a_batch_without_any_phrase_or_image_has_no_loss():
+    for width in (20, 0):
+        maps = torch.full((3, 2, 3, width), 0.05, requires_grad=True)
+        losses, named = guidance_losses(maps, torch.zeros(2, 3, width))
+        losses.sum().backward()
+        assert (losses == 0).all()
+        assert not named.any()
+        assert (maps.grad == 0).all()
+        assert not pointing_hits(maps, torch.zeros(2, 3, width)).any()
+        assert (attention_iou(maps, torch.zeros(2, 3, width)) == 0).all()
+
+
+def test_pointing_is_to_attend_the_object_most():
+    targets = torch.tensor([0.0, 0.2, 0.8, 0.4, 0.39, 0.0]).expand(1, 6, 6)
+    one_hot = torch.eye(6)[None, None].expand(2, -1, -1, -1)
+    # At least half of the best-covered token's 0.8.
+    assert pointing_hits(one_hot, targets)[0].tolist() == [False, False, True, True, False, False]
+    # An object smaller than a token is still hit.
+    assert pointing_hits(one_hot, targets / 100)[0].tolist() == [False, False, True, True, False, False]
+    assert not pointing_hits(one_hot * 0, targets).any(), "no attention points nowhere, not at the first token"
+    assert not pointing_hits(torch.zeros(2, 1, 1, 6), torch.ones(1, 1, 6)).any()
+    assert not pointing_hits(one_hot, targets * 0).any(), "slots without a phrase"
+    # The blocks' average decides: each block alone attends a token beside the object most.
+    maps = torch.tensor([[0.0, 0.0, 0.4, 0.0, 0.0, 0.6], [0.6, 0.0, 0.4, 0.0, 0.0, 0.0]])[:, None, None]
+    assert pointing_hits(maps, targets[:, :1]).all()
+    assert not pointing_hits(maps[:1], targets[:, :1]).any()
+
+
+def test_iou_equals_its_definition():
+    maps, targets, named = some_maps()
+    iou = attention_iou(maps, targets)
+    for b, p in np.ndindex(*named.shape):
+        area, attention = targets[b, p].sum().item(), maps[:, b, p].numpy().sum(0) / 3
+        shared, union = 0.0, 0.0
+        for a, m in zip(attention, targets[b, p].tolist(), strict=True):
+            shared, union = shared + min(a * area, 1, m), union + max(min(a * area, 1), m)
+        assert iou[b, p].item() == pytest.approx(shared / union if union else 0, abs=1e-12)
+    assert 0 < iou[named].min() < iou[named].max() < 1
+
+
+def test_iou_is_1_on_the_object_0_beside_it_and_that_of_the_sets_for_binary_maps():
+    mask, attended = torch.zeros(16), torch.zeros(16)
+    mask[:8], attended[4:12] = 1, 1
+    for attention, expected in ((mask, 1.0), (1 - mask, 0.0), (attended, 4 / 12)):
+        iou = attention_iou((attention / 8).expand(2, 1, 1, 16), mask[None, None])
+        assert iou.item() == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------- a whole step against the naive computation
+
+
+WEIGHT = 20.0  # so that guidance makes up most of the gradient, and even bfloat16 would not hide an error in it
+# Without an image, with one, with two and with three; the second row sees an image that is mostly padding.
+GUIDED_ROWS = [text(9, 10), text(12, 11, (2,)), text(16, 12, (1, 6)), text(14, 13, (0, 4, 5))]
+# (row, its tokens from the row's start, the image whose object it names, as the row counts them)
+PHRASES = [
+    (1, (5, 6, 7), 0),
+    (1, (7, 8), 0),  # shares a token with the one before
+    (2, (4,), 0),
+    (2, (8, 9, 13), 1),  # not contiguous
+    (2, (5, 6, 7), 1),  # begins before its image and ends after it
+    (2, (3, 4), 1),  # before its image
+    (2, (0,), 0),  # before any image: sees nothing
+    (3, (7, 8, 9, 10), 2),
+    (3, (11,), 0),
+]
+
+
+def guided_batch(side: str = "left", dtype: torch.dtype = torch.float32):
+    """Inputs with labels, the tokens of each phrase `(B, P, S)` and its target `(B, P, V)`."""
+    inputs = {**pad(GUIDED_ROWS, side), "pixel_values": images(6).to(dtype)}
+    ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+    # A row's first token too: under left padding it would be predicted from padding, where attention is arbitrary.
+    inputs["labels"] = ids.masked_fill(attention_mask.cumsum(-1) * attention_mask <= 1, -100)
+    pixel_mask = torch.ones(6, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.long)
+    pixel_mask[0, IMAGE_SIZE // 2 :] = 0
+    pixel_mask[4, :, IMAGE_SIZE // 4 :] = 0
+    inputs["pixel_attention_mask"] = pixel_mask
+    cells = pixel_mask.unflatten(1, (GRID[0], -1)).unflatten(3, (GRID[1], -1)).amax((2, 4)).flatten(1)
+    first_image = (0, 0, 1, 3)
+
+    queries = torch.zeros(4, 6, ids.shape[1], dtype=torch.bool)  # the last slot of each row stays empty
+    targets = torch.zeros(4, 6, 3 * NUM_VISUAL, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    slots = [0] * 4
+    for row, tokens, image in PHRASES:
+        start = ids.shape[1] - len(GUIDED_ROWS[row]) if side == "left" else 0
+        queries[row, slots[row], [start + token for token in tokens]] = True
+        coverage = torch.rand(NUM_VISUAL, generator=generator, dtype=torch.float64)
+        coverage = coverage * (torch.rand(NUM_VISUAL, generator=generator) < 0.6) * cells[first_image[row] + image]
+        targets[row, slots[row], image * NUM_VISUAL : (image + 1) * NUM_VISUAL] = coverage.to(dtype)
+        slots[row] += 1
+    queries[3, 5, 12] = True  # asked without a mask
+    assert slots == [0, 2, 5, 2]
+    assert (targets.sum(-1) > 0).sum() == len(PHRASES)
+    return inputs, queries, targets
+
+
+def guided_loss(model, inputs, queries, targets, weight: float = WEIGHT) -> torch.Tensor:
+    """Language modelling and guidance as they are used in training, through SDPA and `map_queries`."""
+    outputs = model(**inputs, map_queries=queries, use_cache=False)
+    losses, named = guidance_losses(outputs.cross_attention_maps, targets)
+    return outputs.loss + weight * losses.sum() / named.sum()
+
+
+def naive_loss(model, inputs, queries, targets, weight: float = WEIGHT) -> torch.Tensor:
+    """The same from its definition: all attention weights of eager attention, and loops."""
+    labels = inputs["labels"]
+    text_config, before = {"text_config": "eager"}, model.config.text_config._attn_implementation
+    model.set_attn_implementation(text_config)
+    outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, output_attentions=True, use_cache=False)
+    model.set_attn_implementation({"text_config": before})
+    log_probabilities = outputs.logits.to(torch.float64).log_softmax(-1)
+    picked = [
+        log_probabilities[b, t, labels[b, t + 1]]
+        for b in range(labels.shape[0])
+        for t in range(labels.shape[1] - 1)
+        if labels[b, t + 1] != -100
+    ]
+    dices = []
+    for b, p in np.ndindex(*targets.shape[:2]):
+        mask = targets[b, p].to(torch.float64)
+        if not any(mask.tolist()):
+            continue
+        tokens = [t for t in range(queries.shape[-1]) if queries[b, p, t]]
+        for weights in outputs.cross_attentions:
+            attention, heads = torch.zeros_like(mask), weights.shape[1]
+            for token in tokens:
+                for head in range(heads):
+                    attention = attention + weights[b, head, token].to(torch.float64) / (heads * len(tokens))
+            attention = torch.where(attention * mask.sum() < 1, attention * mask.sum(), torch.ones_like(mask))
+            dices.append(1 - (2 * (attention * mask).sum() + 1e-3) / (attention.sum() + mask.sum() + 1e-3))
+    return -torch.stack(picked).mean() + weight * torch.stack(dices).mean()
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every trainable parameter, zeros where it has none; those of the gates as one vector `gates`, because a single
+    number that is a sum over everything may happen to be close to 0, with no precision left."""
+    model.zero_grad()
+    loss.backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trainable.items()}
+    gates = torch.cat([found.pop(name) for name in trainable if name.endswith(".gate")])
+    return {**found, "gates": gates}
+
+
+def step(compute, model, *args, **kwargs) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = compute(model, *args, **kwargs)
+    return loss.item(), gradients(model, loss)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the expected norm; an expected zero must be met exactly."""
+    difference, norm = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+
+
+def assert_equal_steps(actual, expected, rtol: float) -> None:
+    assert actual[0] == pytest.approx(expected[0], rel=rtol)
+    assert actual[1].keys() == expected[1].keys()
+    errors = {name: relative_error(actual[1][name], expected[1][name]) for name in expected[1]}
+    assert all(error <= rtol for error in errors.values()), {k: v for k, v in errors.items() if not v <= rtol}
+
+
+def blocks(model) -> list[AgeVlmCrossAttention]:
+    return [module for module in model.modules() if isinstance(module, AgeVlmCrossAttention)]
+
+
+def guided_model(gate: float = 0.5, train_vision: bool = False, **llama):
+    """A tiny AGE-VLM in training mode whose language model is frozen, as in the first stages."""
+    model = tiny_age_vlm(gate=gate, llama=llama).train()
+    for block in blocks(model):
+        block.q_norm.weight.data *= 3  # attention sharp enough that some of it is cut off at 1
+    for name, parameter in model.named_parameters():
+        parts = ("cross_attn", "multi_modal_projector") + (("vision_tower",) if train_vision else ())
+        # The tower's own last norm belongs to its pooled output, which nothing reads.
+        parameter.requires_grad_(any(part in name for part in parts) and "vision_tower.layernorm" not in name)
+    return model
+
+
+class EverythingInFloat64(TorchFunctionMode):
+    """Llama's norms, rotary embedding, softmax and loss ask for float32 by name; in here they get float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def naive_float64(model, inputs, queries, targets, weight: float = WEIGHT) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by the naive computation in float64, of a model in any precision, which it leaves as it was."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    inputs = {**inputs, "pixel_values": inputs["pixel_values"].double()}
+    model.double()
+    with EverythingInFloat64():
+        result = step(naive_loss, model, inputs, queries, targets.double(), weight)
+    model.zero_grad()
+    assert len(set(dtypes.values())) == 1
+    model.to(next(iter(dtypes.values())))
+    return result
+
+
+def test_the_comparison_covers_what_it_should():
+    """The batch makes the maps vary, cuts some off at 1, and has every kind of phrase; every gradient counts."""
+    model, (inputs, queries, targets) = guided_model(train_vision=True), guided_batch()
+    maps = model(**inputs, map_queries=queries, use_cache=False).cross_attention_maps
+    named = targets.sum(-1) > 0
+    scaled = (maps * targets.sum(-1, keepdim=True))[:, named]
+    assert (scaled > 1).any()
+    assert (scaled < 1).any()
+    sums = maps[:, named].sum(-1)  # of the phrases in their order: one sees nothing, one with a part of its tokens
+    torch.testing.assert_close(sums, torch.tensor([1.0] * 6 + [0.0] + [1.0] * 2).expand_as(sums))
+    assert (maps[:, 1, :, NUM_VISUAL // 2 :] == 0).all(), "padding around the image"
+    assert (maps[:, 2, 3, NUM_VISUAL:] == 0).all(), "an image that comes later"
+    _, whole = step(guided_loss, model, inputs, queries, targets)
+    _, without = step(guided_loss, model, inputs, queries, targets, weight=0.0)
+    for name, gradient in whole.items():
+        assert gradient.norm() > 0, name
+        # Guidance alone changes the gradient of everything before the last block's maps, and by far more than any
+        # tolerance below but that of bfloat16; values and outputs of the last block come after all maps.
+        after_maps = "layers.4.cross_attn" in name and any(p in name for p in ("v_proj", "o_proj"))
+        assert (relative_error(without[name], gradient) > 0.01) != after_maps, name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("gate", "num_key_value_heads", "train_vision"), [(0.5, 2, True), (0.5, 1, False), (0.0, 4, True), (0.0, 2, False)]
+)
+def test_equals_the_naive_computation_in_float64(side, gate, num_key_value_heads, train_vision):
+    model = guided_model(gate, train_vision, num_key_value_heads=num_key_value_heads).double()
+    inputs, queries, targets = guided_batch(side, torch.float64)
+    expected = naive_float64(model, inputs, queries, targets)
+    with EverythingInFloat64():
+        actual = step(guided_loss, model, inputs, queries, targets)
+    assert_equal_steps(actual, expected, rtol=1e-9)
+
+
+def test_behind_shut_gates_guidance_alone_teaches_queries_keys_and_adapter():
+    """At gate 0 the language modelling loss reaches nothing but the gates, so that the gradient is guidance's."""
+    model, (inputs, queries, targets) = guided_model(gate=0.0), guided_batch()
+    expected = naive_float64(model, inputs, queries, targets)
+    actual = step(guided_loss, model, inputs, queries, targets)
+    assert_equal_steps(actual, expected, rtol=1e-4)
+    _, unguided = step(guided_loss, model, inputs, queries, targets, weight=0.0)
+    for name, gradient in actual[1].items():
+        if name == "gates":
+            assert (gradient != 0).all()
+        else:
+            assert (unguided[name] == 0).all(), name
+            assert (gradient == 0).all() == any(part in name for part in ("v_proj", "o_proj")), name
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_equals_the_naive_computation_in_float32_and_under_gradient_checkpointing(use_reentrant, train_vision):
+    model, (inputs, queries, targets) = guided_model(train_vision=train_vision), guided_batch()
+    expected = naive_float64(model, inputs, queries, targets)
+    if use_reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        assert model.model.language_model.layers[0].gradient_checkpointing
+    assert_equal_steps(step(guided_loss, model, inputs, queries, targets), expected, rtol=1e-4)
+
+
+def root_mean_square(values) -> float:
+    return float(np.sqrt(np.mean(np.square(list(values)))))
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("gate", [0.5, 0.0])
+def test_equals_the_naive_computation_under_bfloat16_autocast(gate, use_reentrant):
+    """As near to float64 as bfloat16 allows, and no further from it than the naive computation in the same autocast.
+
+    A gradient has been through some hundred roundings by half an epsilon each, one after another, forwards and
+    backwards. Independent errors add up to about sqrt(100) / 2 = 5 epsilons, times the scores (up to ten here) where
+    they pass a softmax. That is why 12 epsilons on average and 32 for any one parameter; without guidance, each gradient
+    that guidance has a part in is off by more.
+    """
+    eps = torch.finfo(torch.bfloat16).eps
+    model, (inputs, queries, targets) = guided_model(gate), guided_batch()
+    expected_loss, expected = naive_float64(model, inputs, queries, targets)
+    losses, errors = {}, {}
+    for compute in (naive_loss, guided_loss):
+        if compute is guided_loss and use_reentrant is not None:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compute(model, inputs, queries, targets)
+        found = gradients(model, loss)
+        losses[compute] = loss.item()
+        errors[compute] = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert losses[guided_loss] == pytest.approx(losses[naive_loss], rel=eps)
+    assert losses[guided_loss] == pytest.approx(expected_loss, rel=eps)
+    assert max(errors[guided_loss].values()) < 32 * eps, errors[guided_loss]
+    guided, naive = root_mean_square(errors[guided_loss].values()), root_mean_square(errors[naive_loss].values())
+    assert guided < 12 * eps
+    assert guided < 1.5 * naive
+    _, without = step(guided_loss, model, inputs, queries, targets, weight=0.0)
+    changed = [relative_error(without[name], gradient) for name, gradient in expected.items()]
+    assert sum(change > 32 * eps for change in changed) >= 0.75 * len(changed)
+
+
+# Inductor takes a minute for the whole of even this model. It gets the blocks, which hold all that guidance adds to the
+# model; the whole model gets the same capture and the same joint graphs of forward and backward, run by PyTorch.
+@pytest.mark.parametrize(("backend", "whole"), [("aot_eager", True), ("inductor", False)])
+def test_equals_the_naive_computation_compiled(backend, whole):
+    model, (inputs, queries, targets) = guided_model(num_hidden_layers=2), guided_batch()
+    expected = naive_float64(model, inputs, queries, targets)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for module in [model] if whole else blocks(model):
+        module.compile(backend=backend)
+    assert_equal_steps(step(guided_loss, model, inputs, queries, targets), expected, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+
+
+def test_text_only_batches_have_no_guidance():
+    """In training the model sees a blank visual token then, which the targets know nothing of."""
+    model, queries = guided_model(), torch.zeros(1, 2, 9, dtype=torch.bool)
+    queries[0, 0, 3:5] = True
+    maps = model(**pad(GUIDED_ROWS[:1]), map_queries=queries, use_cache=False).cross_attention_maps
+    targets = torch.zeros(1, 2, 0)
+    losses, named = guidance_losses(maps, targets)
+    assert losses.shape == named.shape == (1, 2)
+    assert (losses == 0).all()
+    assert not named.any()
+    assert not pointing_hits(maps, targets).any()
+    assert (attention_iou(maps, targets) == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients(model, losses.sum()).values())
+
+
+def test_a_rows_guidance_does_not_depend_on_the_other_rows():
+    """Alone, with its own images and fewer slots, each row has the losses and hits that it has in the batch."""
+    model, (inputs, queries, targets) = guided_model(), guided_batch()
+    with torch.no_grad():
+        maps = model(**inputs, map_queries=queries, use_cache=False).cross_attention_maps
+        losses, named = guidance_losses(maps, targets)
+        for row, image in ((1, slice(0, 1)), (2, slice(1, 3)), (3, slice(3, 6))):
+            length, slots = len(GUIDED_ROWS[row]), int(named[row].sum())
+            alone = {name: inputs[name][image] for name in ("pixel_values", "pixel_attention_mask")}
+            alone |= pad([GUIDED_ROWS[row]])
+            num_visual = (image.stop - image.start) * NUM_VISUAL
+            asked, wanted = queries[row : row + 1, :slots, -length:], targets[row : row + 1, :slots, :num_visual]
+            found = model(**alone, map_queries=asked, use_cache=False).cross_attention_maps
+            torch.testing.assert_close(guidance_losses(found, wanted)[0][0], losses[row, :slots])
+            torch.testing.assert_close(attention_iou(found, wanted)[0], attention_iou(maps, targets)[row, :slots])
+            assert torch.equal(pointing_hits(found, wanted)[0], pointing_hits(maps, targets)[row, :slots])
