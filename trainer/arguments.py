@@ -31,7 +31,8 @@ class AgeVlmArgumentsMixin:
             Learning rates by group of parameters, as `{"vision_last_block": 2e-6}`; the others have `learning_rate`.
     """
 
-    stage: str | list[str] | None = field(default=None, metadata={"help": "Preset or groups that train."})
+    # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
+    stage: list[str] | str | None = field(default=None, metadata={"help": "Preset or groups that train."})
     guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the Dice loss; 0 for no guidance."})
     guided_layers: list[int] | None = field(
         default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}

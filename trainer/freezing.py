@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from ..modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
 
 GROUPS: dict[str, str] = {
     "adapter": r"model\.multi_modal_projector\.",
@@ -33,6 +33,13 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 """Name of a stage -> the groups that train in it. `align` to `instruct` are the paper's stages 1 to 4, which leave
 self-attention and FFN frozen; `self_attention` is its open variant."""
+
+LORA_TARGET_MODULES = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+"""`LoraConfig(target_modules=...)`: the language model's own linear layers. PEFT's `"all-linear"` would also put LoRA on those
+of the vision tower, the adapter and the cross-attention."""
+
+LORA_MODULES_TO_SAVE = ("multi_modal_projector", "cross_attn")
+"""`LoraConfig(modules_to_save=...)`: what trains in full beside LoRA, as in every stage."""
 
 # A numbered stage or block of a tower, as timm and Transformers name them: `stages.3.blocks.2`, `encoder.stages.3.layers.2`,
 # `blocks.6.0`, `stages_3.blocks.2`, `encoder.layer.11`.
@@ -196,8 +203,8 @@ def optimizer_groups(
 
 
 def open_gates(model: AgeVlmForConditionalGeneration, gate: float) -> None:
-    """Sets the gates that are exactly 0, those of a freshly assembled model, to `gate`."""
+    """Sets the gates that are exactly 0, those of a freshly assembled model, to `gate`; PEFT's copies of them too."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("cross_attn.gate"):
-                parameter.copy_(torch.where(parameter == 0, gate, parameter))
+        for module in model.modules():
+            if isinstance(module, AgeVlmCrossAttention):
+                module.gate.copy_(torch.where(module.gate == 0, gate, module.gate))

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -50,6 +52,7 @@ class GuidanceMixin:
     """
 
     own_loss_name = "lm_loss"
+    _saving = False
 
     def _set_up(self, model: nn.Module, args) -> None:
         """Before the trainer wraps the model: what trains, and the hook on the attention maps."""
@@ -67,6 +70,10 @@ class GuidanceMixin:
             groups = freeze(base, args.stage)
             if args.process_index == 0 and not args.disable_tqdm:
                 print_trainable(base, groups, f"Stage {args.stage}" if isinstance(args.stage, str) else "Groups")
+        elif base is not model:  # PEFT leaves `modules_to_save` in the model's type; for the reason see `freeze`
+            for parameter in base.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         if args.initial_gate is not None:
             open_gates(base, args.initial_gate)
         half = {p.dtype for p in base.parameters() if not p.requires_grad} & {torch.bfloat16, torch.float16}
@@ -85,7 +92,7 @@ class GuidanceMixin:
         self._maps: torch.Tensor | None = None
         self._num_phrases: torch.Tensor | None = None
         self._guidance_sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._last_logged_step = 0
+        self._eval_prefix = "eval"
         base.base_model.register_forward_hook(self._keep_maps)
 
     def _keep_maps(self, module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -116,6 +123,7 @@ class GuidanceMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self._guidance_sums["train"]["steps"] += bool(batches)
         counts = [_num_phrases(batch) for batch in batches]
         self._num_phrases = self.accelerator.reduce(torch.tensor(sum(counts), device=device))
         return batches, num_items
@@ -175,9 +183,15 @@ class GuidanceMixin:
         by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or self.compute_loss_func is not None
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._guidance_sums["eval"].clear()  # of `predict`, which logs nothing
+        self._eval_prefix = metric_key_prefix
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self._guidance_sums[mode]
+        # Not by the model's mode: after an evaluation it stays as it is until the next step.
+        mode = "train" if "loss" in logs else "eval" if f"{self._eval_prefix}_runtime" in logs else None
+        sums = self._guidance_sums[mode] if mode else None
         if sums:
             names = ("own_loss", "losses", "guided_phrases", "dropped_phrases")
             means = ("guidance_loss", "pointing_accuracy", "attention_iou")
@@ -192,15 +206,14 @@ class GuidanceMixin:
             )
             own, losses, guided, dropped, *totals = self.accelerator.reduce(local).tolist()
             if mode == "train":
-                steps = max(1, self.state.global_step - self._last_logged_step)
-                self._last_logged_step = self.state.global_step
-                own = own / steps / self.accelerator.num_processes
+                own = own / sums["steps"] / self.accelerator.num_processes
             else:
                 own = own / losses
             values = {self.own_loss_name: own, "guided_phrases": guided, "dropped_phrases": dropped}
             if guided:
                 values |= {name: total / guided for name, total in zip(means, totals, strict=True)}
-            logs.update({f"eval_{k}" if mode == "eval" else k: round(v, 6) for k, v in values.items()})
+            prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
+            logs.update({prefix + k: round(v, 6) for k, v in values.items()})
             sums.clear()
         super().log(logs, start_time)  # type: ignore[misc]
 
@@ -226,7 +239,18 @@ class GuidanceMixin:
 
     def _get_output_dir(self, trial=None) -> str:
         folder = super()._get_output_dir(trial)  # type: ignore[misc]
-        return os.path.join(folder, _UNFINISHED) if getattr(self, "_saving", False) else folder
+        return os.path.join(folder, _UNFINISHED) if self._saving else folder
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # FSDP2 gives the model a class that is made in a module of PyTorch's, whose code would be saved as the model's.
+        if isinstance(self.model, FSDPModule):
+            original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
+            type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # uploads go on in the background: not from a folder that is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
@@ -239,7 +263,7 @@ class GuidanceMixin:
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk each writer raises its own
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
                 f"Could not save {whole}: {error}. Earlier checkpoints are as they were: make room, and resume from the last."
@@ -255,6 +279,8 @@ class GuidanceMixin:
             os.replace(os.path.join(unfinished, name), whole)
             with contextlib.suppress(OSError):
                 os.rmdir(unfinished)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(whole)
             rotate_checkpoints(
                 output_dir=folder,
                 save_total_limit=self.args.save_total_limit,

@@ -54,7 +54,8 @@ class AgeVlmModelConfig(ModelConfig):
         metadata={"help": "Modules with LoRA: names, or one regular expression."},
     )
     lora_modules_to_save: list[str] | None = field(
-        default_factory=lambda: list(LORA_MODULES_TO_SAVE), metadata={"help": "Modules that train in full beside LoRA."}
+        default_factory=lambda: list(LORA_MODULES_TO_SAVE),
+        metadata={"help": "Modules that train in full beside LoRA."},
     )
 
     def __post_init__(self):
@@ -114,9 +115,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
                 phrases[i] = self.guidance.guided_phrases(example, row["images"], conversation)
                 spans = torch.tensor(self._offsets(row["prompt"], row["chosen"])[: offsets.shape[1]])
                 offsets[i, : len(spans)] = spans
-        batch.update(
-            self.guidance.guidance_inputs(phrases, offsets, batch["attention_mask"].bool(), texts + texts)
-        )
+        batch.update(self.guidance.guidance_inputs(phrases, offsets, batch["attention_mask"].bool(), texts + texts))
         return batch
 
     def _offsets(self, prompt: str, answer: str) -> list[tuple[int, int]]:
