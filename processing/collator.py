@@ -100,8 +100,8 @@ class RenderedConversation:
     def _places(self) -> list[list[int | None]]:
         """For each character of each message's text its place in `text`; None for white space at the ends of text
         parts, and for parts that the template changes, repeats or leaves out."""
-        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part; inside
-        # the white space there, as many templates trim it.
+        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part. It
+        # stands inside the white space there, which many templates trim.
         unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in self.text)
         marks: dict[str, tuple[int, int, str]] = {}  # message, first character in the message's text, what is marked
         messages = []

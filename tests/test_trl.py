@@ -601,7 +601,6 @@ METRICS = ("guidance_loss", "pointing_accuracy", "attention_iou", "guided_phrase
     [(AgeVlmSFTTrainer, AgeVlmSFTConfig, "lm_loss"), (AgeVlmDPOTrainer, AgeVlmDPOConfig, "dpo_loss")],
 )
 def test_trackers_receive_what_is_logged(tmp_path, monkeypatch, tracker, trainer_class, config_class, own_loss):
-    pytest.importorskip(tracker)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     folder = tmp_path / "trackio"
     if tracker == "trackio":
