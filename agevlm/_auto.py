@@ -7,6 +7,7 @@ modules that hold the Auto classes: whoever calls `AutoModel.from_pretrained` ha
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -56,6 +57,9 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                     spec.loader_state, spec.loader = spec.loader, self
                 return spec
         return None
+
+    def get_code(self, fullname):  # of the module that `python -m` runs
+        return importlib.util.find_spec(fullname).loader_state.get_code(fullname)
 
     def create_module(self, spec):
         return spec.loader_state.create_module(spec)

@@ -212,19 +212,19 @@ def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> to
 class MapSelection:
     """The few query rows that `map_queries` asks for, gathered so that each block computes these alone.
 
-    `index` `(B, M)`: text positions, padded; `weights` `(B, P, M)`: each phrase's mean over its own tokens.
+    `index` `(B, M)`: text positions, padded; `members` bool `(B, P, M)`: which of them are each phrase's own. No floating
+    point numbers, which FSDP2's mixed precision would round on their way into each layer.
     """
 
     index: torch.Tensor
-    weights: torch.Tensor
+    members: torch.Tensor
 
     @classmethod
     def from_queries(cls, map_queries: torch.Tensor) -> "MapSelection":
         asked = map_queries.any(dim=1)
         width = int(asked.sum(-1).max())
         index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
-        weights = map_queries.gather(2, index[:, None].expand(-1, map_queries.shape[1], -1)).float()
-        return cls(index, weights / weights.sum(-1, keepdim=True).clamp(min=1))
+        return cls(index, map_queries.gather(2, index[:, None].expand(-1, map_queries.shape[1], -1)))
 
 
 class AgeVlmCrossAttention(nn.Module):
@@ -344,7 +344,9 @@ class AgeVlmCrossAttention(nn.Module):
             hidden = ~visible[:, None]
             # The lowest finite number, not -inf: a row that sees nothing must give 0, and a gradient of 0, not NaN.
             probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
-            return selection.weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
+            members = selection.members.float()
+            weights = members / members.sum(-1, keepdim=True).clamp(min=1)
+            return weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):

@@ -335,14 +335,14 @@ class AgeVlmDataCollator:
             attended: bool `(B, S)`.
             texts: of each row, as rendered.
         """
-        if not any(phrases):
+        if self.grid is None or not any(phrases):
             return {}
         queries = self.processor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
         token, size = self.processor.image_token, self.grid[0] * self.grid[1]
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        for row, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
+        for named, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
             kept.append([])
-            for phrase, query in zip(row, row_queries, strict=False):
+            for phrase, query in zip(named, row_queries, strict=False):
                 start, end = phrase.span
                 found = row_offsets[query]
                 whole = len(found) > 0 and found[:, 0].min() <= start and found[:, 1].max() >= end

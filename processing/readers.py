@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,6 +299,21 @@ def _llava_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError('it has no conversations; write a list of {"from": "human", "value": …}')
+    messages = llava_messages(turns)
+    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if shown != len(images):
+        raise ValueError(
+            f"{shown} {_IMAGE} in its conversations, but {len(images)} in `image`; write {_IMAGE} once for each"
+        )
+    return {"images": images, "messages": messages, "grounding": [], "id": entry.get("id")}
+
+
+def llava_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of LLaVA's `conversations`.
+
+    Raises:
+        ValueError: for a turn that is not of that form.
+    """
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
@@ -308,12 +323,7 @@ def _llava_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
                 f'conversations[{i}] is not {{"from": …, "value": …}} with a text of {", ".join(_LLAVA_ROLES)}; mend it'
             )
         messages.append({"role": _LLAVA_ROLES[role], "content": _llava_content(value)})
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if shown != len(images):
-        raise ValueError(
-            f"{shown} {_IMAGE} in its conversations, but {len(images)} in `image`; write {_IMAGE} once for each"
-        )
-    return {"images": images, "messages": messages, "grounding": [], "id": entry.get("id")}
+    return messages
 
 
 def _llava_content(value: str) -> list[dict[str, Any]]:

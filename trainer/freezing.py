@@ -198,7 +198,7 @@ def optimizer_groups(
             "weight_decay": weight_decay if decays else 0.0,
             **({"lr": rates[group]} if group else {}),
         }
-        for (group, decays), parameters in members.items()
+        for (group, decays), parameters in sorted(members.items())  # "" first: its rate is the one that is logged
     ]
 
 

@@ -186,7 +186,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
     """`value` as a `hint`, whose dataclasses are mappings in YAML."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, got {_shown(value)}.")
         hints = typing.get_type_hints(hint)
@@ -414,12 +414,10 @@ def _as_rows(dataset: Dataset, part: DataPart) -> Dataset:
 
 def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:
     """Messages of one conversation."""
-    from ..processing.readers import _LLAVA_ROLES, _llava_content
+    from ..processing.readers import llava_messages
 
     if format == "llava":
-        return [
-            {"role": _LLAVA_ROLES[turn["from"]], "content": _llava_content(turn["value"])} for turn in conversation
-        ]
+        return llava_messages(conversation)
     if format == "cauldron":
         return [{"role": role, "content": turn[role]} for turn in conversation for role in ("user", "assistant")]
     return conversation

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -38,7 +39,11 @@ def visual_grid(model: AgeVlmForConditionalGeneration, processor: AgeVlmProcesso
     return model.model._vision_tokens(blank)[1]
 
 
-class GuidanceMixin:
+# Type checkers see the mixin as the trainer that it is put in front of.
+_AnyTrainer: Any = Trainer if TYPE_CHECKING else object
+
+
+class GuidanceMixin(_AnyTrainer):
     """Stages and attention guidance for a trainer: `class MyTrainer(GuidanceMixin, SomeTrainer)`.
 
     It sets up what trains (`args.stage`), hands the collator's `map_targets` past the model, takes the attention maps from
@@ -56,7 +61,7 @@ class GuidanceMixin:
 
     def _set_up(self, model: nn.Module, args) -> None:
         """Before the trainer wraps the model: what trains, and the hook on the attention maps."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+        base = _base(model)
         if not isinstance(base, AgeVlmForConditionalGeneration):
             raise ValueError(
                 f"{type(self).__name__} trains AgeVlmForConditionalGeneration, got {type(base).__name__}."
@@ -117,12 +122,12 @@ class GuidanceMixin:
     # --- data ---
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        super()._set_signature_columns_if_needed()
         columns = ["messages", "prompt", "completion", "image", "images", "grounding", self.args.length_column_name]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._guidance_sums["train"]["steps"] += bool(batches)
         counts = [_num_phrases(batch) for batch in batches]
         self._num_phrases = self.accelerator.reduce(torch.tensor(sum(counts), device=device))
@@ -134,7 +139,7 @@ class GuidanceMixin:
         inputs = dict(inputs)
         targets, dropped = (inputs.pop(name, None) for name in _TARGETS)
         self._maps = None
-        result = super().compute_loss(  # type: ignore[misc]
+        result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         maps, self._maps = self._maps, None
@@ -161,9 +166,9 @@ class GuidanceMixin:
             )
         if maps is None or (mode == "train" and not maps.requires_grad):
             raise RuntimeError(
-                "The attention maps came without a gradient, so guidance would teach nothing: reentrant gradient "
-                "checkpointing does that where nothing before the first cross-attention layer trains. Use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or train the adapter too."
+                "The attention maps came without a gradient, so guidance would teach nothing: either no part that they "
+                "come from trains (choose a `stage` with the adapter or the cross-attention), or gradient checkpointing is "
+                "reentrant (use gradient_checkpointing_kwargs={'use_reentrant': False}) where nothing before it trains."
             )
         maps = maps[self._guided_blocks]
         losses, named = guidance_losses(maps, targets)
@@ -186,7 +191,7 @@ class GuidanceMixin:
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._guidance_sums["eval"].clear()  # of `predict`, which logs nothing
         self._eval_prefix = metric_key_prefix
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Not by the model's mode: after an evaluation it stays as it is until the next step.
@@ -215,30 +220,26 @@ class GuidanceMixin:
             prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
             logs.update({prefix + k: round(v, 6) for k, v in values.items()})
             sums.clear()
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     # --- optimiser ---
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trained = optimizer_groups(
-                self.model if model is None else model, self.args.weight_decay, self.args.group_learning_rates
-            )
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if (
-                any(name in kwargs for name in ("params", "model", "optimizer_dict"))
-                and self.args.group_learning_rates
-            ):
-                raise ValueError(f"optim={self.args.optim} makes its own groups: leave group_learning_rates out.")
-            if any(name in kwargs for name in ("params", "model", "optimizer_dict")):
-                return super().create_optimizer(model)  # type: ignore[misc]
-            self.optimizer = cls(trained, **kwargs)
+            model = self.model if model is None else model
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            if is_optimizer_factory(cls) or {"params", "model", "optimizer_dict"} & kwargs.keys():
+                if self.args.group_learning_rates:
+                    raise ValueError(f"optim={self.args.optim} makes its own groups: leave group_learning_rates out.")
+                return super().create_optimizer(model)
+            groups = optimizer_groups(model, self.args.weight_decay, self.args.group_learning_rates)
+            self.optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     # --- checkpoints ---
 
     def _get_output_dir(self, trial=None) -> str:
-        folder = super()._get_output_dir(trial)  # type: ignore[misc]
+        folder = super()._get_output_dir(trial)
         return os.path.join(folder, _UNFINISHED) if self._saving else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -246,11 +247,11 @@ class GuidanceMixin:
         if isinstance(self.model, FSDPModule):
             original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
             type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:  # uploads go on in the background: not from a folder that is about to be renamed
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
@@ -262,7 +263,7 @@ class GuidanceMixin:
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk each writer raises its own
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
@@ -290,8 +291,8 @@ class GuidanceMixin:
         self.accelerator.wait_for_everyone()
 
 
-def _base(model: nn.Module) -> AgeVlmForConditionalGeneration:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _base(model: Any) -> AgeVlmForConditionalGeneration:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
 
 
 def _num_phrases(batch: dict) -> int:
