@@ -13,6 +13,7 @@ then Dice guidance draws the attention of phrases to the masks of what they name
 import argparse
 import html
 import importlib.util
+import itertools
 import json
 import random
 import shutil
@@ -29,10 +30,13 @@ from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor, AgeVlmTraine
 from agevlm.assembly import build_checkpoint, load_timm
 from agevlm.evaluation.attention_maps import block_titles, draw_heatmaps
 from agevlm.evaluation.scenes import SceneQuestion, evaluate_scenes, scene_images
+from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.cutouts import export_openmoji, export_photographs
 from agevlm.processing.grounding import message_text
 from agevlm.processing.processing_agevlm import add_image_support
 from agevlm.processing.scenes import build_scenes
+from agevlm.trainer.recipes import draw_training
+from agevlm.trainer.trainer import visual_grid
 
 # Few enough for a short training, and easily told apart by a small ImageNet network.
 CLASSES = ("apple", "banana", "bicycle", "bird", "book", "car", "chair", "dog", "guitar", "umbrella")
@@ -52,9 +56,9 @@ MIXTURE = {"existence": 0.6, "objects": 0.2, "position": 0.15, "count": 0.05}
 # The paper's stages: the part of all steps that each gets, whether it is guided, and its learning rate schedule. Guidance gets
 # the most, because that is what makes this little data enough.
 STAGES = {
-    "align": {"share": 0.15, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
-    "adapt_vision": {"share": 0.1, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
-    "guide": {"share": 0.45, "guided": True, "lr_scheduler_type": "constant_with_warmup"},
+    "align": {"share": 0.08, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
+    "adapt_vision": {"share": 0.07, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
+    "guide": {"share": 0.55, "guided": True, "lr_scheduler_type": "constant_with_warmup"},
     "instruct": {"share": 0.3, "guided": True, "lr_scheduler_type": "cosine"},
 }
 
@@ -102,27 +106,49 @@ def assemble(output_dir: Path, image_size: int) -> tuple[AgeVlmForConditionalGen
     return model, processor
 
 
-def draw_rows(scenes: Dataset, number: int, seed: int) -> Dataset:
-    """Training rows by the mixture, with their length, by which the trainer batches them."""
-    rng = random.Random(seed)
-    of_kind: dict[str, list[int]] = {kind: [] for kind in MIXTURE}
-    for i, kind in enumerate(scenes["kind"]):
-        of_kind[kind].append(i)
-    for rows in of_kind.values():
-        rng.shuffle(rows)
-    taken = dict.fromkeys(MIXTURE, 0)
-    chosen = []
-    for kind in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=number):
-        chosen.append(of_kind[kind][taken[kind] % len(of_kind[kind])])  # each once before any comes again
-        taken[kind] += 1
-    lengths = [sum(len(message_text(m)) for m in messages) for messages in scenes.select(chosen)["messages"]]
-    return scenes.select(chosen).add_column("length", lengths)
+def count_tokens(processor: AgeVlmProcessor, scenes: Dataset) -> list[int]:
+    """About how many tokens each conversation has: those of its texts, and six around each message."""
+    conversations = list(scenes["messages"])
+    texts = [message_text(message) for messages in conversations for message in messages]
+    counts = iter([len(ids) + 6 for ids in processor.tokenizer(texts)["input_ids"]])
+    return [sum(next(counts) for _ in messages) for messages in conversations]
+
+
+class PlannedBatches(torch.utils.data.Dataset):
+    """Batches of about as many tokens each, each of one kind and of conversations of similar length: so that a batch of
+    short answers holds as much to learn as one of long conversations."""
+
+    def __init__(self, scenes: Dataset, lengths: list[int], batches: int, tokens: int, seed: int):
+        self.scenes = scenes
+        kinds, rng = scenes["kind"], random.Random(seed)
+        pools: dict[str, list[list[int]]] = {kind: [] for kind in MIXTURE}
+
+        def draw(kind: str) -> list[int]:
+            if not pools[kind]:
+                rows = [row for row, k in enumerate(kinds) if k == kind]
+                rows.sort(key=lambda row: (lengths[row], rng.random()))
+                while rows:
+                    size = max(1, tokens // lengths[rows[-1]])
+                    pools[kind].append(rows[-size:])
+                    del rows[-size:]
+                rng.shuffle(pools[kind])
+            return pools[kind].pop()
+
+        self.batches = [draw(kind) for kind in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=batches)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        return [self.scenes[row] for row in self.batches[index]]
 
 
 def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Namespace, after_stage) -> list[dict]:
     """Trains the four stages, calling `after_stage(name)` after each; returns the log, its steps counted through."""
     # Channels last is several times faster for depthwise convolutions on CPUs, and changes no value's meaning.
     model.model.vision_tower.to(memory_format=torch.channels_last)
+    collator = AgeVlmDataCollator(processor, visual_grid(model, processor))
+    lengths = count_tokens(processor, scenes)
     log: list[dict] = []
     done = 0
     for number, (stage, plan) in enumerate(STAGES.items(), 1):
@@ -143,16 +169,17 @@ def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Na
                 warmup_steps=min(20, steps // 4),
                 adam_beta2=0.98,
                 max_steps=steps,
-                per_device_train_batch_size=args.batch_size,
-                train_sampling_strategy="group_by_length",
+                per_device_train_batch_size=1,  # of planned batches
+                train_sampling_strategy="sequential",
                 bf16=True,
                 use_cpu=not torch.cuda.is_available(),
-                logging_steps=10,
+                logging_steps=min(10, steps),
                 save_strategy="no",
                 report_to="none",
                 seed=args.seed,
             ),
-            train_dataset=draw_rows(scenes, steps * args.batch_size, args.seed + number),
+            train_dataset=PlannedBatches(scenes, lengths, steps, args.tokens_per_batch, args.seed + number),
+            data_collator=lambda planned: collator(planned[0]),
             processing_class=processor,
         )
         trainer.train()
@@ -178,29 +205,6 @@ def table_cells(results: dict[str, dict], kind: str) -> list[str]:
     *_, trained = results.values()
     scores = [f"{state[kind]['score']:.2f}" if kind in state else "" for state in results.values()]
     return [*scores, f"{trained[kind]['chance']:.2f}", str(trained[kind]["questions"])]
-
-
-def draw_curves(log: list[dict], path: Path) -> None:
-    """Both losses, and where guided phrases look, over the steps of all stages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("lm_loss",), ("guidance_loss",), ("pointing_accuracy", "attention_iou")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3), layout="constrained")
-    steps = [entry["step"] for entry in log]
-    starts = [entry["step"] for entry, former in zip(log[1:], log, strict=False) if entry["stage"] != former["stage"]]
-    for axis, names in zip(axes, panels, strict=True):
-        for name in names:
-            axis.plot(steps, [entry.get(name, float("nan")) for entry in log], label=name.replace("_", " "))
-        for start in starts:
-            axis.axvline(start, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="step (dotted: the next stage begins)", xlim=(0, None), ylim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.legend(loc="lower left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def choose_examples(questions: list[SceneQuestion], number: int) -> list[SceneQuestion]:
@@ -232,7 +236,8 @@ def write_report(
 
     `unguided` are the examples' questions as the model answered them before guidance.
     """
-    draw_curves(log, output_dir / "training.png")
+    ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
+    draw_training(log, output_dir / "training.png", ends)
     parts = []
     for number, (question, before) in enumerate(zip(examples, unguided, strict=True)):
         right = question.answer == question.expected
@@ -274,7 +279,7 @@ img{{max-width:100%}}.q{{font-weight:600;margin-bottom:.2em}}.right{{color:#087f
 <p class="note">existence, count, position: exactly right answers; objects: F1 of the classes named; pointing: the phrase
 looks hardest inside its object (mean of all blocks). Chance: the best answer that ignores the image; for objects, the same
 answers held against other scenes; for pointing, the object's share of the image.</p>
-<h2>Training</h2><img src="training.png" alt="training curves">
+<h2>Training</h2><p class="note">Dotted lines: the next stage begins. Stages 1 and 2 are not guided.</p><img src="training.png" alt="training curves">
 <h2>Answers</h2>{"".join(parts)}</html>
 """,
         encoding="utf-8",
@@ -286,10 +291,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
     parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--test-scenes", type=int, default=150, help="held-out scenes")
-    parser.add_argument("--steps", type=int, default=600, help="of all stages together")
+    parser.add_argument("--steps", type=int, default=480, help="of all stages together")
     parser.add_argument("--image-size", type=int, default=320, help="pixels; a visual token for each 32x32")
-    parser.add_argument("--batch-size", type=int, default=5, help="conversations")
-    parser.add_argument("--learning-rate", type=float, default=7e-4)
+    parser.add_argument("--tokens-per-batch", type=int, default=480)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--guidance", type=float, default=1.0, help="weight in stages 3 and 4; 0 for none")
     parser.add_argument("--gate", type=float, default=0.5, help="of each block at the start of training")
     parser.add_argument("--examples", type=int, default=10, help="questions shown in the report")
@@ -328,13 +333,13 @@ def main() -> None:
     results: dict[str, dict] = {}
     answered: dict[str, list[SceneQuestion]] = {}
 
-    def examine(state: str, max_questions: int = 300) -> None:
+    def examine(state: str, max_questions: int = 200) -> None:
         model.eval()
         results[state], answered[state] = evaluate_scenes(
             model, processor, scenes["test"], max_questions=max_questions, progress=state
         )
 
-    examine("untrained", max_questions=60)
+    examine("untrained", max_questions=40)
 
     console.rule("3. Training")
     unguided, guided = "unguided (stage 2)", "guided (stage 4)"

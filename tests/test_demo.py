@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import agevlm  # noqa: F401
+from agevlm.trainer.freezing import PRESETS
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 SMALL = [
@@ -31,7 +32,7 @@ SMALL = [
     "--test-scenes",
     "3",
     "--steps",
-    "3",
+    "20",
     "--tokens-per-batch",
     "200",
     "--image-size",
@@ -57,8 +58,15 @@ def test_report_shows_what_there_is(output):
     pictures = {path.name for path in output.glob("*.png")} - {"example.png"}
     assert pictures
     assert all(f"src='{name}'" in report or f'src="{name}"' in report for name in pictures)
-    assert report.count("<section>") == len(pictures) - 1  # the training curve stands by itself
-    results = json.loads((output / "results.json").read_text())["results"]
+    questions = {name.removesuffix(".png").split("_")[1] for name in pictures if name.startswith("question_")}
+    assert report.count("<section>") == len(questions)
+    # Each heat map stands beside that of the same question before guidance.
+    guided = {name for name in pictures if name.endswith("_guided.png")}
+    assert guided
+    assert {name.replace("_guided", "_unguided") for name in guided} == {n for n in pictures if "_unguided" in n}
+    numbers = json.loads((output / "results.json").read_text())
+    assert list(dict.fromkeys(entry["stage"] for entry in numbers["log"])) == list(PRESETS)[:4]
+    results = numbers["results"]
     for kind in ("existence", "objects", "count", "pointing"):
         assert f"{results[kind]['chance']:.2f}" in report
 

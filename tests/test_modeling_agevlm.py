@@ -41,7 +41,12 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmTextConfig, AgeVlmTextModel
-from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmImageFeatures, sincos_2d
+from agevlm.modeling_agevlm.modeling_agevlm import (
+    AgeVlmCrossAttention,
+    AgeVlmImageFeatures,
+    MapSelection,
+    sincos_2d,
+)
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -795,3 +800,11 @@ def test_a_plain_attention_name_is_for_the_text_model(vision, implementation, tm
     for vlm in (model, loaded):
         assert vlm.config._attn_implementation == implementation
         assert vlm.model.language_model.config._attn_implementation == implementation
+
+
+def test_nothing_of_a_map_selection_can_be_rounded():
+    """Mixed precision of FSDP2 casts every floating point tensor that goes into a layer, and 1/3 is no bfloat16."""
+    queries = torch.zeros(1, 2, 7, dtype=torch.bool)
+    queries[0, 0, 1:4] = True
+    selection = MapSelection.from_queries(queries)
+    assert not any(value.is_floating_point() for value in vars(selection).values())

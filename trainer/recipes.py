@@ -525,12 +525,15 @@ def _report(trainer: AgeVlmTrainer, recipe: Recipe, metrics: dict[str, float]) -
         console.print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")
 
 
-def draw_training(log_history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+def draw_training(
+    log_history: Sequence[dict[str, Any]], path: str | os.PathLike, stage_ends: Sequence[int] = ()
+) -> None:
     """Draws the curves of a training run.
 
     Args:
         log_history: of a trainer's state.
         path: the PNG to write.
+        stage_ends: steps at which a dotted line is drawn, for several stages one after another.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -549,6 +552,8 @@ def draw_training(log_history: Sequence[dict[str, Any]], path: str | os.PathLike
                 axes.plot(
                     *zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3, label=label
                 )
+        for step in stage_ends:
+            axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(name.replace("_", " "))
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -336,3 +336,23 @@ class AgeVlmTrainer(GuidanceMixin, Trainer):
                 "AgeVlmTrainer does not train with nn.DataParallel, which Transformers uses where one process sees several "
                 "GPUs: start it with `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
             )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if (
+            not return_outputs
+            and "labels" in inputs
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        ):
+            inputs = _keep_learnt(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def _keep_learnt(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs with which the head runs only at positions where some row learns its next token: with a vocabulary of a hundred
+    thousand and a loss on the answers alone, the others are a large part of a step."""
+    shift_labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    learnt = (shift_labels != -100).any(0)
+    learnt[0] |= ~learnt.any()  # an empty one would have no loss
+    keep = learnt.nonzero()[:, 0]
+    return {**inputs, "shift_labels": shift_labels[:, keep], "logits_to_keep": keep}
