@@ -291,7 +291,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
     parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--test-scenes", type=int, default=150, help="held-out scenes")
-    parser.add_argument("--steps", type=int, default=480, help="of all stages together")
+    parser.add_argument("--steps", type=int, default=440, help="of all stages together")
     parser.add_argument("--image-size", type=int, default=320, help="pixels; a visual token for each 32x32")
     parser.add_argument("--tokens-per-batch", type=int, default=480)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
