@@ -509,6 +509,18 @@ def test_gradient_checkpointing_of_either_kind_changes_no_gradient(stage, tmp_pa
         assert_same_gradients(found, plain)
 
 
+def test_a_compiled_model_is_guided_as_well(tmp_path):
+    settings = {"stage": "guide", "per_device_train_batch_size": 4}
+    (plain_log,), (plain,) = step_gradients(tmp_path, "12t3", **settings)
+    # Without a code generator, which would take a minute here; the graphs are the same.
+    (log,), (found,) = step_gradients(
+        tmp_path, "12t3", **settings, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    assert log["guided_phrases"] == 6
+    assert log["guidance_loss"] == pytest.approx(plain_log["guidance_loss"], rel=1e-5)
+    assert_same_gradients(found, plain)
+
+
 def test_reentrant_checkpointing_keeps_the_gradient_of_the_first_block_that_trains(tmp_path):
     """Nothing before it trains, which is where such checkpointing loses gradients without a word."""
     settings = {"stage": ["cross_attention"], "per_device_train_batch_size": 2}
