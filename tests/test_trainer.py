@@ -3,7 +3,9 @@
 
 import errno
 import functools
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -688,3 +690,18 @@ def test_checkpoints_are_uploaded_under_their_name_when_they_are_whole(tmp_path,
     (folder, files), = uploaded  # fmt: skip
     assert folder == tmp_path / "checkpoint-1"
     assert files == sorted(os.listdir(folder))
+
+
+def test_a_trainer_that_is_done_is_forgotten_by_its_model(tmp_path):
+    """A model goes through several stages: the trainers of the former ones must hold neither memory nor maps."""
+    model = start_model()
+    first = make_trainer(model, "1212", tmp_path / "first", stage="guide", max_steps=1)
+    first.train()
+    gone = weakref.ref(first)
+    second = make_trainer(model, "1212", tmp_path / "second", stage="guide", max_steps=1)
+    second.train()
+    assert first._captured is None
+    assert second.state.log_history[0]["guided_phrases"] == 3
+    del first
+    gc.collect()
+    assert gone() is None

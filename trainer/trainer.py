@@ -4,6 +4,7 @@
 import contextlib
 import os
 import shutil
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -94,16 +95,19 @@ class GuidanceMixin(_AnyTrainer):
             raise ValueError(f"guided_layers has {unknown}, but the cross-attention layers are {list(layers)}.")
         self._guided_blocks = [list(layers).index(layer) for layer in guided]
 
-        self._maps: torch.Tensor | None = None
+        self._captured: list[torch.Tensor | None] | None = None
         self._num_phrases: torch.Tensor | None = None
         self._guidance_sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._eval_prefix = "eval"
-        base.base_model.register_forward_hook(self._keep_maps)
+        # A model may see several trainers, one after another: their hooks stay, and must not keep them in memory.
+        trainer = weakref.ref(self)
 
-    def _keep_maps(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        # The first forward of a loss is the policy's: DPO's reference and extra forwards for metrics come after it.
-        if self._maps is None:
-            self._maps = output.cross_attention_maps
+        def capture(module: nn.Module, inputs: tuple, output: Any) -> None:
+            running = trainer()
+            if running is not None and running._captured is not None:
+                running._captured.append(output.cross_attention_maps)
+
+        base.base_model.register_forward_hook(capture)
 
     def _make_collator(self, model: nn.Module, processor, args, assistant_only_loss: bool) -> AgeVlmDataCollator:
         if not isinstance(processor, AgeVlmProcessor):
@@ -138,11 +142,17 @@ class GuidanceMixin(_AnyTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         targets, dropped = (inputs.pop(name, None) for name in _TARGETS)
-        self._maps = None
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        maps, self._maps = self._maps, None
+        if not self.args.guidance_weight:
+            inputs.pop("map_queries", None)
+        self._captured = captured = []
+        try:
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        finally:
+            self._captured = None
+        # The first forward of a loss is the policy's: DPO's reference and extra forwards for metrics come after it.
+        maps = captured[0] if captured else None
         loss, outputs = result if return_outputs else (result, None)
         mode = "train" if self.model.training else "eval"
         sums = self._guidance_sums[mode]
