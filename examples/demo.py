@@ -230,25 +230,25 @@ def choose_examples(questions: list[SceneQuestion], number: int) -> list[SceneQu
 
 
 def write_report(
-    output_dir: Path, model, results: dict[str, dict], log: list[dict], examples, unguided, images, facts
+    output_dir: Path, model, results: dict[str, dict], log: list[dict], examples, before_guidance, images, facts
 ) -> None:
     """`report.html` and its PNGs: the table, the training curves, and each example with its heat maps.
 
-    `unguided` are the examples' questions as the model answered them before guidance.
+    `before_guidance` are the examples' questions as the model answered them after stage 2.
     """
     ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
     draw_training(log, output_dir / "training.png", ends)
     parts = []
-    for number, (question, before) in enumerate(zip(examples, unguided, strict=True)):
+    for number, (question, before) in enumerate(zip(examples, before_guidance, strict=True)):
         right = question.answer == question.expected
         image = images[question.scene]
         pictures = {}
         if question.maps is not None:
             phrase = html.escape(question.text[slice(*question.spans[0])])
-            for when, asked in (("unguided, after stage 2", before), ("guided, after stage 4", question)):
-                name = f"question_{number:02d}_{when.split(',')[0]}.png"
+            for stage, asked, state in zip((2, 4), (before, question), list(results)[-2:], strict=True):
+                name = f"question_{number:02d}_stage_{stage}.png"
                 draw_heatmaps(image, asked.maps, block_titles(model), output_dir / name)
-                pictures[name] = f"attention of &ldquo;{phrase}&rdquo;, {when}"
+                pictures[name] = f"attention of &ldquo;{phrase}&rdquo;, after {state}"
         else:
             image.save(output_dir / f"question_{number:02d}.png")
             pictures[f"question_{number:02d}.png"] = "nothing in the image is named in the question"
@@ -291,7 +291,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
     parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--test-scenes", type=int, default=150, help="held-out scenes")
-    parser.add_argument("--steps", type=int, default=440, help="of all stages together")
+    parser.add_argument("--steps", type=int, default=480, help="of all stages together")
     parser.add_argument("--image-size", type=int, default=320, help="pixels; a visual token for each 32x32")
     parser.add_argument("--tokens-per-batch", type=int, default=480)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -333,7 +333,7 @@ def main() -> None:
     results: dict[str, dict] = {}
     answered: dict[str, list[SceneQuestion]] = {}
 
-    def examine(state: str, max_questions: int = 200) -> None:
+    def examine(state: str, max_questions: int = 150) -> None:
         model.eval()
         results[state], answered[state] = evaluate_scenes(
             model, processor, scenes["test"], max_questions=max_questions, progress=state
@@ -342,18 +342,18 @@ def main() -> None:
     examine("untrained", max_questions=40)
 
     console.rule("3. Training")
-    unguided, guided = "unguided (stage 2)", "guided (stage 4)"
+    early, late = "stage 2 (unguided)", f"stage 4 ({'guided' if args.guidance else 'unguided'})"
     log = train(
         model,
         processor,
         scenes["train"],
         work / "trainer",
         args,
-        after_stage=lambda stage: examine(unguided) if stage == "adapt_vision" else None,
+        after_stage=lambda stage: examine(early) if stage == "adapt_vision" else None,
     )
 
     console.rule("4. Held-out scenes")
-    examine(guided)
+    examine(late)
     model.save_pretrained(args.output_dir / "checkpoint")
     processor.save_pretrained(args.output_dir / "checkpoint")
     shutil.rmtree(work)
@@ -365,10 +365,11 @@ def main() -> None:
         f"{args.scenes} scenes of {len(CLASSES)} classes; {minutes:.1f} minutes in all. Images: CC BY-SA 4.0 (OpenMoji), "
         "see scenes/ATTRIBUTION.md."
     )
-    numbers = {"results": results[guided], "states": results, "minutes": minutes, "log": log}
+    numbers = {"results": results[late], "states": results, "minutes": minutes, "log": log}
     (args.output_dir / "results.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-    examples = choose_examples(answered[guided], args.examples)
-    before = [answered[unguided][answered[guided].index(question)] for question in examples]
+    examples = choose_examples(answered[late], args.examples)
+    same = {id(question): before for question, before in zip(answered[late], answered[early], strict=True)}
+    before = [same[id(question)] for question in examples]
     images = scene_images(scenes["test"])
     write_report(args.output_dir, model, results, log, examples, before, images, facts)
     console.print(summary_table(results))

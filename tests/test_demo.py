@@ -61,9 +61,9 @@ def test_report_shows_what_there_is(output):
     questions = {name.removesuffix(".png").split("_")[1] for name in pictures if name.startswith("question_")}
     assert report.count("<section>") == len(questions)
     # Each heat map stands beside that of the same question before guidance.
-    guided = {name for name in pictures if name.endswith("_guided.png")}
+    guided = {name for name in pictures if name.endswith("_stage_4.png")}
     assert guided
-    assert {name.replace("_guided", "_unguided") for name in guided} == {n for n in pictures if "_unguided" in n}
+    assert {name.replace("stage_4", "stage_2") for name in guided} == {n for n in pictures if "stage_2" in n}
     numbers = json.loads((output / "results.json").read_text())
     assert list(dict.fromkeys(entry["stage"] for entry in numbers["log"])) == list(PRESETS)[:4]
     results = numbers["results"]
