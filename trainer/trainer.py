@@ -144,7 +144,8 @@ class GuidanceMixin(_AnyTrainer):
         targets, dropped = (inputs.pop(name, None) for name in _TARGETS)
         if not self.args.guidance_weight:
             inputs.pop("map_queries", None)
-        self._captured = captured = []
+        captured: list[torch.Tensor | None] = []
+        self._captured = captured
         try:
             result = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
