@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def check_new_folder(folder: Path) -> None:
+    """What `new_folder` refuses, for those who want to know it before hours of work.
+
+    Raises:
+        FileExistsError: if `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already exists; choose another output folder or delete it")
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A folder to fill, which appears under the name `folder` when the block ends, or not at all if it raises.
@@ -16,8 +26,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: if `folder` exists and is not an empty folder.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already exists; choose another output folder or delete it")
+    check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
         partial = Path(parent) / folder.name

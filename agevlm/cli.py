@@ -248,14 +248,14 @@ def masks(
         raise ValueError(f"--preview {preview}: there is no folder {preview.absolute().parent}.")
     if not any((dataset / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise FileNotFoundError(f"{dataset} is not a data set that `save_to_disk` of Hugging Face datasets wrote.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):  # known before hours of work
-        raise FileExistsError(f"{out} already exists; choose another output folder or delete it")
 
     import datasets
     import torch
 
+    from ._files import check_new_folder
     from .processing.masks import add_masks, draw_masks, load_teacher
 
+    check_new_folder(out)  # before the models are loaded
     attribution = dataset / "ATTRIBUTION.md"
     loaded, outcomes = add_masks(
         datasets.load_from_disk(dataset),

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from agevlm._files import new_folder
+from agevlm._files import check_new_folder, new_folder
 
 from .grounding import mask_from_rle, mask_to_rle, message_text, row_features
 from .scenes import _quiet
@@ -621,8 +621,7 @@ def add_masks(
             raise ValueError(f"grounding must be a list of entries, but is {part.features['grounding']}")
     state = _processes()
     output_dir = Path(output_dir).absolute()
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} already exists; choose another output folder or delete it")
+    check_new_folder(output_dir)
 
     # All that decides the result, but for the batch size: who runs out of memory may go on with a smaller one.
     settings = {

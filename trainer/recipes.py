@@ -488,8 +488,10 @@ def train(recipe: Recipe, resume: bool = False) -> AgeVlmTrainer:
 
 def _save_model(trainer: AgeVlmTrainer) -> None:
     """Saves the model aside and moves its files to their place when they are whole, `config.json` last."""
+    from .trainer import UNFINISHED
+
     folder = Path(trainer.args.output_dir)
-    partial = folder / ".unfinished"
+    partial = folder / UNFINISHED
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     trainer.accelerator.wait_for_everyone()

@@ -29,7 +29,7 @@ from .guidance import attention_iou, guidance_losses, pointing_hits
 _TARGETS = ("map_targets", "num_dropped_phrases")
 
 # Where a checkpoint is written until it is whole.
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 
 
 @torch.no_grad()
@@ -119,6 +119,7 @@ class GuidanceMixin(_AnyTrainer):
             grid=visual_grid(_base(model), processor) if args.guidance_weight else None,
             max_length=args.max_length,
             assistant_only_loss=assistant_only_loss,
+            pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),  # of TRL's configurations
             guided_fraction=args.guided_fraction,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
@@ -251,7 +252,7 @@ class GuidanceMixin(_AnyTrainer):
 
     def _get_output_dir(self, trial=None) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, _UNFINISHED) if self._saving else folder
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # FSDP2 gives the model a class that is made in a module of PyTorch's, whose code would be saved as the model's.
@@ -268,7 +269,7 @@ class GuidanceMixin(_AnyTrainer):
         """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
         folder = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished, whole = os.path.join(folder, _UNFINISHED), os.path.join(folder, name)
+        unfinished, whole = os.path.join(folder, UNFINISHED), os.path.join(folder, name)
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
@@ -284,7 +285,7 @@ class GuidanceMixin(_AnyTrainer):
             self._saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.state.best_model_checkpoint and _UNFINISHED in self.state.best_model_checkpoint:
+            if self.state.best_model_checkpoint and UNFINISHED in self.state.best_model_checkpoint:
                 self.state.best_model_checkpoint = whole
                 self.state.save_to_json(os.path.join(unfinished, name, TRAINER_STATE_NAME))
             shutil.rmtree(whole, ignore_errors=True)  # of an earlier run in the same folder

@@ -147,7 +147,6 @@ class AgeVlmSFTTrainer(GuidanceMixin, SFTTrainer):
                     "Leave `completion_only_loss` out: rows with a `completion` learn that, and rows with `messages` have none."
                 )
             data_collator = self._make_collator(model, processing_class, args, assistant_only_loss)
-            data_collator.pad_to_multiple_of = args.pad_to_multiple_of
             # The collator sees to it; TRL would refuse chat templates without marks that it does not know.
             args.assistant_only_loss = False
         if peft_config is None:
@@ -177,9 +176,7 @@ class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
         self, model, args: AgeVlmDPOConfig, *, processing_class=None, data_collator=None, peft_config=None, **kwargs
     ):
         if data_collator is None and _has_images(_first_row(kwargs.get("train_dataset"))):
-            guidance = self._make_collator(model, processing_class, args, False)
-            guidance.pad_to_multiple_of = args.pad_to_multiple_of
-            data_collator = AgeVlmPreferenceCollator(guidance)
+            data_collator = AgeVlmPreferenceCollator(self._make_collator(model, processing_class, args, False))
         if peft_config is None:
             self._set_up(model, args)
         super().__init__(
