@@ -1,7 +1,7 @@
 """Grounded scenes: a data set of composed photographs that comes with exact masks and questions.
 
-Cut-outs are pasted on photographs, so every object's visible mask is known to the pixel, and four kinds of
-conversation are asked about each scene (`KINDS`). A model that does not look at the image stays at chance on them:
+Cut-outs are pasted on photographs, so every object's visible mask is known to the pixel, and several kinds of
+conversation are held about each scene (`KINDS`). A model that does not look at the image stays at chance on them:
 the way the answers are drawn gives away nothing (see `build_scenes`).
 """
 
@@ -11,8 +11,10 @@ import contextlib
 import difflib
 import hashlib
 import io
+import itertools
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict, Features
 
 
-KINDS = ("existence", "objects", "count", "position")
+EXISTENCE_KINDS = ("existence", "existence_popular", "existence_adversarial")
+KINDS = (*EXISTENCE_KINDS, "negation", "objects", "count", "position", "relation")
 POSITIONS = (
     ("top left", "top", "top right"),
     ("left", "center", "right"),
@@ -43,6 +46,11 @@ _PHOTOGRAPH_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # Objects this near a border between two of the nine fields (in parts of the image's side) have no clear position.
 _POSITION_MARGIN = 0.02
 _MIN_MASK_PIXELS = 16
+# Objects whose centroids are nearer to each other than this along an axis have no clear order along it.
+_RELATION_MARGIN = 0.12
+# Classes that like to appear together, where they do.
+_COMPANY = 5
+_PAIRS_ASKED = 2
 _PLACEMENTS = 200
 
 
@@ -258,54 +266,128 @@ def _compose(
 
 
 @dataclass
+class _Company:
+    """How often classes appear, and which appear together.
+
+    With a `strength` of 0 all classes are alike. Otherwise the n-th most popular class is drawn with a weight of
+    `n ** -strength`, and with the probability `strength` the next class is a companion of one that is there already.
+    """
+
+    weights: dict[str, float]  # sum to 1
+    companions: dict[str, list[str]]
+    strength: float
+
+    @classmethod
+    def found(cls, rng: np.random.Generator, classes: Sequence[str], strength: float) -> _Company:
+        ranked = [classes[i] for i in rng.permutation(len(classes))]
+        weights = np.arange(1, len(ranked) + 1.0) ** -strength
+        dealt = [classes[i] for i in rng.permutation(len(classes))]
+        circles = [dealt[start : start + _COMPANY] for start in range(0, len(dealt), _COMPANY)]
+        companions = {name: [other for other in circle if other != name] for circle in circles for name in circle}
+        return cls(dict(zip(ranked, weights / weights.sum(), strict=True)), companions, strength)
+
+    def draw(self, rng: np.random.Generator, number: int) -> list[str]:
+        """Different classes, in the order in which they join."""
+        present: list[str] = []
+        while len(present) < number:
+            known = [name for friend in present for name in self.companions[friend] if name not in present]
+            if known and rng.random() < self.strength:
+                present.append(known[rng.integers(len(known))])
+                continue
+            weights = np.array([0.0 if name in present else weight for name, weight in self.weights.items()])
+            present.append(list(self.weights)[rng.choice(len(weights), p=weights / weights.sum())])
+        return present
+
+    def absentees(self, rng: np.random.Generator, present: Sequence[str], number: int) -> list[str]:
+        """Some of the other classes, to be asked for: by chance, popular ones and companions of those present, a third
+        each, so that neither popularity nor company alone tells that a class is there."""
+        absent = [name for name in self.weights if name not in present]
+        orders = [[absent[i] for i in rng.permutation(len(absent))]]
+        if self.strength:
+            popular = rng.exponential(size=len(absent)) / [self.weights[name] for name in absent]
+            known = {name for friend in present for name in self.companions[friend]}.difference(present)
+            orders += [[absent[i] for i in np.argsort(popular)], sorted(known, key=lambda name: rng.random())]
+        merged: dict[str, None] = {}
+        while len(merged) < min(number, len(absent)):
+            order = orders[rng.integers(len(orders))]
+            merged.update(dict.fromkeys([name for name in order if name not in merged][:1]))
+        return list(merged)
+
+
+@dataclass
 class _Plan:
     """What is in a scene and what is asked about it, before anything is drawn."""
 
     objects: list[str]  # the class of each object, back to front
     counted: str  # the class to be counted
-    asked: list[tuple[str, bool]]  # the existence questions: class and whether it is there
+    asked: dict[str, list[tuple[str, bool]]]  # by kind of existence question: class and whether it is there
 
 
 def _plan_scenes(
-    rng: np.random.Generator, classes: Sequence[str], number: int, max_objects: int, questions: int
+    rng: np.random.Generator, company: _Company, number: int, max_objects: int, questions: int
 ) -> list[_Plan]:
     plans = []
     for count in rng.permutation(np.arange(number) % _MAX_COUNT + 1):
-        shuffled = [classes[i] for i in rng.permutation(len(classes))]
-        kinds = rng.integers(1, max_objects + 1)
-        present, absent = shuffled[:kinds], shuffled[kinds:]
+        present = company.draw(rng, int(rng.integers(1, max_objects + 1)))
+        absent = company.absentees(rng, present, questions)
         counted = present[0]
         objects = present + [counted] * (count - 1)
         rng.shuffle(objects)
         # The answers are fair coins, and the questions stop, before the coin is thrown, once one of the two kinds has
         # run out. So nothing in the conversation so far tells the next answer; with as many of each in every scene,
         # counting the answers given so far would be right two times out of three.
-        left = {True: present[::-1], False: absent}
+        left = {True: present[::-1], False: absent[::-1]}
         asked: list[tuple[str, bool]] = []
         while len(asked) < questions and left[True] and left[False]:
             answer = bool(rng.random() < 0.5)
             asked.append((left[answer].pop(), answer))
-        plans.append(_Plan(objects, counted, asked))
-    _balance(rng, plans, classes)
+        plans.append(_Plan(objects, counted, {"existence": asked}))
+    _balance(rng, plans, list(company.weights))
     return plans
+
+
+def _tempt(plans: Sequence[_Plan], seen: Sequence[_Plan], classes: Sequence[str], most: int) -> None:
+    """Add POPE's popular and adversarial questions to scenes (arXiv 2305.10355, section 5.1).
+
+    As many absent classes as present ones are asked for, at most `most` of each: the most frequent ones of the scenes
+    `seen`, and those most frequently seen together with the ones present.
+    """
+    frequent = Counter(name for plan in seen for name in set(plan.objects))
+    together = Counter(pair for plan in seen for pair in itertools.permutations(set(plan.objects), 2))
+    for plan in plans:
+        present = sorted(set(plan.objects))
+        absent = [name for name in classes if name not in present]
+        ranks = {
+            "existence_popular": lambda name: (-frequent[name], name),
+            "existence_adversarial": lambda name: (
+                -sum(together[name, other] for other in present),  # noqa: B023  # sorted below, in this turn
+                -frequent[name],
+                name,
+            ),
+        }
+        for kind, rank in ranks.items():
+            number = min(len(present), len(absent), most)
+            plan.asked[kind] = [(name, True) for name in present[:number]]
+            plan.asked[kind] += [(name, False) for name in sorted(absent, key=rank)[:number]]
 
 
 def _balance(rng: np.random.Generator, plans: list[_Plan], classes: Sequence[str]) -> None:
     """Make the split's existence answers exactly half "Yes": drop a few questions here and there (of n, some √n)."""
-    surplus = sum(1 if answer else -1 for plan in plans for _, answer in plan.asked)
+    surplus = sum(1 if answer else -1 for plan in plans for _, answer in plan.asked["existence"])
     answer = surplus > 0
     surplus = abs(surplus)
-    questions = [(plan, question) for plan in plans for question in plan.asked if question[1] == answer]
+    questions = [(plan, question) for plan in plans for question in plan.asked["existence"] if question[1] == answer]
     rng.shuffle(questions)
     for plan, question in questions:
-        if surplus and len(plan.asked) > 1:
-            plan.asked.remove(question)
+        if surplus and len(plan.asked["existence"]) > 1:
+            plan.asked["existence"].remove(question)
             surplus -= 1
     # Small splits only: the surplus is now in scenes of one question, which can take a second one.
     for plan, _ in questions:
-        if surplus and len(plan.asked) == 1 and plan.asked[0][1] == answer:
+        asked = plan.asked["existence"]
+        if surplus and len(asked) == 1 and asked[0][1] == answer:
             pool = [name for name in classes if (name in plan.objects) != answer]
-            plan.asked.append((pool[rng.integers(len(pool))], not answer))
+            asked.append((pool[rng.integers(len(pool))], not answer))
             surplus -= 1
 
 
@@ -359,10 +441,14 @@ def _converse(rng: np.random.Generator, plan: _Plan, masks: Sequence[np.ndarray]
     rng.shuffle(names)
     talk = {kind: _Conversation() for kind in KINDS}
 
-    for name, present in plan.asked:
-        phrase = (name, rles[name]) if present else name
-        talk["existence"].ask(f"Is there {_article(name)} ", phrase, " in the image?")
-        talk["existence"].answer("Yes" if present else "No")
+    for kind, asked in plan.asked.items():
+        for name, present in asked:
+            phrase = (name, rles[name]) if present else name
+            talk[kind].ask(f"Is there {_article(name)} ", phrase, " in the image?")
+            talk[kind].answer("Yes" if present else "No")
+    for name, present in plan.asked["existence"]:
+        talk["negation"].ask("Is there no ", (name, rles[name]) if present else name, " in the image?")
+        talk["negation"].answer("No" if present else "Yes")
 
     talk["objects"].ask("Which objects are in the image?")
     phrases = [part for name in names for part in (", ", (name, rles[name]))]
@@ -378,6 +464,20 @@ def _converse(rng: np.random.Generator, plan: _Plan, masks: Sequence[np.ndarray]
         if plan.objects.count(name) == 1 and word:
             talk["position"].ask("Where is the ", (name, rles[name]), "?")
             talk["position"].answer(word)
+
+    single = [name for name in names if plan.objects.count(name) == 1]
+    centres = {name: np.argwhere(unions[name]).mean(0) / len(unions[name]) for name in single}
+    pairs = list(itertools.combinations(single, 2))
+    rng.shuffle(pairs)
+    for pair in pairs:
+        # The order of the two and the axis are chance, so both answers are equally likely.
+        one, other = pair if rng.random() < 0.5 else pair[::-1]
+        axis = int(rng.integers(2))
+        apart = centres[one][axis] - centres[other][axis]
+        if abs(apart) >= _RELATION_MARGIN and len(talk["relation"].answers) < _PAIRS_ASKED:
+            words = (" above or below the ", " to the left or to the right of the ")[axis]
+            talk["relation"].ask("Is the ", (one, rles[one]), words, (other, rles[other]), "?")
+            talk["relation"].answer((("above", "left"), ("below", "right"))[int(apart > 0)][axis])
     return {kind: conversation for kind, conversation in talk.items() if conversation.messages}
 
 
@@ -431,10 +531,13 @@ def build_scenes(
     num_train: int = 3000,
     num_validation: int = 300,
     num_test: int = 300,
+    num_zero_shot: int = 0,
     image_size: int = 256,
     max_objects: int = 4,
     questions_per_scene: int = 8,
     classes: Sequence[str] | None = None,
+    zero_shot_classes: int = 0,
+    cooccurrence: float = 0.0,
     object_size: tuple[float, float] = (0.18, 0.38),
     min_visible: float = 0.8,
     seed: int = 0,
@@ -444,19 +547,26 @@ def build_scenes(
     """Compose scenes from cut-outs and photographs, and write them as a data set with questions and exact masks.
 
     A scene is a random square of a photograph with objects of up to `max_objects` classes pasted on it; one of the
-    classes, the one to be counted, appears one to three times. The three splits share no photographs. The same
+    classes, the one to be counted, appears one to three times. The splits share no photographs, but `test` and
+    `zero_shot` have theirs in common: `zero_shot` shows classes that no other split shows or asks for. The same
     arguments give the same data set, byte for byte (with the same versions of the libraries).
 
-    Each scene gives a row for each of `KINDS`, a conversation of its own so that none answers another:
+    Each scene gives a row for some of `KINDS`, each a conversation of its own so that none answers another:
 
     - `existence`: "Is there a dog in the image?", "Yes" or "No". Exactly half of a split's answers are "Yes". Neither
       the class, nor the question's place in the conversation, nor the answers before it tell the answer: each is a
       fair coin, and the questions end where the next could only be answered one way.
+    - `existence_popular`, `existence_adversarial` (with `cooccurrence`, in `validation` and `test`): the same of as many
+      present as absent classes, the absent ones being the most frequent of `train`, or those that go most often with the
+      present ones there: the splits of POPE (arXiv 2305.10355), whose "random" is `existence`.
+    - `negation`: "Is there no dog in the image?", of the classes of `existence`.
     - `objects`: "Which objects are in the image?", "dog, apple, car", in random order, each class once.
     - `count`: "How many objects of the class dog are in the image?", "1", "2" or "3", equally often.
     - `position`: "Where is the dog?", one of `POSITIONS`: the ninth of the image that holds the centroid of the visible
       mask. Asked of the classes that appear once and lie clear of the borders between ninths; a scene without any has
-      no such row.
+      has no such row.
+    - `relation`: "Is the dog to the left or to the right of the car?", "Is the dog above or below the car?" of pairs of
+      classes that appear once and lie well apart along that axis; at most two a scene.
 
     The columns are `images` (one), `messages` (roles and content parts, the image part first), `grounding` (for each
     phrase that names something in the image: `message`, the index of the message; `start` and `end`, its characters
@@ -468,10 +578,14 @@ def build_scenes(
         backgrounds: folder of photographs (JPEG, PNG or WebP), at least three.
         output_dir: folder to write, for `datasets.load_from_disk`; it appears only when complete.
         num_train: number of scenes in the split `train`; `num_validation` and `num_test` likewise.
+        num_zero_shot: number of scenes in the split `zero_shot`; there is none without.
         image_size: side of the square images, in pixels.
         max_objects: most classes in a scene; there are up to two more objects than classes.
         questions_per_scene: most existence questions about a scene.
         classes: names of the classes to use; all cut-outs by default.
+        zero_shot_classes: how many of them are kept for the split `zero_shot`, drawn with `seed`.
+        cooccurrence: from 0, where all classes are equally frequent and independent, to 1: how much more frequent some
+            classes are than others, and the probability that an object brings a companion of its small circle.
         object_size: the least and greatest longer side of an object, in parts of the image's side; crowded scenes go
             below.
         min_visible: the part of its pixels that each object keeps visible.
@@ -499,6 +613,8 @@ def build_scenes(
         raise ImportError(f"{error}; to build scenes: pip install datasets pycocotools rich") from error
 
     numbers = {"train": num_train, "validation": num_validation, "test": num_test}
+    if num_zero_shot or zero_shot_classes:
+        numbers["zero_shot"] = num_zero_shot
     least, greatest = object_size
     for name, value, valid, rule in (
         *((f"num_{split}", number, number >= 1, "at least 1") for split, number in numbers.items()),
@@ -508,32 +624,47 @@ def build_scenes(
         ("object_size", object_size, 0 < least <= greatest <= 0.5, "two increasing numbers in (0, 0.5]"),
         ("min_visible", min_visible, 0 < min_visible <= 1, "in (0, 1]"),
         ("seed", seed, seed >= 0, "at least 0"),
+        ("cooccurrence", cooccurrence, 0 <= cooccurrence <= 1, "in [0, 1]"),
+        ("zero_shot_classes", zero_shot_classes, zero_shot_classes >= 0, "at least 0"),
     ):
         if not valid:
             raise ValueError(f"{name} is {value}, but must be {rule}")
 
     cutouts, backgrounds = Path(cutouts), Path(backgrounds)
     images = load_cutouts(cutouts, classes)
-    if len(images) <= max_objects:
-        raise ValueError(
-            f"{len(images)} classes for max_objects={max_objects}: a scene must lack at least one class to ask"
-            " about; add cut-outs or lower max_objects"
-        )
+    for kept, number in {"": len(images) - zero_shot_classes, "zero-shot ": zero_shot_classes}.items():
+        if number <= max_objects and (not kept or "zero_shot" in numbers):
+            raise ValueError(
+                f"{number} {kept}classes for max_objects={max_objects}: a scene must lack at least one class to ask"
+                " about; add cut-outs, lower max_objects or change zero_shot_classes"
+            )
     photographs = _load_backgrounds(backgrounds, image_size)
     if attribution is None:
         files = [folder / "ATTRIBUTION.md" for folder in (cutouts, backgrounds)]
         attribution = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
     dealing, *split_seeds = np.random.SeedSequence(seed).spawn(1 + len(numbers))
-    parts = _split_backgrounds(list(photographs), np.random.default_rng(dealing))
+    dealer = np.random.default_rng(dealing)
+    *parts, last = _split_backgrounds(list(photographs), dealer)
+    parts += [last, last]
+    names = list(images)
+    held_out = sorted(names[i] for i in dealer.permutation(len(names))[:zero_shot_classes])
+    company = _Company.found(dealer, [name for name in names if name not in held_out], cooccurrence)
+    strangers = _Company.found(dealer, held_out, 0.0)
+    seen: list[_Plan] = []
 
     splits = datasets.DatasetDict()
     with new_folder(output_dir) as partial:
         with Progress(disable=not progress) as bar:
-            for (split, number), split_seed, part in zip(numbers.items(), split_seeds, parts, strict=True):
+            for (split, number), split_seed, part in zip(numbers.items(), split_seeds, parts, strict=False):
                 planning, drawing = split_seed.spawn(2)
+                present = strangers if split == "zero_shot" else company
                 plans = _plan_scenes(
-                    np.random.default_rng(planning), list(images), number, max_objects, questions_per_scene
+                    np.random.default_rng(planning), present, number, max_objects, questions_per_scene
                 )
+                if split == "train":
+                    seen = plans
+                elif cooccurrence and split != "zero_shot":
+                    _tempt(plans, seen, list(company.weights), questions_per_scene // 2)
                 grounds = [photographs[name] for name in part]
                 scenes = _rows(drawing, plans, images, grounds, image_size, object_size, min_visible)
                 table = partial.parent / f".{split}.arrow"
