@@ -16,6 +16,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
 app.add_typer(data, name="data")
+evaluation = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
 
 # Bad rows that `data check` prints.
 _BAD_ROWS_SHOWN = 20
@@ -36,6 +38,10 @@ def _parse_json(text: str | None, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{option} must be a JSON object, got {text}.")
     return value
+
+
+def _parse_names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _parse_numbers(text: str | None, option: str, kind: type) -> list | None:
@@ -224,9 +230,13 @@ def scenes(
 @app.command()
 def masks(
     dataset: Annotated[Path, typer.Argument(help="Grounding data set: a folder that `save_to_disk` wrote.")],
-    teacher: Annotated[str, typer.Option(help="sam (from boxes), sam3 (from phrases) or grounded-sam (both).")],
-    checkpoint: Annotated[str, typer.Option(help="SAM's .pth file; for sam3 a folder or Hub id.")],
+    teacher: Annotated[
+        str, typer.Option(help="sam or grabcut (from boxes), sam3 (from phrases) or grounded-sam (both).")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the data set with masks; must not exist yet.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="SAM's .pth file; for sam3 a folder or Hub id; none for grabcut.")
+    ] = None,
     detector: Annotated[
         str | None, typer.Option(help="Folder or Hub id of grounded-sam's detector: a Grounding DINO or OWL.")
     ] = None,
@@ -235,13 +245,20 @@ def masks(
     ] = None,
     min_score: Annotated[float, typer.Option(help="Least score of a mask.")] = 0.0,
     overwrite: Annotated[bool, typer.Option(help="Replace masks that are there already.")] = False,
+    box_jitter: Annotated[
+        float | None,
+        typer.Option(
+            help="For data with exact masks: ask the teacher from boxes around these, each side moved by up to this part "
+            "of the box (0.1), and print how good its masks are."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that are encoded together.")] = 8,
     save_every: Annotated[int, typer.Option(help="Rows after which work is saved.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     preview: Annotated[Path | None, typer.Option(help="PNG to write: some rows with their masks.")] = None,
 ) -> None:
-    """Add masks from Segment Anything to a grounding data set. Run again, it goes on where it stopped."""
+    """Add masks from Segment Anything or GrabCut to a grounding data set. Run again, it goes on where it stopped."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
     if preview is not None and not preview.absolute().parent.is_dir():
@@ -253,12 +270,13 @@ def masks(
     import torch
 
     from ._files import check_new_folder
-    from .processing.masks import add_masks, draw_masks, load_teacher
+    from .processing.masks import add_masks, boxes_from_masks, draw_masks, load_teacher, mask_quality
 
     check_new_folder(out)  # before the models are loaded
     attribution = dataset / "ATTRIBUTION.md"
+    given = datasets.load_from_disk(dataset)
     loaded, outcomes = add_masks(
-        datasets.load_from_disk(dataset),
+        given if box_jitter is None else boxes_from_masks(given, box_jitter),
         load_teacher(
             teacher,
             checkpoint,
@@ -283,6 +301,22 @@ def masks(
         f"{outcomes['refused']} did not (nothing found, or below --min-score {min_score}), {outcomes['kept']} had one, "
         f"{outcomes['not asked']} have no box to start from."
     )
+    if box_jitter is not None:
+        from rich.table import Table
+
+        table = Table("split", "phrases", "without a mask", "mean IoU", "median IoU", "IoU below 0.5")
+        splits = given.keys() if isinstance(given, datasets.DatasetDict) else [None]
+        for split in splits:
+            quality = mask_quality(*((loaded, given) if split is None else (loaded[split], given[split])))
+            table.add_row(
+                split or "",
+                f"{quality.phrases}",
+                f"{quality.without_mask}",
+                f"{quality.mean_iou:.3f}",
+                f"{quality.median_iou:.3f}",
+                f"{quality.below_half:.1%}",
+            )
+        Console().print(table)
     if preview is not None:
         draw_masks(next(iter(loaded.values())) if isinstance(loaded, datasets.DatasetDict) else loaded, preview)
 
@@ -359,6 +393,85 @@ def convert(
         pc.sum(pc.list_value_length(rows.data.column(name))).as_py() for name in ("images", "grounding")
     )
     Console().print(f"[green]Saved[/green] {out}: {len(rows)} rows, {pictures} images, {phrases} grounded phrases.")
+
+
+@evaluation.command()
+def pope(
+    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
+    data: Annotated[
+        str, typer.Option(help="POPE's own JSON file or folder of them; or data set: folder, .parquet file, Hub id.")
+    ] = "lmms-lab/POPE",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images that POPE's own files name: COCO's val2014.")
+    ] = None,
+    categories: Annotated[
+        str | None, typer.Option(help="Such as random,popular,adversarial; all in the data by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each category.", min=1)] = None,
+    prompt_suffix: Annotated[str, typer.Option(help="A line to add to each question; none by default.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Object hallucination: yes/no questions about what is in COCO images (POPE, arXiv 2305.10355)."""
+    from .evaluation.pope import evaluate_pope
+
+    _, table = evaluate_pope(
+        model,
+        out,
+        data,
+        images,
+        categories=_parse_names(categories),
+        limit=limit,
+        prompt_suffix=prompt_suffix,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    Console().print(table)
+
+
+@evaluation.command()
+def cv_bench(
+    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Data set: folder, .parquet file, Hub id, or the authors' test_2d.jsonl, test_3d.jsonl."),
+    ] = "nyu-visionx/CV-Bench",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that file names in .jsonl files start from; theirs by default.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of Count,Relation,Depth,Distance; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task and source.", min=1)] = None,
+    prompt_suffix: Annotated[
+        str | None, typer.Option(help="A line to add to each prompt; by default that of the authors, '' for none.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Seeing what is where: counts, sides, depths and distances (CV-Bench, arXiv 2406.16860)."""
+    from .evaluation.cv_bench import PROMPT_SUFFIX, evaluate_cv_bench
+
+    _, table = evaluate_cv_bench(
+        model,
+        out,
+        data,
+        images,
+        tasks=_parse_names(tasks),
+        limit=limit,
+        prompt_suffix=PROMPT_SUFFIX if prompt_suffix is None else prompt_suffix,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    Console().print(table)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from transformers.image_utils import (
     SizeDict,
     infer_channel_dimension_format,
 )
+from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -113,6 +114,15 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
+class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    r"""
+    return_pixel_mask (`bool`, *optional*, defaults to `self.return_pixel_mask`):
+        Whether padded images come with their `pixel_attention_mask`.
+    """
+
+    return_pixel_mask: bool | None
+
+
 class AgeVlmImageProcessorMixin(BaseImageProcessor):
     """What the two backends share: checks of the input, the geometry and the mask of real pixels.
 
@@ -131,7 +141,8 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
     Returns, from `preprocess` and `__call__`, a [`~transformers.BatchFeature`] with
 
     - `pixel_values`, float `(num_images, 3, height, width)`: all images of the batch in order;
-    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding.
+    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding. Left
+      out with `return_pixel_mask=False`, a setting that is saved like the others: the model then attends to padding too.
 
     Raises:
         ValueError: for input that is no valid image, naming the image's index and what to do about it.
@@ -147,6 +158,8 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
     do_rescale = True
     do_normalize = True
     do_pad = True
+    return_pixel_mask = True
+    valid_kwargs = AgeVlmImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_attention_mask"]
 
     def get_resized_size(
@@ -300,6 +313,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         images: list[Any],
         size: SizeDict,
         do_pad: bool | None,
+        return_pixel_mask: bool | None,
         return_tensors: Any,
         disable_grouping: bool | None = None,
         **kwargs,
@@ -308,9 +322,11 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         kwargs["disable_grouping"] = disable_grouping
         data = super()._preprocess(images, size=resized_size, do_pad=False, return_tensors=None, **kwargs).data
         if do_pad:
-            data["pixel_values"], data["pixel_attention_mask"] = self.pad(  # type: ignore[attr-defined]
+            data["pixel_values"], mask = self.pad(  # type: ignore[attr-defined]
                 data["pixel_values"], pad_size=size, return_mask=True, disable_grouping=disable_grouping
             )
+            if return_pixel_mask:
+                data["pixel_attention_mask"] = mask
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:

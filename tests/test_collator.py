@@ -23,6 +23,7 @@ from agevlm.processing.collator import mask_coverage, place_images, render_conve
 from agevlm.processing.grounding import mask_to_rle, message_text
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessorPil
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, add_image_support
+from agevlm.trainer.trainer import visual_grid
 
 GRID = (4, 4)
 NUM_VISUAL = 16
@@ -544,6 +545,67 @@ def test_targets_lie_where_the_pixels_are(backend, do_pad):
     # Bicubic resampling blurs by a pixel or two of a cell's sixteen; a wrong place would differ by about 1.
     torch.testing.assert_close(batch["map_targets"], expected, atol=0.08, rtol=0)
     assert batch["num_dropped_phrases"].tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", [AgeVlmImageProcessor, AgeVlmImageProcessorPil])
+@pytest.mark.parametrize("size", [(24, 40), (90, 20), (7, 64), (32, 32)])
+def test_padding_may_be_attended(backend, size, tmp_path):
+    """By a setting that is saved. The batch is then the same without the mask of padding, and the model sees all of each
+    image; phrases have no target on padding."""
+    rng = np.random.default_rng(0)
+    question, answer = "Where is the dog?", "There."
+    (image, mask), (other, _) = rectangle(rng, *size), rectangle(rng, 30, 50)
+    example = {
+        "images": [image, other],
+        "messages": chat(question, answer),
+        "grounding": [entry(0, question, "dog", 0, mask), entry(1, answer, "There", 0, mask)],
+    }
+    examples = [{"messages": chat("a dog?", "Yes.")}, example, row(0)]  # without an image, with two and with one
+    batches, model = {}, tiny_trainable()
+    for masked in (True, False):
+        images = backend(size={"height": 32, "width": 32}, **({} if masked else {"return_pixel_mask": False}))
+        processor = AgeVlmProcessor(images, tiny_tokenizer(), IMAGE, tiny_processor().chat_template)
+        batches[masked] = AgeVlmDataCollator(processor, grid=visual_grid(model, processor))(examples)
+        processor.save_pretrained(tmp_path / str(masked))
+        loaded = AgeVlmProcessor.from_pretrained(tmp_path / str(masked))
+        prompt = loaded.apply_chat_template(place_images(chat(question), 1), add_generation_prompt=True)
+        asked = loaded(images=image, text=prompt, return_tensors="pt")
+        assert ("pixel_attention_mask" in asked) == masked
+        assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] == asked["input_ids"].shape[1] + 2
+    pixel_mask = batches[True].pop("pixel_attention_mask")
+    assert batches[True].keys() == batches[False].keys()
+    assert all(torch.equal(batches[True][key], value) for key, value in batches[False].items())
+
+    targets, named = batches[True]["map_targets"], batches[True]["map_targets"].any(-1)
+    assert named[1].sum() == 2
+    with torch.no_grad():
+        hidden = model(**model_inputs(batches[True]), pixel_attention_mask=pixel_mask).cross_attention_maps
+        shown = model(**model_inputs(batches[False])).cross_attention_maps
+    for maps in (hidden, shown):
+        assert maps.shape[1:] == targets.shape
+        torch.testing.assert_close(maps.sum(-1)[:, named], torch.ones(len(maps), int(named.sum())))
+    # By hand: the cells that hold no pixel of the image, `size` scaled to fit 32 pixels, in cells of 8.
+    scale = 32 / max(size)
+    rows_, columns = (math.ceil(round(scale * side) / 8) for side in size)
+    padding = torch.ones(4, 4, dtype=torch.bool)
+    padding[:rows_, :columns] = False
+    padding = padding.flatten()
+    assert padding.any() == (size != (32, 32))
+    of_image = slice(0, NUM_VISUAL)
+    assert (targets[1, :2, of_image][:, padding] == 0).all()
+    assert (hidden[:, 1, :2, of_image][..., padding] == 0).all()
+    assert (hidden[:, 1, :2, of_image][..., ~padding] > 0).all()
+    assert (shown[:, 1, :2, of_image] > 0).all()
+    # Nobody looks at what fills up rows with fewer images.
+    assert (shown[:, 2, :, NUM_VISUAL:] == 0).all()
+
+
+def test_the_mask_of_padding_may_be_left_out_of_a_single_call():
+    processor, image = tiny_processor(), Image.new("RGB", (40, 20))
+    for without in ({"return_pixel_mask": False}, {"images_kwargs": {"return_pixel_mask": False}}):
+        assert "pixel_attention_mask" not in processor(images=image, text=IMAGE, return_tensors="pt", **without)
+    assert "pixel_attention_mask" in processor(images=image, text=IMAGE, return_tensors="pt")
+    assert "pixel_attention_mask" not in processor.image_processor(image, do_pad=False, return_tensors="pt")
 
 
 def blocks(*cells: int) -> np.ndarray:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance against its definition and a naive computation in float64, and mask geometry against the image's own."""
 
+import functools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,20 @@ from torch.overrides import TorchFunctionMode
 from agevlm import AgeVlmImageProcessor
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
 from agevlm.processing.collator import mask_coverage
-from agevlm.trainer.guidance import attention_iou, dice_loss, guidance_losses, pointing_hits
+from agevlm.trainer.guidance import (
+    LOSSES,
+    attention_iou,
+    bce_loss,
+    dice_loss,
+    guidance_losses,
+    kl_loss,
+    pointing_hits,
+    resolve_loss,
+)
+
+# Every loss with maps on the scale of their targets and, where it has that form, as they are.
+VARIANTS = [("dice", True), ("dice", False), ("bce", True), ("bce", False), ("kl", True)]
+every_loss = pytest.mark.parametrize(("name", "rescale"), VARIANTS)
 
 
 def test_dice_equals_its_definition():
@@ -27,28 +43,199 @@ def test_dice_equals_its_definition():
     assert torch.autograd.gradcheck(lambda x: dice_loss(x, targets).sum(), (maps,))
 
 
+def test_dice_is_by_default_what_it_was_before_there_were_others():
+    """Bit by bit: in value, in gradient, and as `guidance_losses` uses it."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(3, 4, 30, generator=generator) * torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None]
+    found, expected = ((3 * torch.randn(2, 3, 4, 30, generator=generator.manual_seed(1))).softmax(-1) for _ in "12")
+    found.requires_grad_(), expected.requires_grad_()
+    scaled = (expected * targets.sum(-1, keepdim=True)).clamp(max=1.0)
+    loss = 1 - (2 * (scaled * targets).sum(-1) + 1e-3) / (scaled.sum(-1) + targets.sum(-1) + 1e-3)
+    assert torch.equal(dice_loss(found, targets), loss)
+    losses, _ = guidance_losses(found, targets)
+    assert torch.equal(losses, loss.mean(0))
+    losses.sum().backward(), loss.mean(0).sum().backward()
+    assert torch.equal(found.grad, expected.grad)
+
+
+def by_definition(name: str, rescale: bool, attention: list[float], mask: list[float]) -> float:
+    """A phrase's loss in one block, written out in float64; tokens without attention and target are hidden."""
+    area = sum(mask)
+    scaled = [min(a * area, 1.0) if rescale else a for a in attention]
+    if name == "dice":
+        both = sum(a * m for a, m in zip(scaled, mask, strict=True))
+        return 1 - (2 * both + 1e-3) / (sum(scaled) + area + 1e-3)
+    if name == "kl":
+        shares = [m / area for m in mask]
+        return sum(q * math.log((q + 1e-6) / (a + 1e-6)) for q, a in zip(shares, attention, strict=True))
+
+    def cross_entropy(a: float, m: float) -> float:
+        return -m * math.log(a + 1e-4) - (1 - m) * math.log(1 - a + 1e-4)
+
+    seen = [i for i, (a, m) in enumerate(zip(attention, mask, strict=True)) if a > 0 or m > 0]
+    return sum(cross_entropy(scaled[i], mask[i]) - cross_entropy(mask[i], mask[i]) for i in seen) / len(seen)
+
+
+@every_loss
+def test_losses_equal_their_definition(name, rescale):
+    maps, targets, named = some_maps()
+    hidden = (0, 4)  # padding
+    scaled = (maps * targets.sum(-1, keepdim=True))[:, named]
+    assert (scaled > 1).any()
+    assert (scaled < 1).any()
+    loss = resolve_loss(name, rescale)
+    padded = [torch.nn.functional.pad(tensor, hidden) for tensor in (maps, targets)]
+    padded[1][0, 0, -1] = 0.5  # covered, but so far from attention that a softmax has a zero there
+    found, in_float32 = loss(*padded), loss(*(tensor.float() for tensor in padded))
+    assert in_float32.dtype == torch.float32
+    for block in range(len(maps)):
+        for b, p in named.nonzero().tolist():
+            expected = by_definition(name, rescale, padded[0][block, b, p].tolist(), padded[1][b, p].tolist())
+            assert found[block, b, p].item() == pytest.approx(expected, rel=1e-10)
+            assert in_float32[block, b, p].item() == pytest.approx(expected, rel=1e-4)
+
+    def of_scores(scores: torch.Tensor) -> torch.Tensor:
+        return loss(torch.nn.functional.pad(scores.softmax(-1), hidden), padded[1])[:, named]
+
+    assert torch.autograd.gradcheck(of_scores, (maps.log().requires_grad_(),))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_bce_and_kl_are_those_of_pytorch_less_the_entropy(rescale):
+    """Where nothing is near 0 or 1, and the small number in the logarithms makes no difference."""
+    functional, generator = torch.nn.functional, torch.Generator().manual_seed(0)
+    maps = torch.rand(5, 12, generator=generator, dtype=torch.float64).add(0.5)
+    maps = maps / maps.sum(-1, keepdim=True)
+    targets = torch.rand(5, 12, generator=generator, dtype=torch.float64) * 0.4 + 0.2
+    scaled = maps * targets.sum(-1, keepdim=True) if rescale else maps
+    assert scaled.max() < 0.9
+    entropy = functional.binary_cross_entropy(targets, targets, reduction="none")
+    expected = (functional.binary_cross_entropy(scaled, targets, reduction="none") - entropy).mean(-1)
+    torch.testing.assert_close(bce_loss(maps, targets, rescale=rescale), expected, rtol=0, atol=1e-3)
+    shares = targets / targets.sum(-1, keepdim=True)
+    expected = functional.kl_div(maps.log(), shares, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_loss(maps, targets), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size", [1, 4, 12])
-def test_attention_spread_over_the_mask_has_no_loss_whatever_its_area(size):
+def test_attention_spread_over_the_mask_has_no_loss_whatever_its_area(size, name):
     mask = torch.zeros(16)
     mask[:size] = 1
-    assert dice_loss(mask / size, mask) == pytest.approx(0, abs=1e-6)
+    loss = resolve_loss(name)
+    assert loss(mask / size, mask) == pytest.approx(0, abs=1e-6)
     beside = (1 - mask) / (16 - size)
+    worst = loss(beside, mask)
     assert dice_loss(beside, mask) > 0.99
+    for moved in (0.1, 0.5, 0.9):
+        assert 0 < loss(mask / size * (1 - moved) + beside * moved, mask) < worst
 
 
-def test_an_empty_mask_gives_no_nan():
+@pytest.mark.parametrize("name", ["bce", "kl"])
+def test_at_coverages_between_0_and_1_cross_entropies_are_least_where_the_attention_is_the_mask(name):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(20, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    scores = mask.log().requires_grad_()
+    loss = resolve_loss(name)
+    least = loss(scores.softmax(-1), mask)
+    least.backward()
+    assert least.item() == pytest.approx(0, abs=1e-12)
+    assert dice_loss(scores.detach().softmax(-1), mask) > 0.1, "and Dice is not"
+    assert scores.grad.abs().max() < 1e-4
+    for _ in range(50):
+        moved = scores.detach() + 0.3 * torch.randn(20, generator=generator, dtype=torch.float64)
+        assert loss(moved.softmax(-1), mask) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_without_rescaling_a_large_object_is_never_without_loss(size):
+    mask = torch.zeros(16, dtype=torch.float64)
+    mask[:size] = 1
+    assert dice_loss(mask / size, mask, 0, rescale=False) == pytest.approx((size - 1) / (size + 1))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):  # and that is the least
+        maps = (4 * torch.randn(16, generator=generator, dtype=torch.float64) + 4 * mask).softmax(-1)
+        assert dice_loss(maps, mask, 0, rescale=False) >= (size - 1) / (size + 1)
+
+
+@every_loss
+def test_an_empty_mask_gives_no_nan(name, rescale):
     maps = torch.full((16,), 1 / 16, requires_grad=True)
-    dice_loss(maps, torch.zeros(16)).backward()
+    resolve_loss(name, rescale)(maps, torch.zeros(16)).backward()
     assert maps.grad.isfinite().all()
 
 
-def test_attention_moves_towards_the_mask():
+@every_loss
+def test_attention_moves_towards_the_mask(name, rescale):
     scores = torch.zeros(16, requires_grad=True)
     mask = torch.zeros(16)
     mask[5:8] = 1
-    dice_loss(scores.softmax(-1), mask).backward()
+    resolve_loss(name, rescale)(scores.softmax(-1), mask).backward()
     assert (scores.grad[5:8] < 0).all()
+    assert (scores.grad[:5] > 0).all()
     assert (scores.grad[8:] > 0).all()
+
+
+@every_loss
+def test_gradients_are_finite_whatever_the_attention(name, rescale):
+    """On one token, on the mask or beside it; nowhere; so that a scaled map is just below, at or above 1; and behind a
+    softmax of scores so far apart that it has zeros."""
+    mask = torch.tensor([1.0, 1.0, 0.5, 0.01, 0.0, 0.0, 0.0, 0.0])
+    loss, area = resolve_loss(name, rescale), mask.sum()
+    at_1 = torch.full((8,), 1.0) / area
+    maps = torch.cat([torch.eye(8), torch.zeros(1, 8), at_1[None], at_1[None] * (1 - 1e-6), at_1[None] * (1 + 1e-6)])
+    maps.requires_grad_()
+    losses = loss(maps, mask)
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert maps.grad.isfinite().all()
+    assert maps.grad.abs().max() <= 1e6
+    scores = (200 * torch.eye(8)).requires_grad_()
+    assert (scores.softmax(-1) == 0).any()
+    loss(scores.softmax(-1), mask).sum().backward()
+    assert scores.grad.isfinite().all()
+    assert scores.grad.abs().max() < 2, "the softmax takes the steep part of the logarithm away"
+
+
+@every_loss
+def test_tokens_that_a_phrase_may_not_see_change_nothing(name, rescale):
+    """Padding around the image, images that come later, and what fills up rows with fewer images."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 10, generator=generator, dtype=torch.float64).softmax(-1).requires_grad_()
+    targets = torch.rand(3, 10, generator=generator, dtype=torch.float64) * 0.7
+    targets[:, ::3] = 0  # seen, but not covered
+    loss, widen = resolve_loss(name, rescale), functools.partial(torch.nn.functional.pad, pad=(0, 25))
+    alone = loss(maps, targets)
+    among = loss(widen(maps), widen(targets))
+    torch.testing.assert_close(among, alone, rtol=1e-12, atol=0)
+    (expected,), (found,) = (torch.autograd.grad(losses.sum(), maps) for losses in (alone, among))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.003, 0.02, 0.1, 0.4])
+def test_at_even_attention_bce_teaches_as_strongly_as_dice(share):
+    """Within a factor of two, for objects of any size; KL more strongly, and Dice of maps as they are less."""
+    side = share**0.5 * 24
+    covered = (torch.arange(24) + 1).clamp(max=5.3 + side) - torch.arange(24).clamp(min=5.3)
+    mask = (covered.clamp(0, 1)[:, None] * covered.clamp(0, 1)).flatten()
+    assert mask.sum() == pytest.approx(share * 24 * 24, rel=1e-4)
+    strengths = {}
+    for name, loss in LOSSES.items():
+        scores = torch.zeros(24 * 24, requires_grad=True)
+        loss(scores.softmax(-1), mask).backward()
+        strengths[name] = scores.grad.norm().item()
+    assert 0.5 < strengths["bce"] / strengths["dice"] < 2
+    assert 2 < strengths["kl"] / strengths["dice"] < 400
+    scores = torch.zeros(24 * 24, requires_grad=True)
+    dice_loss(scores.softmax(-1), mask, rescale=False).backward()
+    assert scores.grad.norm() < strengths["dice"]
+
+
+def test_losses_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="no guidance_loss 'focal': choose one of dice, bce, kl"):
+        resolve_loss("focal")
+    with pytest.raises(ValueError, match="leave rescale_maps out, or choose dice or bce"):
+        resolve_loss("kl", rescale=False)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 90), (100, 40), (17, 23)])
@@ -93,14 +280,15 @@ def test_a_phrase_is_where_its_target_covers_something():
         assert losses[b, p].item() == pytest.approx(expected, rel=1e-12)
 
 
+@every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slots_without_a_phrase_have_exactly_no_loss_and_no_gradient(dtype):
+def test_slots_without_a_phrase_have_exactly_no_loss_and_no_gradient(dtype, name, rescale):
     """Whatever their map: zero, as the model gives it for padding, or of a phrase that was asked without a mask."""
     maps, targets, named = some_maps()
     maps, targets = maps.to(dtype), targets.to(dtype)
     maps[:, 1, 2] = 0
     maps.requires_grad_()
-    losses, _ = guidance_losses(maps, targets)
+    losses, _ = guidance_losses(maps, targets, resolve_loss(name, rescale))
     losses.sum().backward()
     assert (losses[~named] == 0).all()
     assert (losses[named] > 0).all()
@@ -108,10 +296,11 @@ def test_slots_without_a_phrase_have_exactly_no_loss_and_no_gradient(dtype):
     assert (maps.grad[:, named] != 0).any(-1).all()
 
 
-def test_a_batch_without_any_phrase_or_image_has_no_loss():
+@every_loss
+def test_a_batch_without_any_phrase_or_image_has_no_loss(name, rescale):
     for width in (20, 0):
         maps = torch.full((3, 2, 3, width), 0.05, requires_grad=True)
-        losses, named = guidance_losses(maps, torch.zeros(2, 3, width))
+        losses, named = guidance_losses(maps, torch.zeros(2, 3, width), resolve_loss(name, rescale))
         losses.sum().backward()
         assert (losses == 0).all()
         assert not named.any()

@@ -25,11 +25,13 @@ from transformers import (
     ConvNextV2Model,
     DINOv3ConvNextConfig,
     DINOv3ConvNextModel,
+    HfArgumentParser,
     TimmWrapperConfig,
     TimmWrapperModel,
     Trainer,
     TrainerCallback,
 )
+from trl import TrlParser
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
@@ -37,9 +39,10 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.grounding import row_features
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
 from agevlm.trainer.freezing import GROUPS, PRESETS, freeze, group_parameters
-from agevlm.trainer.guidance import dice_loss
-from agevlm.trainer.trainer import AgeVlmTrainer
-from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer
+from agevlm.trainer.guidance import dice_loss, resolve_loss
+from agevlm.trainer.recipes import load_recipe, training_arguments
+from agevlm.trainer.trainer import AgeVlmTrainer, visual_grid
+from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer, AgeVlmSFTConfig
 
 
 @pytest.fixture(autouse=True)
@@ -403,6 +406,29 @@ def test_only_gates_that_are_exactly_zero_are_opened():
     assert all(gate.requires_grad for gate in gates)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_gates_of_20_are_open_and_never_train(half):
+    """As if there were none: `tanh` is exactly 1, its gradient exactly 0, and nothing decays them."""
+    model = tiny_trainable(gate=0.0).to(torch.bfloat16 if half else torch.float32)
+    blocks = [module for module in model.modules() if isinstance(module, AgeVlmCrossAttention)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = KeepGradients()
+    trainer = make_trainer(
+        model, "12t3", stage="align", initial_gate=20.0, weight_decay=0.5, max_steps=3, bf16=half, callbacks=[kept]
+    )
+    trainer.train()
+    for block in blocks:
+        assert block.gate.item() == 20
+        assert block.gate.tanh().item() == 1
+    for step in kept.steps:
+        gates = [gradient for name, gradient in step.items() if name.endswith(".gate")]
+        assert len(gates) == len(blocks)
+        assert not any(gradient.any() for gradient in gates)
+    trained = {n for n in before if ("cross_attn" in n or "projector" in n) and not n.endswith(".gate")}
+    after = model.state_dict()
+    assert all(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in trained)
+
+
 @pytest.mark.parametrize("stage", ["align", "guide"])
 def test_a_half_model_trains_in_float32_with_its_frozen_part_as_it_was(stage):
     with pytest.raises(ValueError, match=r"bfloat16 and what trains is float32.*bf16=True"):
@@ -434,12 +460,45 @@ def test_a_half_model_trains_in_float32_with_its_frozen_part_as_it_was(stage):
         ({"guided_layers": [0, 99]}, r"guided_layers has \[99\], but the cross-attention layers are \[0, "),
         ({"guidance_weight": -1.0}, "guidance_weight must not be negative, got -1.0"),
         ({"guided_fraction": 1.5}, "from 0 to 1, got 1.5"),
+        ({"guidance_loss": "focal"}, "no guidance_loss 'focal': choose one of dice, bce, kl"),
+        ({"guidance_loss": "kl", "rescale_maps": False}, "leave rescale_maps out, or choose dice or bce"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_words(settings, message):
     model = start_model()
     with pytest.raises(ValueError, match=message):
         make_trainer(model, **settings).create_optimizer()
+
+
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+@pytest.mark.parametrize("config", [AgeVlmTrainingArguments, AgeVlmSFTConfig, AgeVlmDPOConfig])
+def test_command_lines_choose_the_guidance_loss(config, parser, capsys):
+    def parse(*flags: str):
+        always = ("--output_dir", "unused", "--use_cpu", "True", "--bf16", "False")
+        return parser((config,)).parse_args_into_dataclasses([*always, *flags])[0]
+
+    args = parse()
+    assert (args.guidance_loss, args.rescale_maps) == ("dice", True)
+    for flags in (("--no_rescale_maps",), ("--rescale_maps", "False")):
+        args = parse("--guidance_loss", "bce", *flags)
+        assert (args.guidance_loss, args.rescale_maps) == ("bce", False)
+    with pytest.raises(SystemExit):
+        parse("--guidance_loss", "focal")
+    assert "invalid choice: 'focal'" in capsys.readouterr().err
+
+
+def test_recipes_choose_the_guidance_loss(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: here\ndata: [{path: there}]\ntraining: {output_dir: out, stage: guide, guidance_loss: kl, use_cpu: true}"
+    )
+    assert training_arguments(load_recipe(path)).guidance_loss == "kl"
+    args = training_arguments(load_recipe(path, ["training.guidance_loss=bce", "training.rescale_maps=false"]))
+    assert (args.guidance_loss, args.rescale_maps) == ("bce", False)
+    with pytest.raises(ValueError, match="guidance_loss must be dice or bce or kl, got 'focal'"):
+        training_arguments(load_recipe(path, ["training.guidance_loss=focal"]))
+    with pytest.raises(ValueError, match="rescale_maps must be true or false, got 'no'"):
+        training_arguments(load_recipe(path, ["training.rescale_maps=no"]))
 
 
 def test_another_model_and_another_processor_are_refused():
@@ -451,6 +510,51 @@ def test_another_model_and_another_processor_are_refused():
 
 
 # ---------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("trainer", ["own", "sft"])
+@pytest.mark.parametrize(("name", "rescale"), [("dice", False), ("bce", True), ("bce", False), ("kl", True)])
+def test_every_guidance_loss_is_a_mean_over_the_phrases_of_the_step(name, rescale, trainer, tmp_path):
+    extra = {"assistant_only_loss": True} if trainer == "sft" else {}
+    (logs,), (found,) = step_gradients(
+        tmp_path,
+        KINDS,
+        trainer=trainer,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=4,
+        guidance_weight=0.7,
+        guidance_loss=name,
+        rescale_maps=rescale,
+        **extra,
+    )
+    model = start_model().train()
+    freeze(model, "full")
+    inputs = collate(KINDS)
+    targets, _ = inputs.pop("map_targets"), inputs.pop("num_dropped_phrases")
+    outputs = model(**inputs)
+    guidance = resolve_loss(name, rescale)(outputs.cross_attention_maps, targets)[:, targets.any(-1)].mean()
+    loss = outputs.loss + 0.7 * guidance
+    loss.backward()
+    assert logs["guidance_loss"] == pytest.approx(guidance.item(), rel=1e-5)
+    assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(found, gradients(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "rescale"), [("dice", True), ("dice", False), ("bce", True), ("bce", False), ("kl", True)]
+)
+def test_every_guidance_loss_teaches_where_to_look(name, rescale, tmp_path):
+    """From a quarter of the phrases that point at their object to all, of the rows that are learnt."""
+    trainer = make_trainer(
+        start_model(), "1" * 8, tmp_path, stage="guide", guidance_loss=name, rescale_maps=rescale, max_steps=20,
+        learning_rate=0.02, per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["pointing_accuracy"] <= 0.5
+    assert logs[-1]["pointing_accuracy"] == 1
+    assert logs[-1]["attention_iou"] > logs[0]["attention_iou"] + 0.15
+    assert logs[-1]["guidance_loss"] < logs[0]["guidance_loss"] - 0.1
 
 
 @pytest.mark.parametrize("guided", [[1], [2, 3]])
@@ -608,6 +712,36 @@ def test_each_checkpoint_has_the_processor_and_the_weights(tmp_path):
         assert processor.chat_template == tiny_processor().chat_template
     loaded = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("trainer_class", [AgeVlmTrainer, AgeVlmDPOTrainer])
+def test_a_model_that_trains_on_padding_is_saved_to_look_at_it(trainer_class, tmp_path):
+    processor, model = tiny_processor(), start_model()
+    processor.image_processor.return_pixel_mask = False
+    assert visual_grid(model, processor) == (4, 4)
+    own = trainer_class is AgeVlmTrainer
+    seen = []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((kwargs, output.cross_attention_maps)), with_kwargs=True
+    )
+    settings = {**SETTINGS, "stage": "guide", "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_class(
+        model,
+        args=(AgeVlmTrainingArguments if own else AgeVlmDPOConfig)(str(tmp_path), **settings),
+        train_dataset=mixed_rows("1212") if own else preferences("1212"),
+        processing_class=processor,
+        **({} if own else {"ref_model": start_model()}),
+    )
+    trainer.train()
+    assert all(kwargs.get("pixel_values") is not None for kwargs, _ in seen)
+    assert all(kwargs.get("pixel_attention_mask") is None for kwargs, _ in seen)
+    # The rows' images are wider than high: all of the last row of tokens is padding.
+    maps = seen[0][1].unflatten(-1, (4, 4))
+    named = maps.sum((-1, -2)) > 0
+    assert named.any()
+    assert (maps[named][:, -1] > 0).all()
+    loaded = AutoProcessor.from_pretrained(tmp_path / "checkpoint-2").image_processor
+    assert loaded.return_pixel_mask is False
 
 
 def test_the_best_checkpoint_is_kept_under_its_name_and_loaded(tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import TrainingArguments
 
 from .freezing import resolve_groups
+from .guidance import resolve_loss
 
 
 @dataclass
@@ -19,21 +21,32 @@ class AgeVlmArgumentsMixin:
             What trains: a preset of [`agevlm.trainer.freezing.PRESETS`], or a list of its groups. By default whatever of
             the model requires gradients, as it is; so with PEFT, which decides that itself.
         guidance_weight (`float`, defaults to 1.0):
-            Weight of the Dice loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
+            Weight of the guidance loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
+        guidance_loss (`str`, defaults to `"dice"`):
+            What compares attention maps with masks: `"dice"`, the paper's, `"bce"` (binary cross-entropy) or `"kl"`
+            (Kullback-Leibler divergence), see [`agevlm.trainer.guidance`]. Their gradients differ in size, and so do the
+            weights that suit them.
+        rescale_maps (`bool`, defaults to `True`):
+            Scale maps, which sum to 1, to their mask's area before dice or bce compares them. False takes them as they are.
         guided_layers (`list[int]`, *optional*):
             The cross-attention layers to guide, of the configuration's `cross_attention_layers` (so 2, 7, 12, 17 for
             age-vlm-1b). All by default.
         guided_fraction (`float`, defaults to 1.0):
             Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data.
         initial_gate (`float`, *optional*):
-            What gates that are exactly 0, those of a freshly assembled model, are set to when training starts.
+            What gates that are exactly 0, those of a freshly assembled model, are set to when training starts. 20 opens
+            them for good, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
         group_learning_rates (`dict[str, float]`, *optional*):
             Learning rates by group of parameters, as `{"vision_last_block": 2e-6}`; the others have `learning_rate`.
     """
 
     # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
     stage: list[str] | str | None = field(default=None, metadata={"help": "Preset or groups that train."})
-    guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the Dice loss; 0 for no guidance."})
+    guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the guidance loss; 0 for no guidance."})
+    guidance_loss: Literal["dice", "bce", "kl"] = field(
+        default="dice", metadata={"help": "What compares attention maps with masks."}
+    )
+    rescale_maps: bool = field(default=True, metadata={"help": "Scale maps to their mask's area, with dice and bce."})
     guided_layers: list[int] | None = field(
         default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}
     )
@@ -50,6 +63,7 @@ class AgeVlmArgumentsMixin:
         if self.stage is not None:
             resolve_groups(self.stage)
         resolve_groups(list(self.group_learning_rates or {}))
+        resolve_loss(self.guidance_loss, self.rescale_maps)
         if self.guidance_weight < 0:
             raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
         if not 0 <= self.guided_fraction <= 1:

@@ -4,7 +4,12 @@
 Shapes: `maps` are `cross_attention_maps` `(blocks, B, P, V)`, `targets` `(B, P, V)` say how much of each visual token's
 cell a phrase's object covers, in [0, 1]; for `B` rows of the batch, `P` phrases a row has at most and `V` visual tokens.
 A slot whose target covers nothing holds no phrase: rows have different numbers of them.
+
+Losses are computed in the maps' own type, which is float32 whatever the model's.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,26 +23,98 @@ def scale_to_area(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (maps * targets.sum(-1, keepdim=True)).clamp(max=1.0)
 
 
-def dice_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
+def dice_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-3, *, rescale: bool = True) -> torch.Tensor:
     """Soft Dice (V-Net, arXiv 1606.04797) between attention maps and mask coverages, by phrase.
-
-    Without the scaling of `scale_to_area` the loss of a large object could never come near 0.
 
     Args:
         maps: probabilities `(..., num_visual_tokens)`, such as `cross_attention_maps`.
         targets: coverages in [0, 1], of a shape that broadcasts to that of `maps`.
         eps: keeps the quotient finite.
+        rescale: compare the map on the scale of the mask (`scale_to_area`). False takes it as it is: the loss of an object
+            of `n` tokens is then `(n - 1) / (n + 1)` at best.
 
     Returns:
-        `(...)`, from 0 where the attention is the mask to 1 where they do not meet; exactly 0, and with a gradient of
-        exactly 0, where the target covers nothing.
+        `(...)`, from 0 where the attention is a mask of whole tokens to 1 where they do not meet; exactly 0, and with a
+        gradient of exactly 0, where the target covers nothing and maps are rescaled.
     """
-    scaled = scale_to_area(maps, targets)
+    scaled = scale_to_area(maps, targets) if rescale else maps
     return 1 - (2 * (scaled * targets).sum(-1) + eps) / (scaled.sum(-1) + targets.sum(-1) + eps)
 
 
-def guidance_losses(maps: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The guidance loss of each phrase: its Dice, averaged over the blocks.
+def bce_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-4, *, rescale: bool = True) -> torch.Tensor:
+    """Binary cross-entropy between attention maps and mask coverages, by phrase: its mean over the visual tokens that the
+    phrase may see, less the targets' own entropy.
+
+    That entropy is what the cross-entropy comes to where the attention is the mask: 0 for tokens that are covered wholly or
+    not at all. It has no gradient, and without it the loss would end at another number for every mask.
+
+    Args:
+        maps: probabilities `(..., num_visual_tokens)`, exactly 0 for tokens that are hidden from the phrase.
+        targets: coverages in [0, 1], of a shape that broadcasts to that of `maps`.
+        eps: added in the logarithms, so that they and their gradients, at most `1 / eps` a token, are finite. Not smaller: a
+            scaled map that comes near 1 where the target is below has a gradient of that size.
+        rescale: as for [`dice_loss`].
+
+    Returns:
+        `(...)`, in nats: 0 where the attention is the mask; exactly 0, and with a gradient of exactly 0, where the target
+        covers nothing and maps are rescaled.
+    """
+    scaled = scale_to_area(maps, targets) if rescale else maps
+    divergence = _rel_entr(targets, scaled, eps) + _rel_entr(1 - targets, 1 - scaled, eps)
+    # Padding, later images and what fills up rows with fewer images have neither attention nor target, and add exactly 0.
+    seen = ((maps > 0) | (targets > 0)).sum(-1)
+    return divergence.sum(-1) / seen.clamp(min=1)
+
+
+def kl_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Kullback-Leibler divergence of attention maps from masks that are scaled to sum to 1, by phrase.
+
+    Args:
+        maps: probabilities `(..., num_visual_tokens)`.
+        targets: coverages in [0, 1], of a shape that broadcasts to that of `maps`.
+        eps: added in the logarithms, so that they and their gradients are finite; small against a map that is spread over
+            thousands of tokens.
+
+    Returns:
+        `(...)`, in nats: from 0 where the attention is the mask to `-log(eps)` where they do not meet; exactly 0, and with
+        a gradient of exactly 0, where the target covers nothing.
+    """
+    area = targets.sum(-1, keepdim=True)
+    return _rel_entr(targets / area.clamp(min=torch.finfo(area.dtype).tiny), maps, eps).sum(-1)
+
+
+def _rel_entr(p: torch.Tensor, q: torch.Tensor, eps: float) -> torch.Tensor:
+    """`p log(p / q)`, exactly 0 where `p` is 0 or `q` is `p`."""
+    return p * ((p + eps).log() - (q + eps).log())
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"dice": dice_loss, "bce": bce_loss, "kl": kl_loss}
+"""Guidance losses by name. Dice is the paper's."""
+
+
+def resolve_loss(name: str, rescale: bool = True) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A guidance loss of [`LOSSES`], of maps that are rescaled to their targets' area or taken as they are.
+
+    Raises:
+        ValueError: if there is no such loss, or it has no form without rescaling.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"There is no guidance_loss '{name}': choose one of {', '.join(LOSSES)}.")
+    if rescale:
+        return LOSSES[name]
+    if name == "kl":
+        raise ValueError(
+            "guidance_loss='kl' scales masks to the maps, which stay as they are: leave rescale_maps out, or choose dice or bce."
+        )
+    return partial(LOSSES[name], rescale=False)
+
+
+def guidance_losses(
+    maps: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = dice_loss,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The guidance loss of each phrase, averaged over the blocks.
 
     Not averaged over phrases: whoever accumulates gradients, or trains on several devices, divides by the number of
     phrases in all of the step's batches.
@@ -45,11 +122,14 @@ def guidance_losses(maps: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     Args:
         maps: `(blocks, B, P, V)`.
         targets: `(B, P, V)`.
+        loss: of [`resolve_loss`].
 
     Returns:
-        The losses `(B, P)`, exactly 0 in slots without a phrase, and which slots hold one, bool `(B, P)`.
+        The losses `(B, P)`, exactly 0 and with a gradient of exactly 0 in slots without a phrase, and which slots hold one,
+        bool `(B, P)`.
     """
-    return dice_loss(maps, targets).mean(0), (targets > 0).any(-1)
+    named = (targets > 0).any(-1)
+    return loss(maps, targets).mean(0).masked_fill(~named, 0.0), named
 
 
 @torch.no_grad()
@@ -77,7 +157,7 @@ def pointing_hits(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def attention_iou(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Soft intersection over union (Ruzicka similarity, `sum(min) / sum(max)`) of attention and mask, by phrase.
 
-    The attention is the maps' average over the blocks, scaled as for the Dice loss (`scale_to_area`).
+    The attention is the maps' average over the blocks, rescaled (`scale_to_area`) whatever the guidance loss.
 
     Args:
         maps: `(blocks, B, P, V)`.

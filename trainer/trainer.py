@@ -23,7 +23,7 @@ from ..processing.collator import AgeVlmDataCollator
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .arguments import AgeVlmTrainingArguments
 from .freezing import freeze, open_gates, optimizer_groups, print_trainable
-from .guidance import attention_iou, guidance_losses, pointing_hits
+from .guidance import attention_iou, guidance_losses, pointing_hits, resolve_loss
 
 # Inputs of guidance that are no inputs of the model.
 _TARGETS = ("map_targets", "num_dropped_phrases")
@@ -48,8 +48,8 @@ class GuidanceMixin(_AnyTrainer):
     """Stages and attention guidance for a trainer: `class MyTrainer(GuidanceMixin, SomeTrainer)`.
 
     It sets up what trains (`args.stage`), hands the collator's `map_targets` past the model, takes the attention maps from
-    the base model's output, whatever head the trainer runs on it, and adds `guidance_weight` times the Dice loss, a mean over
-    all phrases of the optimiser step: of its accumulated batches and of all processes.
+    the base model's output, whatever head the trainer runs on it, and adds `guidance_weight` times the guidance loss, a mean
+    over all phrases of the optimiser step: of its accumulated batches and of all processes.
 
     It logs `guidance_loss`, `pointing_accuracy` and `attention_iou` (means over phrases), `guided_phrases` and
     `dropped_phrases` (numbers), and the trainer's own loss without guidance under `own_loss_name`.
@@ -94,6 +94,7 @@ class GuidanceMixin(_AnyTrainer):
         if unknown := [layer for layer in guided if layer not in layers]:
             raise ValueError(f"guided_layers has {unknown}, but the cross-attention layers are {list(layers)}.")
         self._guided_blocks = [list(layers).index(layer) for layer in guided]
+        self._guidance_loss = resolve_loss(args.guidance_loss, args.rescale_maps)
 
         self._captured: list[torch.Tensor | None] | None = None
         self._num_phrases: torch.Tensor | None = None
@@ -170,7 +171,7 @@ class GuidanceMixin(_AnyTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _guidance(self, maps: torch.Tensor | None, targets: torch.Tensor, sums: dict, mode: str) -> torch.Tensor:
-        """This batch's part of the mean Dice loss over the phrases of the step."""
+        """This batch's part of the mean guidance loss over the phrases of the step."""
         if self.get_tp_size() > 1:
             raise NotImplementedError(
                 "Under tensor parallelism each process has attention maps of its own heads only: train with DDP, FSDP2 or "
@@ -183,7 +184,7 @@ class GuidanceMixin(_AnyTrainer):
                 "reentrant (use gradient_checkpointing_kwargs={'use_reentrant': False}) where nothing before it trains."
             )
         maps = maps[self._guided_blocks]
-        losses, named = guidance_losses(maps, targets)
+        losses, named = guidance_losses(maps, targets, self._guidance_loss)
         sums["guided_phrases"] += named.sum()
         sums["guidance_loss"] += losses.detach().sum()
         sums["pointing_accuracy"] += pointing_hits(maps, targets)[named].sum()
@@ -356,11 +357,11 @@ class AgeVlmTrainer(GuidanceMixin, Trainer):
             and self.label_smoother is None
             and self.compute_loss_func is None
         ):
-            inputs = _keep_learnt(inputs)
+            inputs = keep_learnt(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def _keep_learnt(inputs: dict[str, Any]) -> dict[str, Any]:
+def keep_learnt(inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs with which the head runs only at positions where some row learns its next token: with a vocabulary of a hundred
     thousand and a loss on the answers alone, the others are a large part of a step."""
     shift_labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
