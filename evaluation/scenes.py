@@ -15,8 +15,14 @@ from rich.progress import Progress
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.grounding import mask_from_rle
 from ..processing.processing_agevlm import AgeVlmProcessor
-from ..processing.scenes import KINDS
+from ..processing.scenes import EXISTENCE_KINDS, KINDS
+from ..trainer.guidance import attention_iou
 from .attention_maps import crop_to_image
+from .concatenation import ConcatenationForConditionalGeneration, expand_image_tokens
+from .pope import yes_no_scores
+
+# Kinds of question whose answers are scored as POPE's are.
+YES_NO_KINDS = (*EXISTENCE_KINDS, "negation")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +34,7 @@ class SceneQuestion:
 
     `spans` are the characters of the phrases in `text` that name something in the image, `masks` the COCO RLE of each.
     `answer` and `maps` `(blocks, rows, columns)` are filled in by [`evaluate_scenes`], the maps those of the first phrase
-    and only where there is one.
+    and only where there is one and the model has cross-attention.
     """
 
     scene: int
@@ -72,7 +78,7 @@ def scene_images(dataset: "Dataset") -> dict[int, Image.Image]:
 
 @torch.no_grad()
 def image_features(
-    model: AgeVlmForConditionalGeneration,
+    model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
     processor: AgeVlmProcessor,
     images: Iterable[Image.Image],
     batch_size: int = 16,
@@ -90,7 +96,9 @@ def image_features(
         for start in bar.track(range(0, len(images), batch_size), description=progress or ""):
             inputs = processor.image_processor(images[start : start + batch_size], return_tensors="pt")
             pixels = inputs["pixel_values"].to(model.device, memory_format=torch.channels_last)
-            parts.append(model.model.get_image_features(pixels, inputs.get("pixel_attention_mask")))
+            parts.append(
+                model.model.get_image_features(pixels, pixel_attention_mask=inputs.get("pixel_attention_mask"))
+            )
     masks = [part.visual_attention_mask for part in parts]
     return AgeVlmImageFeatures(
         last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
@@ -119,7 +127,7 @@ def render_question(processor: AgeVlmProcessor, text: str) -> str:
 
 @torch.no_grad()
 def answer_questions(
-    model: AgeVlmForConditionalGeneration,
+    model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
     processor: AgeVlmProcessor,
     questions: list[SceneQuestion],
     images: dict[int, Image.Image],
@@ -133,6 +141,7 @@ def answer_questions(
     scenes = sorted({question.scene for question in questions})
     features = image_features(model, processor, [images[scene] for scene in scenes], progress=progress and "images")
     row_of = {scene: row for row, scene in enumerate(scenes)}
+    concatenates = isinstance(model, ConcatenationForConditionalGeneration)
     order = sorted(questions, key=lambda question: (question.kind, len(question.text)))
     model.eval()
     with Progress(disable=progress is None) as bar:
@@ -144,19 +153,27 @@ def answer_questions(
             )
             offsets = inputs.pop("offset_mapping")
             inputs.pop("token_type_ids", None)
-            inputs = inputs.to(model.device)
             selected = select_features(features, [row_of[question.scene] for question in batch])
             selected.pooler_output = model.model._project(selected.last_hidden_state, selected.grid)
+            prompt = dict(inputs)
+            if concatenates:
+                prompt = expand_image_tokens(
+                    prompt, model.config.image_token_id, selected.last_hidden_state.shape[1], "left"
+                )
+                selected.pooler_output = list(selected.pooler_output)
+            prompt = {name: tensor.to(model.device) for name, tensor in prompt.items()}
             tokens = model.generate(
-                **inputs,
+                **prompt,
                 mm_encoder_outputs={"image": selected},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers = processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
             for question, answer in zip(batch, answers, strict=True):
                 question.answer = answer.strip()
+            if concatenates:
+                continue
 
             spans = []
             for question, text in zip(batch, texts, strict=True):
@@ -165,7 +182,7 @@ def answer_questions(
             if any(spans):
                 map_queries = processor.get_map_queries(offsets, spans, inputs["attention_mask"].cpu(), text=texts)
                 outputs = model.model(
-                    **inputs,
+                    **prompt,
                     mm_encoder_outputs={"image": selected},
                     map_queries=map_queries.to(model.device),
                     use_cache=False,
@@ -185,8 +202,25 @@ def points_at(maps: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return mask[y, x]
 
 
+def score_maps(maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """How well attention maps `(n, rows, columns)`, each summing to 1, lie on a mask, bool `(height, width)`.
+
+    Returns:
+        float `(n,)` each: `pointing`, 1 where the strongest cell's middle lies in the mask ([`points_at`]); `iou`, the soft
+        intersection over union ([`~agevlm.trainer.guidance.attention_iou`]); `mass`, the attention inside the mask, whose
+        chance level is the mask's share of the image.
+    """
+    coverage = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), maps.shape[-2:]).flatten()
+    flat = torch.from_numpy(maps).flatten(1)
+    return {
+        "pointing": points_at(maps, mask).astype(float),
+        "iou": np.array([float(attention_iou(m[None], coverage)) for m in flat]),
+        "mass": (flat @ coverage).numpy(),
+    }
+
+
 def evaluate_scenes(
-    model: AgeVlmForConditionalGeneration,
+    model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
     processor: AgeVlmProcessor,
     dataset: "Dataset",
     *,
@@ -198,20 +232,29 @@ def evaluate_scenes(
     """Asks a split of grounded scenes and scores the answers.
 
     Args:
+        processor: AGE-VLM's, for a concatenating model as well.
         dataset: a split as `build_scenes` writes it, images included.
         max_questions: of each kind, drawn with `seed`; all by default.
 
     Returns:
         A row of numbers for each kind of question and one for pointing, and the questions with their answers.
 
-        - `existence`, `count`, `position`: the share of exactly right answers. Chance is the best answer that ignores
-          the image: the most frequent one.
+        - The kinds of existence and `negation`: the accuracy (`score`), and POPE's other numbers ([`yes_no_scores`]).
+        - `count`, `position`, `relation`: the share of exactly right answers.
         - `objects`: the mean F1 of the named classes against those there. Chance is the mean F1 of the same answers
           against other scenes.
-        - `pointing`: the share of phrases whose map is strongest inside their object, for the mean of all blocks
-          (`score`) and by block (`by_block`). Chance is the mean share of the image that the object covers.
+        - `pointing`: the share of phrases whose map is strongest inside their object, for the mean of all blocks (`score`)
+          and by block (`by_block`); and the same for `iou` and `mass` (see [`score_maps`]). Chance is the mean share of the
+          image that the object covers, which is that of `mass` too. Only of models with cross-attention.
+
+        Where not said otherwise, chance is the best answer that ignores the image: the most frequent one.
+
+    Raises:
+        ValueError: if the split has no question.
     """
     questions = scene_questions(dataset)
+    if not questions:
+        raise ValueError("The data set has no questions: is it a split of grounded scenes, with the column `answers`?")
     rng = random.Random(seed)
     if max_questions is not None:
         by_kind = defaultdict(list)
@@ -220,37 +263,46 @@ def evaluate_scenes(
         questions = [q for kind in by_kind.values() for q in rng.sample(kind, min(max_questions, len(kind)))]
     images = scene_images(dataset)
     answer_questions(model, processor, questions, images, batch_size=batch_size, progress=progress)
+    return score_questions(questions), questions
 
+
+def score_questions(questions: list[SceneQuestion]) -> dict[str, dict[str, Any]]:
+    """The numbers of [`evaluate_scenes`], from answered questions."""
     results: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         asked = [question for question in questions if question.kind == kind]
         if not asked:
             continue
+        chance = Counter(question.expected for question in asked).most_common(1)[0][1] / len(asked)
+        row: dict[str, Any] = {"score": float(np.mean([question.answer == question.expected for question in asked]))}
+        if kind in YES_NO_KINDS:
+            scores = yes_no_scores([q.answer or "" for q in asked], [q.expected.lower() for q in asked])
+            row = {"score": scores.pop("accuracy"), **scores}
         if kind == "objects":
             given, expected = (
                 [_names(text) for text in texts]
                 for texts in zip(*((q.answer, q.expected) for q in asked), strict=True)
             )
             others = expected[1:] + expected[:1]
-            score = float(np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)]))
+            row = {"score": float(np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)]))}
             chance = float(np.mean([_f1(a, b) for a, b in zip(given, others, strict=True)]))
-        else:
-            score = float(np.mean([question.answer == question.expected for question in asked]))
-            chance = Counter(question.expected for question in asked).most_common(1)[0][1] / len(asked)
-        results[kind] = {"score": score, "chance": chance, "questions": len(asked)}
+        results[kind] = {**row, "chance": chance, "questions": len(asked)}
     mapped = [question for question in questions if question.maps is not None]
     if mapped:
         masks = [mask_from_rle(question.masks[0]) for question in mapped]
         # Each block's map, and last the mean of all.
         maps = [np.concatenate([question.maps, question.maps.mean(0, keepdims=True)]) for question in mapped]
-        *by_block, score = np.mean([points_at(m, mask) for m, mask in zip(maps, masks, strict=True)], axis=0).tolist()
+        scored = [score_maps(m, mask) for m, mask in zip(maps, masks, strict=True)]
+        means = {name: np.mean([row[name] for row in scored], axis=0).tolist() for name in scored[0]}
         results["pointing"] = {
-            "score": score,
+            "score": means["pointing"][-1],
             "chance": float(np.mean([mask.mean() for mask in masks])),
             "questions": len(mapped),
-            "by_block": by_block,
+            "by_block": means["pointing"][:-1],
+            **{name: means[name][-1] for name in ("iou", "mass")},
+            **{f"{name}_by_block": means[name][:-1] for name in ("iou", "mass")},
         }
-    return results, questions
+    return results
 
 
 def _names(answer: str | None) -> set[str]:

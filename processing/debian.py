@@ -174,7 +174,6 @@ STAMPS = {
     "rose": ["plants/flowers/rose"],
     "sailboat": ["vehicles/ship/walnutBoat", "vehicles/ship/chineseJunk"],
     "saw": ["household/tools/saw"],
-    "sea lion": ["animals/mammals/aquatic/sea_lion"],
     "seagull": ["animals/birds/seagull", "animals/birds/silver-gull"],
     "seahorse": ["animals/fish/seahorse"],
     "sheep": ["animals/mammals/bovines/sheep", "animals/mammals/bovines/sheep_lamb"],

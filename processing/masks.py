@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks for grounded phrases, from Segment Anything.
+"""Masks for grounded phrases, from Segment Anything, or from GrabCut where there are no weights.
 
-A mask teacher turns prompts (a phrase and, where there is one, its box) into masks. There are three: SAM from boxes, SAM 3
-from phrases, and SAM from the boxes that a zero-shot detector gives phrases. `add_masks` runs one over a grounding data
-set (`agevlm.processing.grounding`): on one process or several, and again from where it stopped.
+A mask teacher turns prompts (a phrase and, where there is one, its box) into masks. There are four: SAM from boxes, SAM 3
+from phrases, SAM from the boxes that a zero-shot detector gives phrases, and GrabCut from boxes. `add_masks` runs one over a
+grounding data set (`agevlm.processing.grounding`): on one process or several, and again from where it stopped.
+
+How good a teacher is, data with exact masks can tell: `boxes_from_masks` gives what the teacher starts from, and
+`mask_quality` holds its masks against the exact ones.
 """
 
 from __future__ import annotations
@@ -21,15 +24,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from agevlm._files import check_new_folder, new_folder
 
-from .grounding import mask_from_rle, mask_to_rle, message_text, row_features
+from .grounding import import_datasets, mask_from_rle, mask_to_rle, message_text, row_features
 from .scenes import _quiet
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 
-TEACHERS = ("sam", "sam3", "grounded-sam")
+TEACHERS = ("sam", "sam3", "grounded-sam", "grabcut")
 
 # Prompts that go through a model together: each mask is decoded at the size of its image, in float32.
 _PROMPTS_AT_ONCE = 16
@@ -391,9 +396,82 @@ class GroundedSamTeacher:
         return results
 
 
+class GrabCutTeacher:
+    """GrabCut (Rother et al., SIGGRAPH 2004) with boxes as prompts: it tells a thing by its colours, and has no weights.
+
+    It looks at the box and half of the box's sides around it. All within a tenth of the sides around the box may be part of the
+    thing, since a detector's box may cut some of it off; the rest is background.
+
+    Scores are the IoU of the box and the mask's own bounding box: a right mask fills its box (Lempitsky et al., ICCV 2009),
+    and where the thing's colours are those of the background, GrabCut's masks shrink to pieces or nothing.
+
+    Raises:
+        ImportError: if `opencv-python-headless` is not installed.
+    """
+
+    _SEEN = 0.5  # around the box, in parts of its sides
+    _UNSURE = 0.1
+    _ITERATIONS = 5
+
+    def __init__(self) -> None:
+        self.cv2 = _import_cv2()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"teacher": "grabcut", "opencv": self.cv2.__version__}
+
+    def takes(self, prompt: Prompt) -> bool:
+        return prompt.box is not None
+
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        return [
+            [self._mask(np.asarray(image), prompt.box) for prompt in image_prompts if prompt.box is not None]
+            for image, image_prompts in zip(images, prompts, strict=True)
+        ]
+
+    def _mask(self, image: np.ndarray, box: Sequence[float]) -> Answer:
+        """The mask of a box that lies at least in part within an image, uint8 `(height, width, 3)`."""
+        cv2 = self.cv2
+        seen = _pixels(image, box, self._SEEN)
+        labels = np.full(image.shape[:2], cv2.GC_BGD, dtype=np.uint8)
+        labels[_pixels(image, box, self._UNSURE)] = cv2.GC_PR_BGD
+        labels[_pixels(image, box)] = cv2.GC_PR_FGD
+        cut = labels[seen].copy()
+        if (cut == cv2.GC_PR_FGD).all():  # a box around the whole image leaves no background to learn from
+            return None, 0.0
+        # The clusters that it starts from are drawn at random: the same for each box, whatever was asked before it.
+        cv2.setRNGSeed(0)
+        models = np.zeros((2, 1, 65))
+        pixels = np.ascontiguousarray(image[seen])
+        cv2.grabCut(pixels, cut, (0, 0, 0, 0), models[0], models[1], self._ITERATIONS, cv2.GC_INIT_WITH_MASK)
+        mask = np.zeros(image.shape[:2], dtype=bool)
+        mask[seen] = cut == cv2.GC_PR_FGD
+        left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+        asked = clip_boxes_to_image(torch.tensor([box], dtype=torch.float64), mask.shape)
+        found = torch.tensor([[left, top, left + width, top + height]], dtype=torch.float64)
+        return mask, box_iou(asked, found).item()
+
+
+def _import_cv2() -> ModuleType:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(f"{error}; for GrabCut and boxes: pip install opencv-python-headless") from error
+    return cv2
+
+
+def _pixels(image: np.ndarray, box: Sequence[float], grown: float = 0.0) -> tuple[slice, slice]:
+    """All pixels that a box touches, once it is grown on each side by a part of its width and height: rows, columns."""
+    slices = []
+    for low, high, size in ((box[1], box[3], image.shape[0]), (box[0], box[2], image.shape[1])):
+        margin = grown * (high - low)
+        slices.append(slice(max(0, math.floor(low - margin)), min(size, math.ceil(high + margin))))
+    return slices[0], slices[1]
+
+
 def load_teacher(
     name: str,
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike | None = None,
     *,
     detector: str | os.PathLike | None = None,
     threshold: float | None = None,
@@ -403,29 +481,36 @@ def load_teacher(
     """Load one of `TEACHERS`.
 
     Args:
-        name: `sam`, `sam3` or `grounded-sam`.
-        checkpoint: of SAM, a `.pth` file; of SAM 3, a folder or Hub id.
+        name: `sam`, `sam3`, `grounded-sam` or `grabcut`.
+        checkpoint: of SAM, a `.pth` file; of SAM 3, a folder or Hub id; GrabCut has none.
         detector: folder or Hub id of the detector of `grounded-sam`.
         threshold: the least score of an instance (`sam3`) or a box (`grounded-sam`); the teacher's own default if None.
         device: `cpu`, `cuda` or `auto`, the best there is; on several GPUs each process has its own.
         dtype: of the models.
 
     Raises:
-        ValueError: for an unknown name or device, an option of another teacher, or a checkpoint of another model.
+        ValueError: for an unknown name or device, an option of another teacher, no checkpoint where one is needed, or that of
+            another model.
         OSError: if a checkpoint is missing.
         ImportError: if a package is missing.
     """
     if name not in TEACHERS:
         raise ValueError(f"there is no mask teacher {name!r}; there are {', '.join(TEACHERS)}")
+    if checkpoint is None and name != "grabcut":
+        raise ValueError(f"{name} needs a checkpoint (--checkpoint); only grabcut has no weights and goes without")
+    if checkpoint is not None and name == "grabcut":
+        raise ValueError(f"grabcut has no weights, and takes no checkpoint; leave {checkpoint} out")
     if (detector is not None) != (name == "grounded-sam"):
         raise ValueError(f"a detector goes with grounded-sam and with no other teacher; got {name} with {detector}")
-    if name == "sam" and threshold is not None:
-        raise ValueError("threshold is for phrases, and sam starts from boxes; refuse bad masks with min_score")
+    if name in ("sam", "grabcut") and threshold is not None:
+        raise ValueError(f"threshold is for phrases, and {name} starts from boxes; refuse bad masks with min_score")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}, but must be auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; use cpu or auto")
     state = _processes(cpu=device == "cpu")
+    if checkpoint is None:
+        return GrabCutTeacher()
     where = state.device if device == "auto" else torch.device(device, state.local_process_index * (device == "cuda"))
     options: dict[str, Any] = {"device": where, "dtype": dtype}
     if name == "sam":
@@ -732,6 +817,152 @@ def _begin(work: Path, settings: dict[str, Any], state: PartialState) -> None:
             f"{work} holds work that was begun otherwise ({changes}); go on with what it was begun with, or delete"
             " the folder to begin anew"
         )
+
+
+# --- how good they are ---
+
+# Parts of a mask that are smaller than this part of its largest get no box: crumbs that the things in front of it left over.
+_LEAST_PART = 0.05
+
+
+def boxes_from_masks(
+    dataset: Dataset | DatasetDict, jitter: float = 0.1, seed: int = 0, *, progress: bool = True
+) -> Dataset | DatasetDict:
+    """Grounding data with boxes in place of its exact masks: what a mask teacher would get, had a detector drawn the boxes.
+
+    A phrase may name several things, and a box has one: the entry of a mask becomes one entry for each of its connected parts,
+    with the part's bounding box; parts below a twentieth of the largest have none. Guidance joins the masks that a teacher
+    makes of them, since entries of the same phrase and image are one. Things of a class that touch are one part, and one that
+    another thing cuts in two is two parts. Entries without a mask stay as they are, those with an empty one are left out.
+
+    Each side of a box is moved, in or out, by up to `jitter` times the box's extent across it (drawn evenly), though not out of
+    the image. What is drawn depends on the seed and the mask alone: the same thing has the same box in all of its rows.
+
+    Args:
+        dataset: with the column `grounding`; the others, images included, are kept as they are.
+        jitter: from 0, exact boxes, to below 0.5.
+        seed: a non-negative number.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a number is out of range, there is no `grounding`, no phrase has a mask, or a mask is damaged.
+        ImportError: if `datasets` or `opencv-python-headless` is not installed.
+    """
+    from rich.progress import track
+
+    datasets = import_datasets()
+    cv2 = _import_cv2()
+    if not 0 <= jitter < 0.5:
+        raise ValueError(f"jitter is {jitter}, but must be from 0 to below 0.5, where a box could vanish")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, but must be at least 0")
+
+    @functools.lru_cache(maxsize=1024)  # a scene's masks come again in each of its rows
+    def boxes(counts: str, height: int, width: int) -> list[list[float]]:
+        mask = mask_from_rle({"size": [height, width], "counts": counts})
+        parts = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[2][1:]
+        if not len(parts):
+            return []
+        parts = parts[parts[:, cv2.CC_STAT_AREA] >= _LEAST_PART * parts[:, cv2.CC_STAT_AREA].max()]
+        corners, sides = parts[:, :2], parts[:, 2:4]  # each x, y
+        exact = np.concatenate([corners, corners + sides], axis=1)
+        digest = hashlib.sha256(f"{height} {width} {counts}".encode()).digest()
+        offsets = np.random.default_rng([seed, int.from_bytes(digest)]).uniform(-jitter, jitter, exact.shape)
+        return np.clip(exact + offsets * np.tile(sides, 2), 0, [width, height] * 2).tolist()
+
+    def replaced(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for entry in entries:
+            rle = entry.get("mask")
+            if rle is None:
+                yield entry
+                continue
+            for box in boxes(rle["counts"], *rle["size"]):
+                yield {**entry, "box": box, "mask": None, "score": None}
+
+    splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"": dataset}
+    own = row_features()["grounding"].feature
+    boxed = datasets.DatasetDict()
+    for split, part in splits.items():
+        if "grounding" not in part.column_names:
+            raise ValueError(f"the data set{split and f' ({split})'} has no column grounding, and so no masks")
+        part = part.with_format(None)
+        rows = track(part["grounding"], f"boxes {split}", len(part), disable=not progress, transient=True)
+        grounding = [list(replaced(entries or [])) for entries in rows]
+        feature = {**part.features["grounding"].feature, **{key: own[key] for key in ("box", "mask", "score")}}
+        column = datasets.Dataset.from_dict(
+            {"grounding": grounding}, datasets.Features(grounding=datasets.List(feature))
+        )
+        # So that `add_masks` knows its unfinished work: the fingerprint that `datasets` would make up is another each time.
+        digest = hashlib.sha256(json.dumps([part._fingerprint, jitter, seed]).encode()).hexdigest()[:16]
+        boxed[split] = _replace_grounding(part, [column] if len(part) else [], digest)
+    if not boxes.cache_info().misses:
+        raise ValueError("no phrase of the data set has a mask to draw boxes around")
+    return boxed if isinstance(dataset, datasets.DatasetDict) else boxed[""]
+
+
+@dataclass(frozen=True)
+class MaskQuality:
+    """How good a teacher's masks are, by `mask_quality`. IoUs are of phrases that got a mask; NaN if none did."""
+
+    phrases: int  # with an exact mask
+    without_mask: int  # phrases that got no mask: guidance passes over them
+    mean_iou: float
+    median_iou: float
+    below_half: float  # the part of the phrases with a mask whose IoU is below 0.5
+
+
+def mask_quality(masked: Dataset, exact: Dataset, *, progress: bool = True) -> MaskQuality:
+    """Hold a teacher's masks against exact ones: the IoU of each phrase, its entries joined as for guidance.
+
+    Args:
+        masked: what `add_masks` made of `boxes_from_masks(exact)`.
+        exact: the same rows with exact masks; phrases that have none, or an empty one, do not count.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the two are not of the same rows, no phrase has an exact mask, or a mask is damaged.
+    """
+    from rich.progress import track
+
+    if len(masked) != len(exact):
+        raise ValueError(
+            f"the data set with masks has {len(masked)} rows, the exact one {len(exact)}; name the same rows"
+        )
+    columns = (part.with_format(None)["grounding"] for part in (masked, exact))
+    ious: list[float] = []
+    without = 0
+    rows = track(zip(*columns, strict=True), "comparing", len(exact), disable=not progress, transient=True)
+    for index, (ours, theirs) in enumerate(rows):
+        found = _joined(ours)
+        for phrase, wanted in _joined(theirs).items():
+            if wanted is None or not wanted.any():
+                continue
+            mask = found.get(phrase)
+            if phrase not in found or (mask is not None and mask.shape != wanted.shape):
+                raise ValueError(
+                    f"row {index}: the data set with masks has another phrase or image than the exact one"
+                )
+            if mask is None:
+                without += 1
+            else:
+                ious.append(float((mask & wanted).sum() / (mask | wanted).sum()))
+    if not ious and not without:
+        raise ValueError("no phrase has an exact mask to compare with")
+    values = np.array(ious or [math.nan])
+    below = float((values < 0.5).mean()) if ious else math.nan
+    return MaskQuality(len(ious) + without, without, float(values.mean()), float(np.median(values)), below)
+
+
+def _joined(entries: list[dict[str, Any]] | None) -> dict[tuple[int, ...], np.ndarray | None]:
+    """By phrase and image the union of the entries' masks, None where there is none."""
+    joined: dict[tuple[int, ...], np.ndarray | None] = {}
+    for entry in entries or ():
+        phrase = tuple(entry[key] for key in ("message", "start", "end", "image"))
+        joined.setdefault(phrase, None)
+        if entry["mask"] is not None:
+            mask, before = mask_from_rle(entry["mask"]), joined[phrase]
+            joined[phrase] = mask if before is None else before | mask
+    return joined
 
 
 # --- looking at them ---

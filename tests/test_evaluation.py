@@ -12,6 +12,7 @@ from tiny_models import open_gates, tiny_llama, tiny_vision
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor
 from agevlm.evaluation.attention_maps import draw_heatmaps, find_phrase, phrase_maps
+from agevlm.evaluation.pope import parse_yes_no
 from agevlm.evaluation.scenes import (
     evaluate_scenes,
     image_features,
@@ -19,6 +20,7 @@ from agevlm.evaluation.scenes import (
     render_question,
     scene_images,
     scene_questions,
+    score_maps,
     select_features,
 )
 from agevlm.processing.grounding import mask_from_rle
@@ -139,7 +141,11 @@ def test_scores_are_those_of_the_answers(parts, scenes):
         asked = [question for question in questions if question.kind == kind]
         expected = Counter(question.expected for question in asked)
         assert results[kind]["questions"] == len(asked)
-        assert results[kind]["score"] == np.mean([question.answer == question.expected for question in asked])
+        if kind == "existence":  # read by POPE's rules, by which anything without a no is a yes
+            right = [parse_yes_no(question.answer) == question.expected.lower() for question in asked]
+        else:
+            right = [question.answer == question.expected for question in asked]
+        assert results[kind]["score"] == np.mean(right)
         assert results[kind]["chance"] == max(expected.values()) / len(asked)
     mapped = [question for question in questions if question.spans]
     assert results["pointing"]["questions"] == len(mapped) > 0
@@ -161,7 +167,8 @@ def test_a_right_answer_counts_and_a_wrong_one_does_not(parts, scenes, monkeypat
     monkeypatch.setattr(processor, "batch_decode", answer(constant), raising=False)
     results, questions = evaluate_scenes(model, processor, scenes, progress=None)
     assert results["count"]["score"] == results["count"]["chance"]
-    assert results["existence"]["score"] == 0
+    assert results["existence"]["yes_ratio"] == 1
+    assert results["existence"]["f1"] == pytest.approx(2 / 3)  # half of the answers are yes
 
     names = next(question.expected for question in questions if question.kind == "objects")
     monkeypatch.setattr(processor, "batch_decode", answer(names), raising=False)
@@ -189,3 +196,16 @@ def test_every_scene_has_one_image(scenes):
     images = scene_images(scenes)
     assert sorted(images) == sorted(set(scenes["scene"]))
     assert all(image.size == (64, 64) and image.mode == "RGB" for image in images.values())
+
+
+def test_maps_are_scored_against_the_mask_and_its_share():
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:20, 10:20] = True  # 2 of 16 cells of a 4x4 map
+    on, uniform, off = np.zeros((4, 4)), np.full((4, 4), 1 / 16), np.zeros((4, 4))
+    on[:2, 1] = 0.5
+    off[3, 3] = 1
+    scores = score_maps(np.stack([on, uniform, off]).astype(np.float32), mask)
+    assert scores["pointing"].tolist() == [1, 0, 0]  # the first of equal cells is at the top left, outside
+    assert scores["mass"] == pytest.approx([1, 2 / 16, 0])
+    # On the area's scale the uniform map is 1/8 everywhere: 2 * 1/8 shared, 2 + 14 * 1/8 in all.
+    assert scores["iou"] == pytest.approx([1, 0.25 / 3.75, 0])

@@ -17,14 +17,17 @@ from torch import nn
 
 from agevlm.processing.grounding import mask_from_rle, mask_to_rle, row_features
 from agevlm.processing.masks import (
+    GrabCutTeacher,
     GroundedSamTeacher,
     Prompt,
     Sam3Teacher,
     SamTeacher,
     add_masks,
+    boxes_from_masks,
     draw_masks,
     load_sam,
     load_teacher,
+    mask_quality,
 )
 
 SIDE = 64  # of the tiny SAM's square input, in pixels
@@ -940,3 +943,88 @@ def test_preview_shows_masks_and_phrases(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.asarray(overlay)[..., 3] > 0, filled(image, (10, 10, 30, 30)))
     with pytest.raises(ValueError, match="no row has a mask"):
         draw_masks(make_dataset([make_row(image)]), tmp_path / "none.png")
+
+
+# --- GrabCut, and the boxes it starts from ---
+
+
+def disc_on_stripes(
+    size: int = 96, radius: int = 20, centre: tuple[int, int] = (40, 56)
+) -> tuple[Image.Image, np.ndarray]:
+    """A noisy red disc on noisy grey stripes, and its mask; `centre` is row, column."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:size, :size]
+    mask = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2
+    pixels = np.where(columns[..., None] // 6 % 2, 90, 130) + rng.normal(0, 6, (size, size, 3))
+    pixels[mask] = np.array([200, 40, 30]) + rng.normal(0, 6, (mask.sum(), 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+
+
+def exact_rows() -> tuple[Dataset, np.ndarray]:
+    image, mask = disc_on_stripes()
+    where = {"message": 0, "start": 13, "end": 17, "image": 0}
+    row = {
+        "images": [image],
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "text": None}, {"type": "text", "text": "Where is the disc?"}],
+            }
+        ],
+        "grounding": [{**where, "box": None, "mask": mask_to_rle(mask), "score": None}],
+    }
+    return Dataset.from_list([row], features=row_features()), mask
+
+
+def test_grabcut_finds_a_thing_by_its_colours_and_does_so_again():
+    image, mask = disc_on_stripes()
+    box = [34.0, 18.0, 79.0, 63.0]  # left, top, right, bottom; a bit loose
+    teacher = load_teacher("grabcut")
+    assert isinstance(teacher, GrabCutTeacher)
+    prompt = Prompt(phrase="disc", box=box)
+    ((first,),), ((second,),) = (teacher.masks([image], [[prompt]]) for _ in range(2))
+    found, score = first
+    assert (found & mask).sum() / (found | mask).sum() > 0.9
+    assert 0.8 < score <= 1
+    assert np.array_equal(found, second[0])
+
+
+def test_grabcut_gives_nothing_where_there_is_no_background():
+    image, _ = disc_on_stripes()
+    assert GrabCutTeacher().masks([image], [[Prompt(phrase="all", box=[0.0, 0.0, 96.0, 96.0])]]) == [[(None, 0.0)]]
+
+
+def test_boxes_without_jitter_are_those_around_the_mask():
+    rows, mask = exact_rows()
+    boxed = boxes_from_masks(rows, jitter=0.0, progress=False)
+    (entry,) = boxed[0]["grounding"]
+    ys, xs = np.nonzero(mask)
+    assert entry["mask"] is None
+    assert entry["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_jitter_moves_each_side_by_at_most_its_part_and_again_alike():
+    rows, _ = exact_rows()
+    exact = np.array(boxes_from_masks(rows, jitter=0.0, progress=False)[0]["grounding"][0]["box"])
+    boxes = [
+        boxes_from_masks(rows, jitter=0.2, seed=seed, progress=False)[0]["grounding"][0]["box"]
+        for seed in (0, 0, 1, 2)
+    ]
+    assert boxes[0] == boxes[1] != boxes[2] != boxes[3]
+    assert np.abs(np.array(boxes) - exact).max() <= 0.2 * 41 + 1e-3  # the disc is 41 pixels wide
+    with pytest.raises(ValueError, match=r"jitter is 0\.5"):
+        boxes_from_masks(rows, jitter=0.5)
+
+
+def test_a_teachers_masks_are_held_against_exact_ones(tmp_path):
+    rows, _ = exact_rows()
+    masked, outcomes = add_masks(
+        boxes_from_masks(rows, progress=False), GrabCutTeacher(), tmp_path / "out", progress=False
+    )
+    assert outcomes["masked"] == 1
+    quality = mask_quality(masked, rows, progress=False)
+    found, exact = (mask_from_rle(split[0]["grounding"][0]["mask"]) for split in (masked, rows))
+    assert quality.mean_iou == pytest.approx((found & exact).sum() / (found | exact).sum())
+    assert (quality.phrases, quality.without_mask, quality.below_half) == (1, 0, 0)
+    same = mask_quality(rows, rows, progress=False)
+    assert same.mean_iou == same.median_iou == 1

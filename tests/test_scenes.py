@@ -1,5 +1,7 @@
 import contextlib
 import io
+import itertools
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -201,7 +203,7 @@ def test_splits_and_columns(built):
     for split, number in zip(built.values(), SIZES.values(), strict=True):
         assert split.features == scenes.scene_features()
         assert set(split["scene"]) == set(range(number))
-        assert set(split["kind"]) == set(KINDS)
+        assert set(split["kind"]) == set(KINDS) - {"existence_popular", "existence_adversarial"}
         assert len({(row["scene"], row["kind"]) for row in split}) == len(split)
         for row in split:
             (image,) = row["images"]
@@ -304,8 +306,9 @@ def test_position_rows(built):
 
 @pytest.fixture(scope="session")
 def plans():
-    names = [f"class {i}" for i in range(20)]
-    return scenes._plan_scenes(np.random.default_rng(0), names, 6000, 4, 8)
+    rng = np.random.default_rng(0)
+    company = scenes._Company.found(rng, [f"class {i}" for i in range(20)], strength=0.0)
+    return scenes._plan_scenes(rng, company, 6000, 4, 8)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
@@ -313,15 +316,16 @@ def plans():
 def test_yes_and_no_are_balanced_in_any_split(number, questions):
     for seed in range(20):
         for max_objects in (1, 3):
-            some = scenes._plan_scenes(
-                np.random.default_rng(seed), ["a", "b", "c", "d"], number, max_objects, questions
-            )
-            answers = Counter(answer for plan in some for _, answer in plan.asked)
+            rng = np.random.default_rng(seed)
+            company = scenes._Company.found(rng, ["a", "b", "c", "d"], strength=0.5 * (seed % 2))
+            some = scenes._plan_scenes(rng, company, number, max_objects, questions)
+            answers = Counter(answer for plan in some for _, answer in plan.asked["existence"])
             assert answers[True] == answers[False] > 0
             for plan in some:
-                assert 1 <= len(plan.asked) <= questions
-                assert len({name for name, _ in plan.asked}) == len(plan.asked)
-                assert all((name in plan.objects) == answer for name, answer in plan.asked)
+                asked = plan.asked["existence"]
+                assert 1 <= len(asked) <= questions
+                assert len({name for name, _ in asked}) == len(asked)
+                assert all((name in plan.objects) == answer for name, answer in asked)
                 assert 1 <= len(set(plan.objects)) <= max_objects
 
 
@@ -340,7 +344,7 @@ def test_class_place_and_history_do_not_tell_the_answer(plans):
     by_class, by_place, by_lead, by_last = (defaultdict(list) for _ in range(4))
     for plan in plans:
         lead, last = 0, None
-        for place, (name, answer) in enumerate(plan.asked):
+        for place, (name, answer) in enumerate(plan.asked["existence"]):
             by_class[name].append(answer)
             by_place[place].append(answer)
             by_lead[lead].append(answer)
@@ -704,3 +708,135 @@ def test_import_is_light():
 def test_images_are_jpeg(built):
     encoded = built["test"].cast_column("images", [ImageFeature(decode=False)])[0]["images"][0]["bytes"]
     assert Image.open(io.BytesIO(encoded)).format == "JPEG"
+
+
+# --- company: popular classes and companions ---
+
+
+@pytest.fixture(scope="session")
+def company(inputs, tmp_path_factory):
+    """Scenes whose classes are not equally frequent, and of classes that no other split shows."""
+    return build_scenes(
+        *inputs,
+        tmp_path_factory.mktemp("company") / "scenes",
+        num_train=150,
+        num_validation=20,
+        num_test=40,
+        num_zero_shot=20,
+        image_size=96,
+        max_objects=2,
+        zero_shot_classes=3,
+        cooccurrence=0.5,
+        progress=False,
+    )
+
+
+def classes_shown(split):
+    """By scene, as the answers to "Which objects are in the image?" say."""
+    return {row["scene"]: set(row["answers"][0].split(", ")) for row in split if row["kind"] == "objects"}
+
+
+def existence_questions(split, kind):
+    """By scene: the classes asked for, and the answers."""
+    return {
+        row["scene"]: [
+            (re.fullmatch(r"Is there an? (.*) in the image\?", text_of(question))[1], answer)
+            for question, answer in zip(row["messages"][::2], row["answers"], strict=True)
+        ]
+        for row in split
+        if row["kind"] == kind
+    }
+
+
+@pytest.mark.parametrize("kind", ["existence_popular", "existence_adversarial"])
+def test_tempting_questions_ask_for_the_absent_classes_that_the_training_scenes_suggest(company, kind):
+    shown = list(classes_shown(company["train"]).values())
+    frequent = Counter(name for names in shown for name in names)
+    together = Counter(pair for names in shown for pair in itertools.permutations(names, 2))
+    known = {name for names in shown for name in names}
+    assert kind not in company["train"]["kind"]
+    for split in (company["validation"], company["test"]):
+        present = classes_shown(split)
+        for scene, asked in existence_questions(split, kind).items():
+            there = present[scene]
+            assert {name for name, answer in asked if answer == "Yes"} == there
+            tempting = [name for name, answer in asked if answer == "No"]
+            assert len(tempting) == min(len(there), len(known - there))
+            score = {
+                "existence_popular": lambda name: frequent[name],
+                "existence_adversarial": lambda name: sum(together[name, other] for other in there),  # noqa: B023
+            }[kind]
+            spared = known - there - set(tempting)
+            assert not spared or min(map(score, tempting)) >= max(map(score, spared))
+
+
+def test_negation_is_the_reverse_of_existence(company):
+    existence = {
+        (scene, name): answer
+        for scene, asked in existence_questions(company["test"], "existence").items()
+        for name, answer in asked
+    }
+    turned = {"Yes": "No", "No": "Yes"}
+    asked = 0
+    for row in company["test"]:
+        if row["kind"] == "negation":
+            for question, answer in zip(row["messages"][::2], row["answers"], strict=True):
+                name = re.fullmatch(r"Is there no (.*) in the image\?", text_of(question))[1]
+                assert existence[row["scene"], name] == turned[answer]
+                asked += 1
+    assert asked == len(existence) > 0
+
+
+def test_relations_are_those_of_the_masks(company):
+    told = Counter()
+    for row in company["train"]:
+        for message, answer in (
+            zip(row["messages"][::2], row["answers"], strict=True) if row["kind"] == "relation" else ()
+        ):
+            number = row["messages"].index(message)
+            first, second = (
+                np.argwhere(mask_from_rle(entry["mask"])).mean(0)
+                for entry in row["grounding"]
+                if entry["message"] == number
+            )
+            axis = 0 if "above" in text_of(message) else 1
+            assert answer == (("above", "below"), ("left", "right"))[axis][int(first[axis] > second[axis])]
+            told[answer] += 1
+    assert set(told) == {"above", "below", "left", "right"}
+
+
+def test_zero_shot_classes_are_in_no_other_split(company):
+    strange = set().union(*classes_shown(company["zero_shot"]).values())
+    strange |= {name for asked in existence_questions(company["zero_shot"], "existence").values() for name, _ in asked}
+    assert len(strange) == 3
+    for name in ("train", "validation", "test"):
+        split = company[name]
+        known = set().union(*classes_shown(split).values())
+        for kind in ("existence", "existence_popular", "existence_adversarial"):
+            known |= {name for asked in existence_questions(split, kind).values() for name, _ in asked}
+        assert len(known) == len(COLOURS) - 3
+        assert not known & strange
+
+
+def test_company_makes_classes_unequally_frequent_and_companions_come_together():
+    rng = np.random.default_rng(1)
+    names = [f"class {i}" for i in range(30)]
+    company = scenes._Company.found(rng, names, strength=0.6)
+    drawn = [company.draw(rng, 3) for _ in range(3000)]
+    frequent = Counter(name for names in drawn for name in names).most_common()
+    assert frequent[0][1] > 2 * frequent[-1][1]
+    befriended = np.mean([bool(set(names[1:]) & set(company.companions[names[0]])) for names in drawn])
+    assert befriended > 0.6  # by chance 4 of 29, twice: about a quarter
+    assert all(len(set(names)) == 3 for names in drawn)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cooccurrence": 1.5}, "cooccurrence is 1.5"),
+        ({"zero_shot_classes": 2, "num_zero_shot": 5}, "zero-shot classes"),
+    ],
+)
+def test_company_that_cannot_be_is_refused(inputs, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        build_scenes(*inputs, tmp_path / "out", num_train=2, num_validation=1, num_test=1, image_size=96, **wrong)
