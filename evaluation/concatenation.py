@@ -171,7 +171,7 @@ class ConcatenationTrainer(Trainer):
     def __init__(self, model: ConcatenationForConditionalGeneration, args: AgeVlmTrainingArguments, **kwargs):
         names = [name for name, _ in model.named_parameters()]
         trained = [GROUPS["adapter"]]
-        if "vision_last_block" in resolve_groups(args.stage):
+        if "vision_last_block" in resolve_groups(args.stage or "instruct"):
             trained.append(last_block([name for name in names if "vision_tower" in name]))
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -187,7 +187,7 @@ class ConcatenationTrainer(Trainer):
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = optimizer_groups(self.model, self.args.weight_decay, self.args.group_learning_rates)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -96,6 +96,7 @@ class AgeVlmChat(lmms):
                 f"The processor in {pretrained} has no chat template to ask with. Set `processor.chat_template` to that "
                 "of the training, and save it."
             )
+        _let_scores_be()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers, in the order of the requests.
@@ -133,7 +134,8 @@ class AgeVlmChat(lmms):
     def _rounds(self, request: Instance) -> list[str]:
         _, doc_to_messages, _, doc_id, task, split = request.args
         document = self._document(task, split, doc_id)
-        messages, answers, information, done, number = doc_to_messages(document), [], None, False, 0
+        answers: list[str] = []
+        messages, information, done, number = doc_to_messages(document), None, False, 0
         while not done:
             (answer,) = self._answer([request], [messages], "generate_until_multi_round")
             number += 1
@@ -141,7 +143,7 @@ class AgeVlmChat(lmms):
             messages, done, answers, information = doc_to_messages(
                 document,
                 round_idx=number,
-                previous_output=[*answers, answer.text],
+                previous_output=[answer.text],
                 previous_round_info=information,
             )
         return list(answers)

@@ -89,7 +89,7 @@ def image_features(
     Give rows of the result ([`select_features`]) to the model as `mm_encoder_outputs={"image": ...}`.
     """
     images = list(images)
-    parts = []
+    parts: list[Any] = []
     # Channels last is several times faster for depthwise convolutions on CPUs, and changes no value's meaning.
     model.model.vision_tower.to(memory_format=torch.channels_last)
     with Progress(disable=progress is None) as bar:
