@@ -80,7 +80,7 @@ class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
         The adapter is AGE-VLM's, freshly initialised or trained as it is. The language model must not be trained in both.
         """
         text = model.config.text_config.to_dict()
-        for key in ("model_type", "cross_attention_layers", "architectures"):
+        for key in ("model_type", "cross_attention_layers", "cross_attention_sink", "architectures"):
             text.pop(key, None)
         config = LlavaConfig(
             vision_config=model.config.vision_config,

@@ -38,6 +38,9 @@ class AgeVlmTextConfig(LlamaConfig):
         paper's numbering, and Mllama's). `[2, 7, 12, 17]` on 16 Llama layers puts a block before each of Llama layers
         2, 6, 10 and 14. Must be strictly increasing, with at most one block before each Llama layer. Defaults to four
         blocks spread evenly over the depth. An empty list is a plain Llama.
+    cross_attention_sink (`bool`, *optional*, defaults to `False`):
+        Whether each block has a learned attention sink, a key without a value beside the visual tokens, so that a token
+        which finds nothing to look at takes nothing over. The paper's blocks have none.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassClassValidationError`: for a list out of range, unsorted, or with two
@@ -68,6 +71,7 @@ class AgeVlmTextConfig(LlamaConfig):
     tie_word_embeddings: bool = True
     rope_parameters: RopeParameters | dict | None = None
     cross_attention_layers: list[int] | tuple[int, ...] | None = None
+    cross_attention_sink: bool = False
 
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None and "rope_scaling" not in kwargs and "rope_theta" not in kwargs:
@@ -138,7 +142,7 @@ class AgeVlmConfig(PreTrainedConfig):
     ```"""
 
     model_type = "agevlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "image_outputs"]
     sub_configs_defaults = {
         "text_config": AgeVlmTextConfig,
         "vision_config": SubConfigSpec(

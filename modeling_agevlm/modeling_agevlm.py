@@ -22,7 +22,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    ModelOutput,
+    MultimodalBaseModelOutputWithPast,
+    MultimodalCausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto import AutoModel
 from transformers.models.llama.modeling_llama import (
@@ -34,6 +39,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -67,52 +73,46 @@ class AgeVlmImageFeatures(BaseModelOutputWithPooling):
 
 @auto_docstring(custom_intro="Output of the AGE-VLM base model.")
 @dataclass
-class AgeVlmModelOutputWithPast(BaseModelOutputWithPast):
+class AgeVlmModelOutputWithPast(MultimodalBaseModelOutputWithPast):
     r"""
-    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
+    cache (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
         The self-attention layers' keys and values, followed by one layer a cross-attention block that holds the
         visual tokens' keys and values.
+    image_outputs (`AgeVlmImageFeatures`, *optional*, returned with images):
+        What `get_image_features` gives; its `pooler_output` are the visual tokens after the adapter.
     cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
         One tensor a cross-attention block of shape `(batch_size, num_heads, sequence_length, num_visual_tokens)`; rows
         of text tokens that see no image are zero. Eager attention only.
     cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
         Where each phrase looks: float32 attention probabilities averaged over heads and over the phrase's tokens, the
-        row's images one after another. A phrase whose tokens see an image sums to 1, one before any image to 0.
-    image_hidden_states (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
-        The visual tokens after the adapter.
+        row's images one after another. A phrase whose tokens see an image sums to 1 (less what the attention sink holds,
+        where there is one), one before any image to 0.
     """
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_maps: torch.Tensor | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 @auto_docstring(custom_intro="Output of AGE-VLM with its language modelling head.")
 @dataclass
-class AgeVlmCausalLMOutputWithPast(ModelOutput):
+class AgeVlmCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
         Language modelling loss (for next-token prediction).
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
         Prediction scores of the language modelling head, before softmax.
-    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
+    cache (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
         See [`AgeVlmModelOutputWithPast`].
+    image_outputs (`AgeVlmImageFeatures`, *optional*, returned with images):
+        What `get_image_features` gives; its `pooler_output` are the visual tokens after the adapter.
     cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
         See [`AgeVlmModelOutputWithPast`].
     cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
         See [`AgeVlmModelOutputWithPast`].
-    image_hidden_states (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`, *optional*):
-        The visual tokens after the adapter.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_maps: torch.Tensor | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
@@ -138,7 +138,7 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
         self.positions: Any = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(
@@ -201,9 +201,17 @@ def append_cross_attention_layers(cache: Cache, config: AgeVlmTextConfig) -> Non
         cache.layers += [AgeVlmCrossAttentionCacheLayer(cache.layers[0]) for _ in config.cross_attention_llama_layers]
 
 
+def num_cached_tokens(cache: Cache | None) -> int | torch.Tensor:
+    """How many text tokens of the batch are in the cache. Continuous batching, which is for text alone, has a cache of
+    another kind, whose texts tell their places by `position_ids`."""
+    return cache.get_seq_length() if isinstance(cache, Cache) else 0
+
+
 def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> torch.Tensor | None:
     """Positions `(B, V)` of the visual tokens in the cache, None when it holds none."""
-    if cache is None or not config.cross_attention_layers or len(cache.layers) <= config.num_hidden_layers:
+    if not isinstance(cache, Cache) or not config.cross_attention_layers:
+        return None
+    if len(cache.layers) <= config.num_hidden_layers:
         return None
     return cache.layers[config.num_hidden_layers].positions
 
@@ -231,7 +239,8 @@ class AgeVlmCrossAttention(nn.Module):
     """The gated block: `tanh(gate) * rms(h) * CrossAttention(RMSNorm(h), visual)`, to be added to `h` (paper, section 3).
 
     Grouped-query attention with the language model's own head counts, RMSNorm on queries and keys, no FFN. `gate`
-    starts at 0, so a fresh block adds exactly nothing. The block's output is scaled by each token's residual RMS,
+    starts at 0, so a fresh block adds exactly nothing. With `config.cross_attention_sink` there is one more key, whose value
+    is zero: what attention goes to it is taken over from nowhere. The block's output is scaled by each token's residual RMS,
     because a trained language model's residual stream is many times larger than a fresh block's output.
     """
 
@@ -256,7 +265,10 @@ class AgeVlmCrossAttention(nn.Module):
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.gate = nn.Parameter(torch.zeros(1))
+        # A visual token of no image, of unit scale as those are that the adapter gives.
+        self.sink = nn.Parameter(torch.randn(config.hidden_size)) if config.cross_attention_sink else None
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -264,7 +276,7 @@ class AgeVlmCrossAttention(nn.Module):
         cross_attention_mask: torch.Tensor | None,
         visible: torch.Tensor,
         visual_positions: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         map_selection: MapSelection | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
@@ -292,13 +304,18 @@ class AgeVlmCrossAttention(nn.Module):
             cross_attention_states = cross_attention_states.to(self.k_proj.weight.dtype)
             key_states = self.k_norm(heads(self.k_proj(cross_attention_states))).transpose(1, 2)
             value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
-            if past_key_values is not None:
-                key_states, value_states = past_key_values.update(
+            if cache is not None:
+                key_states, value_states = cache.update(
                     key_states, value_states, self.cache_layer_idx, visual_positions
                 )
         else:
-            cached = past_key_values.layers[self.cache_layer_idx]
+            cached = cache.layers[self.cache_layer_idx]
             key_states, value_states = cached.keys, cached.values
+        if self.sink is not None:
+            # The last key, behind all images; its value is zero.
+            sink = self.k_norm(heads(self.k_proj(self.sink)))[None, :, None].expand(key_states.shape[0], -1, -1, -1)
+            key_states = torch.cat([key_states, sink.to(key_states)], dim=2)
+            value_states = nn.functional.pad(value_states, (0, 0, 0, 1))
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -321,6 +338,7 @@ class AgeVlmCrossAttention(nn.Module):
         sees_image = visible.any(-1)
         attn_output = attn_output.masked_fill(~sees_image[..., None], 0.0)
         if attn_weights is not None:
+            attn_weights = attn_weights[..., : visible.shape[-1]]  # without the sink
             attn_weights = attn_weights.masked_fill(~sees_image[:, None, :, None], 0.0)
 
         attention_map = None
@@ -342,11 +360,14 @@ class AgeVlmCrossAttention(nn.Module):
             scores = query_states.float() @ key_states.float().transpose(2, 3) * self.scaling
             scores = scores.view(batch_size, num_heads, num_rows, -1)
             hidden = ~visible[:, None]
+            if self.sink is not None:
+                hidden = nn.functional.pad(hidden, (0, 1), value=False)
             # The lowest finite number, not -inf: a row that sees nothing must give 0, and a gradient of 0, not NaN.
             probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
             members = selection.members.float()
             weights = members / members.sum(-1, keepdim=True).clamp(min=1)
-            return weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
+            maps = weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
+            return maps[..., : visible.shape[-1]]  # without the sink
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):
@@ -359,6 +380,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
             block = config.cross_attention_llama_layers.index(layer_idx)
             self.cross_attn = AgeVlmCrossAttention(config, cache_layer_idx=config.num_hidden_layers + block)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -367,7 +389,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
         visible: torch.Tensor | None = None,
         visual_positions: torch.Tensor | None = None,
         map_selection: MapSelection | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -382,11 +404,11 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
                 cross_attention_mask,
                 visible,
                 visual_positions=visual_positions,
-                past_key_values=past_key_values,
+                cache=cache,
                 map_selection=map_selection,
             )
             hidden_states = hidden_states + attn_output
-        hidden_states = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+        hidden_states = super().forward(hidden_states, cache=cache, **kwargs)
         return hidden_states, attention_map
 
 
@@ -434,7 +456,6 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["AgeVlmDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     # Flash attention has no mask for "this text may see those images": cross-attention would look at every image.
     _supports_flash_attn = False
     _supports_sdpa = True
@@ -453,6 +474,8 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AgeVlmCrossAttention):
             init.zeros_(module.gate)
+            if module.sink is not None:
+                init.normal_(module.sink)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in Transformers; a plain name passes over a vision tower that does not support it, see `tower_supports`."""
@@ -503,6 +526,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -511,7 +535,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cross_attention_states: torch.Tensor | None = None,
         visual_positions: torch.Tensor | None = None,
@@ -533,10 +557,9 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_length = inputs_embeds.shape[:2]
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        text_positions = torch.arange(seq_length, device=inputs_embeds.device) + past_seen_tokens
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        text_positions = torch.arange(seq_length, device=inputs_embeds.device) + num_cached_tokens(cache)
         if position_ids is None:
             position_ids = text_positions.unsqueeze(0)
 
@@ -544,16 +567,16 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
 
-        cached_positions = cached_visual_positions(past_key_values, self.config)
+        cached_positions = cached_visual_positions(cache, self.config)
         all_positions = [positions for positions in (cached_positions, visual_positions) if positions is not None]
         visible = cross_attention_mask = map_selection = None
         if all_positions:
-            if past_key_values is not None:
-                append_cross_attention_layers(past_key_values, self.config)
+            if cache is not None:
+                append_cross_attention_layers(cache, self.config)
             visible = torch.cat(all_positions, dim=-1)[:, None, :] <= text_positions[None, :, None]
             cross_attention_mask = self._cross_attention_mask(visible, inputs_embeds)
             if map_queries is not None:
@@ -574,7 +597,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -590,7 +613,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             )
         return AgeVlmModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            cache=cache,
             cross_attention_maps=cross_attention_maps,
         )
 
@@ -598,11 +621,13 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         """`visible` `(B, S, V)` in the form that the attention implementation in use wants."""
         # A softmax over nothing is NaN, and so is its gradient: such rows look anywhere, and the block zeroes them.
         attend = visible | ~visible.any(-1, keepdim=True)
+        if self.config.cross_attention_sink:
+            attend = nn.functional.pad(attend, (0, 1), value=True)
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=None,
-            encoder_hidden_states=inputs_embeds.new_empty((visible.shape[0], visible.shape[-1], 0)),
+            encoder_hidden_states=inputs_embeds.new_empty((attend.shape[0], attend.shape[-1], 0)),
             and_mask_function=lambda batch_idx, head_idx, q_idx, kv_idx: attend[batch_idx, q_idx, kv_idx],
         )
 
@@ -707,10 +732,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
 
     def _place_images(
-        self,
-        features: AgeVlmImageFeatures,
-        image_token_mask: torch.Tensor,
-        past_key_values: Cache | None,
+        self, features: AgeVlmImageFeatures, image_token_mask: torch.Tensor, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Lays the images out by row of the batch.
 
@@ -722,7 +744,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         tokens, mask = features.pooler_output, features.visual_attention_mask
         counts = image_token_mask.sum(-1)
         rows, columns = image_token_mask.nonzero(as_tuple=True)  # row-major, which is the order of the images
-        cached = cached_visual_positions(past_key_values, self.language_model.config)
+        cached = cached_visual_positions(cache, self.language_model.config)
         if tokens.shape[0] != rows.shape[0] and cached is not None:
             # A later turn may bring the images of the whole conversation again: those in the cache are done.
             seen = torch.tensor([row[row != NEVER].unique().numel() for row in cached], device=counts.device)
@@ -742,8 +764,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         num_images, num_tokens, width = tokens.shape
         slots = torch.arange(num_images, device=rows.device) - (counts.cumsum(0) - counts)[rows]
         shape = (image_token_mask.shape[0], int(counts.max()), num_tokens)
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        image_positions = (columns + past_seen_tokens)[:, None].expand(-1, num_tokens)
+        image_positions = (columns + num_cached_tokens(cache))[:, None].expand(-1, num_tokens)
         if mask is not None:
             image_positions = image_positions.masked_fill(~mask.to(rows.device), NEVER)
         states = tokens.new_zeros((*shape, width)).index_put((rows, slots), tokens)
@@ -767,18 +788,18 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         states = self._project(tokens, (1, 1)).expand(batch_size, -1, -1)
         return states, torch.full((batch_size, 1), NEVER, device=device)
 
-    def _check_no_image_token(self, input_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
+    def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
         # Only at the start of a text: a cached one has had its images, and drafted tokens may be any. Not while
         # compiling, where looking at a value breaks the graph.
         if input_ids is None or is_torchdynamo_compiling():
             return
-        at_start = past_key_values is None or past_key_values.get_seq_length() == 0
-        if at_start and (num_tokens := int((input_ids == self.config.image_token_id).sum())):
+        if num_cached_tokens(cache) == 0 and (num_tokens := int((input_ids == self.config.image_token_id).sum())):
             raise ValueError(
                 f"Got {num_tokens} image token(s) (id {self.config.image_token_id}) and no image: pass `pixel_values`, "
                 "or take the image token out of the text."
             )
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -788,7 +809,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         map_queries: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -827,10 +848,10 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 # A new object: the caller's is good for the next step as well, when the adapter has learnt.
                 features = AgeVlmImageFeatures(**{**features, "pooler_output": pooler_output})
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
-            cross_attention_states, visual_positions = self._place_images(features, image_token_mask, past_key_values)
+            cross_attention_states, visual_positions = self._place_images(features, image_token_mask, cache)
             cross_attention_states = cross_attention_states.to(inputs_embeds.device, inputs_embeds.dtype)
         else:
-            self._check_no_image_token(input_ids, past_key_values)
+            self._check_no_image_token(input_ids, cache)
             if self.training and torch.is_grad_enabled():
                 cross_attention_states, visual_positions = self._blank_image(
                     inputs_embeds.shape[0], inputs_embeds.device
@@ -839,7 +860,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             cross_attention_states=cross_attention_states,
             visual_positions=visual_positions,
@@ -847,8 +868,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        outputs.image_hidden_states = features.pooler_output if features is not None else None
-        return outputs
+        return AgeVlmModelOutputWithPast(**outputs, image_outputs=features)
 
 
 def _train_what_learns(module: nn.Module, parent_learns: bool) -> None:
@@ -946,7 +966,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             vision_model: a timm wrapper, ConvNext, ConvNextV2 or DINOv3-ConvNeXt model, or the path or Hub id of one.
             dtype: of the parts where they are loaded here; the fresh modules take the text model's.
             config_kwargs: fields of [`AgeVlmConfig`] (`image_token_id`, `visual_position_embedding`, ...), and
-                `cross_attention_layers` of [`AgeVlmTextConfig`].
+                `cross_attention_layers` and `cross_attention_sink` of [`AgeVlmTextConfig`].
 
         Raises:
             ValueError: if the text model is not a Llama.
@@ -961,8 +981,9 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         text_config = {
             k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")
         }
-        if "cross_attention_layers" in config_kwargs:
-            text_config["cross_attention_layers"] = config_kwargs.pop("cross_attention_layers")
+        for name in ("cross_attention_layers", "cross_attention_sink"):
+            if name in config_kwargs:
+                text_config[name] = config_kwargs.pop(name)
         config = AgeVlmConfig(
             text_config=text_config,
             vision_config=vision_model.config,
@@ -1009,6 +1030,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         """
         return self.model.get_image_features(pixel_values, pixel_attention_mask, **kwargs)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -1018,7 +1040,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         map_queries: torch.Tensor | None = None,
@@ -1068,7 +1090,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             map_queries=map_queries,
             use_cache=use_cache,
@@ -1085,22 +1107,21 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         return AgeVlmCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=outputs.image_outputs,
             cross_attentions=outputs.cross_attentions,
             cross_attention_maps=outputs.cross_attention_maps,
-            image_hidden_states=outputs.image_hidden_states,
         )
 
     # `inputs_embeds` is named because Transformers looks for it here before it generates from embeddings.
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs)
         # Transformers takes no call of a draft model for the first, and would leave its images out. A static cache serves
         # no draft, and comparing its length, a tensor, would make the host wait at every token.
-        length = past_key_values.get_seq_length() if past_key_values is not None else None
+        length = cache.get_seq_length() if cache is not None else None
         if isinstance(length, int) and length == 0:
             inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
         return inputs

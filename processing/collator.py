@@ -190,10 +190,11 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
 @dataclass
 class GuidedPhrase:
     """A phrase whose attention is guided: its characters in the rendered text, and its target
-    `(images of the row * T,)` for `T` visual tokens an image."""
+    `(images of the row * T,)` for `T` visual tokens an image. `absent` says that it names nothing in them."""
 
     span: tuple[int, int]
     target: torch.Tensor
+    absent: bool = False
 
 
 @dataclass
@@ -210,7 +211,8 @@ class AgeVlmDataCollator:
     - `num_dropped_phrases`: `(1,)`, how many had to be left out: truncated, before their image, or with an empty mask.
 
     Entries of `grounding` with the same span are one phrase, which may look at all that their masks cover in images
-    before it. Entries without a mask are no part of guidance.
+    before it. Entries without a mask are no part of guidance. An empty mask without a score says that the phrase names
+    nothing in the image; one with a score, that a mask teacher was not sure.
 
     Args:
         processor: of the model.
@@ -221,6 +223,7 @@ class AgeVlmDataCollator:
         pad_to_multiple_of: pad texts to a multiple of this.
         guided_fraction: share of the grounded rows whose masks are used, drawn by their content and `seed`; so the
             choice is the same in every epoch, process and resumed run.
+        guide_absent: also guide phrases that name nothing in the image, for models whose blocks have a sink to look at.
         seed: of that draw.
 
     Raises:
@@ -233,6 +236,7 @@ class AgeVlmDataCollator:
     assistant_only_loss: bool = True
     pad_to_multiple_of: int | None = None
     guided_fraction: float = 1.0
+    guide_absent: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -286,6 +290,7 @@ class AgeVlmDataCollator:
             return []
         decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same thing
         masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # of each phrase, in each image
+        absent: dict[tuple[int, int], bool] = {}
         for entry in grounding:
             span, image = conversation.locate(entry["message"], entry["start"], entry["end"]), entry["image"]
             phrase = conversation.text[slice(*span)]
@@ -304,6 +309,7 @@ class AgeVlmDataCollator:
                     f"The mask of the phrase {phrase!r} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
                     f"but its image has {shape[0]}x{shape[1]}. {_CHECK}"
                 )
+            absent[span] = absent.get(span, True) and entry.get("score") is None and not mask.any()
             joined = masks.setdefault(span, {})
             joined[image] = joined[image] | mask if image in joined else mask
         phrases = []
@@ -311,7 +317,7 @@ class AgeVlmDataCollator:
             target = torch.zeros(len(images), self.grid[0] * self.grid[1])
             for image, mask in joined.items():
                 target[image] = mask_coverage(mask, self.grid, self.processor.image_processor)
-            phrases.append(GuidedPhrase(span, target.flatten()))
+            phrases.append(GuidedPhrase(span, target.flatten(), absent[span]))
         return phrases
 
     def _is_guided(self, grounding: list[dict]) -> bool:
@@ -346,9 +352,9 @@ class AgeVlmDataCollator:
                 start, end = phrase.span
                 found = row_offsets[query]
                 whole = len(found) > 0 and found[:, 0].min() <= start and found[:, 1].max() >= end
-                target = phrase.target.clone()
-                target[text.count(token, 0, start) * size :] = 0  # images after the phrase, which it cannot see
-                if whole and target.any():
+                target, seen = phrase.target.clone(), text.count(token, 0, start)
+                target[seen * size :] = 0  # images after the phrase, which it cannot see
+                if whole and (target.any() or (phrase.absent and self.guide_absent and seen)):
                     kept[-1].append((query, target))
         dropped = sum(map(len, phrases)) - sum(map(len, kept))
         batch = {"num_dropped_phrases": torch.tensor([dropped])}

@@ -833,7 +833,7 @@ def boxes_from_masks(
     A phrase may name several things, and a box has one: the entry of a mask becomes one entry for each of its connected parts,
     with the part's bounding box; parts below a twentieth of the largest have none. Guidance joins the masks that a teacher
     makes of them, since entries of the same phrase and image are one. Things of a class that touch are one part, and one that
-    another thing cuts in two is two parts. Entries without a mask stay as they are, those with an empty one are left out.
+    another thing cuts in two is two parts. Entries without a mask, or with an empty one, stay as they are.
 
     Each side of a box is moved, in or out, by up to `jitter` times the box's extent across it (drawn evenly), though not out of
     the image. What is drawn depends on the seed and the mask alone: the same thing has the same box in all of its rows.
@@ -876,7 +876,10 @@ def boxes_from_masks(
             if rle is None:
                 yield entry
                 continue
-            for box in boxes(rle["counts"], *rle["size"]):
+            drawn = boxes(rle["counts"], *rle["size"])
+            if not drawn:  # it says that the phrase names nothing here
+                yield entry
+            for box in drawn:
                 yield {**entry, "box": box, "mask": None, "score": None}
 
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"": dataset}

@@ -438,16 +438,16 @@ def _converse(rng: np.random.Generator, plan: _Plan, masks: Sequence[np.ndarray]
         for name in names
     }
     rles = {name: mask_to_rle(mask) for name, mask in unions.items()}
+    nothing = mask_to_rle(np.zeros_like(masks[0]))
     rng.shuffle(names)
     talk = {kind: _Conversation() for kind in KINDS}
 
     for kind, asked in plan.asked.items():
         for name, present in asked:
-            phrase = (name, rles[name]) if present else name
-            talk[kind].ask(f"Is there {_article(name)} ", phrase, " in the image?")
+            talk[kind].ask(f"Is there {_article(name)} ", (name, rles.get(name, nothing)), " in the image?")
             talk[kind].answer("Yes" if present else "No")
     for name, present in plan.asked["existence"]:
-        talk["negation"].ask("Is there no ", (name, rles[name]) if present else name, " in the image?")
+        talk["negation"].ask("Is there no ", (name, rles.get(name, nothing)), " in the image?")
         talk["negation"].answer("No" if present else "Yes")
 
     talk["objects"].ask("Which objects are in the image?")
@@ -569,9 +569,9 @@ def build_scenes(
       classes that appear once and lie well apart along that axis; at most two a scene.
 
     The columns are `images` (one), `messages` (roles and content parts, the image part first), `grounding` (for each
-    phrase that names something in the image: `message`, the index of the message; `start` and `end`, its characters
-    in the message's text; `image`, always 0; `mask`, the COCO RLE of all visible pixels of the class, which
-    `mask_from_rle` decodes), `scene` (a number within the split, shared by the scene's rows), `kind` and `answers`.
+    phrase that names a class: `message`, the index of the message; `start` and `end`, its characters in the message's
+    text; `image`, always 0; `mask`, the COCO RLE of all visible pixels of the class, which `mask_from_rle` decodes,
+    empty where the class is not there), `scene` (a number within the split, shared by the scene's rows), `kind` and `answers`.
 
     Args:
         cutouts: folder of cut-outs; see `load_cutouts`.

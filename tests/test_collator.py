@@ -648,7 +648,12 @@ def test_entries_of_one_phrase_are_joined():
     assert batch["num_dropped_phrases"].tolist() == [0]
 
 
-# ---------------------------------------------------------------------------------------- dropped phrases
+# ---------------------------------------------------------------------------------------- dropped and absent phrases
+
+
+def read_phrases(collator: AgeVlmDataCollator, batch: dict) -> list[str]:
+    """Of the first row."""
+    return [collator.processor.decode(batch["input_ids"][0][query]).strip() for query in batch["map_queries"][0]]
 
 
 def test_truncated_phrases_are_dropped_and_counted():
@@ -686,8 +691,7 @@ def test_phrases_before_their_image_are_dropped_and_counted():
     collator = make_collator()
     batch = collator([example])
     assert batch["num_dropped_phrases"].tolist() == [2]  # "dog" and "A"
-    decoded = [collator.processor.decode(batch["input_ids"][0][query]).strip() for query in batch["map_queries"][0]]
-    assert decoded == ["cat", "sofa", "a sofa"]
+    assert read_phrases(collator, batch) == ["cat", "sofa", "a sofa"]
     # "cat" looks at the first image alone, for it cannot see the second.
     cells = [target.nonzero().flatten().tolist() for target in batch["map_targets"][0]]
     assert cells == [[1], [NUM_VISUAL + 3], [4]]
@@ -708,6 +712,52 @@ def test_empty_masks_are_dropped_and_counted():
     # Joined with one that is not empty, an empty one does no harm.
     batch = make_collator()([square_row(question, answer, [*gone, entry(0, question, "dog", 0, blocks(3))])])
     assert batch["num_dropped_phrases"].tolist() == [1]
+
+
+@pytest.mark.parametrize("guide_absent", [False, True])
+def test_phrases_that_name_nothing_in_the_image_are_guided_where_that_is_asked(guide_absent):
+    """An empty mask says so; one with a teacher's score says that the teacher was not sure."""
+    question, answer = "Is there a dog, a cat, a sofa?", "A dog and no cat."
+    empty = np.zeros((32, 32), dtype=bool)
+    example = square_row(
+        question,
+        answer,
+        [
+            entry(0, question, "dog", 0, blocks(3)),
+            entry(0, question, "cat", 0, empty),
+            {**entry(0, question, "sofa", 0, empty), "score": 0.2},
+            # The same phrase twice: not absent where one of its masks covers something, or is a teacher's guess.
+            entry(1, answer, "dog", 0, empty),
+            entry(1, answer, "dog", 0, blocks(4)),
+            entry(1, answer, "cat", 0, empty),
+            {**entry(1, answer, "cat", 0, empty), "score": 0.2},
+        ],
+    )
+    collator = make_collator(guide_absent=guide_absent)
+    batch = collator([example])
+    assert read_phrases(collator, batch) == (["dog", "cat", "dog"] if guide_absent else ["dog", "dog"])
+    assert batch["num_dropped_phrases"].tolist() == [2 if guide_absent else 3]
+    cells = [target.nonzero().flatten().tolist() for target in batch["map_targets"][0]]
+    assert cells == ([[3], [], [4]] if guide_absent else [[3], [4]])
+
+    example["grounding"] = example["grounding"][1:2]
+    batch = collator([example])  # nothing but the absent phrase
+    assert ("map_queries" in batch) == ("map_targets" in batch) == guide_absent
+    assert batch["num_dropped_phrases"].tolist() == [0 if guide_absent else 1]
+
+
+def test_phrases_that_name_nothing_are_dropped_before_any_image():
+    text = [said("A dog"), PICTURE, said("no cat")]
+    joined, empty = "A dogno cat", np.zeros((32, 32), dtype=bool)
+    example = square_row("", "", [entry(0, joined, "dog", 0, empty), entry(0, joined, "cat", 0, empty)])
+    example["messages"] = chat(text, "Yes.")
+    collator = make_collator(guide_absent=True)
+    batch = collator([example])
+    assert read_phrases(collator, batch) == ["cat"]
+    assert batch["num_dropped_phrases"].tolist() == [1]
+    truncated = make_collator(guide_absent=True, max_length=int(batch["map_queries"][0, 0].nonzero().max()))([example])
+    assert truncated["num_dropped_phrases"].tolist() == [2]
+    assert "map_queries" not in truncated
 
 
 @pytest.mark.parametrize("size", [(1500, 2000), (3, 900), (1, 1), (700, 2)])

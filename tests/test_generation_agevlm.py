@@ -5,15 +5,20 @@ import pytest
 import torch
 from tiny_models import COUNTS, IMAGE, ROWS, batch, images, pad, text, tiny_age_vlm, tiny_llama
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers import Cache, CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 STEPS = 16
 PIXELS = list(images(sum(COUNTS)).split(COUNTS))
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_age_vlm()
+def model(request):
+    sink = getattr(request, "param", False)
+    return tiny_age_vlm(0.5 if sink else 1.0, cross_attention_sink=sink)  # gates with which its tokens vary
+
+
+# Without and with an attention sink in the blocks.
+either_model = pytest.mark.parametrize("model", [False, True], indirect=True, ids=["", "sink"])
 
 
 @torch.no_grad()
@@ -60,6 +65,7 @@ def expected(model):
 # ---------------------------------------------------------------------------------------- decoding modes
 
 
+@either_model
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=str)
 def test_greedy(model, expected, implementation, cache):
@@ -102,6 +108,7 @@ def log_probability(model, row: torch.Tensor, generated: torch.Tensor, pixels: t
     return total
 
 
+@either_model
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("returned", [1, 3])
 def test_beam_search(model, expected, use_cache, returned):
@@ -175,6 +182,13 @@ def test_prompt_lookup(model, expected, i):
     assert torch.equal(generate(model, one(i), prompt_lookup_num_tokens=3)[0], expected[i])
 
 
+@pytest.mark.parametrize("draft", ["lookup", "small llama", "other images"])
+def test_drafts_into_a_static_cache(model, expected, draft):
+    kwargs = {"prompt_lookup_num_tokens": 3} if draft == "lookup" else {"assistant_model": DRAFTS[draft]()}
+    for i in range(len(ROWS)):
+        assert torch.equal(generate(model, one(i), cache_implementation="static", **kwargs)[0], expected[i])
+
+
 def test_prompt_lookup_does_not_propose_the_image_token(model):
     """The end of the prompt repeats what stands before an image token, at the first call and later ones."""
     pixels = images(1, seed=3)
@@ -209,6 +223,7 @@ def test_compiled_static_decoding(model, expected):
 # ---------------------------------------------------------------------------------------- caches
 
 
+@either_model
 @pytest.mark.parametrize("all_images", [True, False])
 @pytest.mark.parametrize("static", [True, False])
 def test_a_conversation(model, all_images, static):
@@ -222,12 +237,10 @@ def test_a_conversation(model, all_images, static):
         seen = torch.cat([seen, new])
         pixels = seen if all_images else new
         inputs = {"input_ids": conversation[None], **({"pixel_values": pixels} if len(pixels) else {})}
-        out = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=8, do_sample=False, return_dict_in_generate=True
-        )
+        out = model.generate(**inputs, cache=cache, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
         expected = greedy(model, conversation, seen, steps=8)
         assert torch.equal(out.sequences[0, len(conversation) :], expected)
-        conversation, cache = out.sequences[0], out.past_key_values
+        conversation, cache = out.sequences[0], out.cache
 
 
 @pytest.mark.parametrize("all_images", [True, False])
@@ -243,7 +256,7 @@ def test_a_conversation_of_a_batch(model, expected, all_images):
         "attention_mask": torch.cat([first["attention_mask"], torch.ones(3, STEPS + 6, dtype=torch.long)], dim=1),
         "pixel_values": torch.cat(both if all_images else new),
     }
-    generated = generate(model, inputs, past_key_values=out.past_key_values)
+    generated = generate(model, inputs, cache=out.cache)
     for i, row in enumerate(ROWS):
         whole = torch.cat([row, expected[i], turns[i]])
         assert torch.equal(generated[i], greedy(model, whole, both[i]))
@@ -253,24 +266,26 @@ def test_a_conversation_of_a_batch(model, expected, all_images):
 def test_cache_made_without_a_configuration(model, expected, i):
     """Such a cache makes its layers late. In row 0 the first image comes after a turn without."""
     out = model.generate(
-        **one(i), past_key_values=DynamicCache(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        **one(i), cache=DynamicCache(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
     )
     assert torch.equal(out.sequences[0, len(ROWS[i]) :], expected[i, :4])
     row, new = torch.cat([out.sequences[0], text(5, 40, (2,))]), images(1)
-    generated = generate(model, {"input_ids": row[None], "pixel_values": new}, past_key_values=out.past_key_values)
+    generated = generate(model, {"input_ids": row[None], "pixel_values": new}, cache=out.cache)
     assert torch.equal(generated[0], greedy(model, row, torch.cat([PIXELS[i], new])))
 
 
 @torch.no_grad()
-def cached(model, inputs: dict[str, torch.Tensor]) -> DynamicCache:
-    return model(**inputs, use_cache=True).past_key_values
+def cached(model, inputs: dict[str, torch.Tensor], static: bool = False) -> Cache:
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64) if static else None
+    return model(**inputs, cache=cache, use_cache=True).cache
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("removed", [1, 4, 6, 8, 9])
-def test_crop(model, removed):
+def test_crop(model, removed, static):
     """Back to after or before the second image (at 5) or the first (at 1), and on with another image."""
     row, new = ROWS[2], images(1, seed=8)
-    cache = cached(model, one(2))
+    cache = cached(model, one(2), static)
     cache.crop(-removed)
     kept = len(row) - removed
     assert cache.get_seq_length() == kept
@@ -278,19 +293,19 @@ def test_crop(model, removed):
     pixels = torch.cat([PIXELS[2][: int((row[:kept] == IMAGE).sum())], new])
     expected = greedy(model, row, pixels)
     inputs = {"input_ids": row[None], "pixel_values": new}
-    assert torch.equal(generate(model, inputs, past_key_values=cache)[0], expected)
+    assert torch.equal(generate(model, inputs, cache=cache)[0], expected)
 
-    cache = cached(model, one(2))
+    cache = cached(model, one(2), static)
     cache.crop(-removed)
     inputs["pixel_values"] = pixels  # all that the conversation still has
-    assert torch.equal(generate(model, inputs, past_key_values=cache)[0], expected)
+    assert torch.equal(generate(model, inputs, cache=cache)[0], expected)
 
 
 def test_crop_and_on_without_image(model):
     cache = cached(model, one(2))
     cache.crop(-6)
     row = torch.cat([ROWS[2][:4], text(6, 51)])
-    generated = generate(model, {"input_ids": row[None]}, past_key_values=cache)
+    generated = generate(model, {"input_ids": row[None]}, cache=cache)
     assert torch.equal(generated[0], greedy(model, row, PIXELS[2][:1]))
 
 
@@ -298,10 +313,11 @@ def test_reset(model, expected):
     cache = cached(model, one(2))
     cache.reset()
     for i in (1, 0):
-        assert torch.equal(generate(model, one(i), past_key_values=cache)[0], expected[i])
+        assert torch.equal(generate(model, one(i), cache=cache)[0], expected[i])
         cache.reset()
 
 
+@either_model
 @torch.no_grad()
 def test_selected_and_repeated_rows_of_the_cache(model):
     prompt, token = batch(), text(3, 60)[:, None]
@@ -309,7 +325,7 @@ def test_selected_and_repeated_rows_of_the_cache(model):
     def after(cache, rows: list[int]) -> torch.Tensor:
         mask = torch.cat([prompt["attention_mask"][rows], torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
         positions = mask.sum(-1, keepdim=True) - 1
-        out = model(token[rows], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        out = model(token[rows], attention_mask=mask, position_ids=positions, cache=cache)
         return out.logits[:, 0]
 
     expected = torch.stack(
@@ -332,6 +348,7 @@ def one_pixels(i: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": PIXELS[i]} if COUNTS[i] else {}
 
 
+@either_model
 @torch.no_grad()
 def test_step_by_step_equals_one_pass(model):
     """Logits of a cached text fed in pieces, whose images come with their piece."""
@@ -342,8 +359,40 @@ def test_step_by_step_equals_one_pass(model):
         piece = row[None, start:end]
         before, count = int((row[:start] == IMAGE).sum()), int((piece == IMAGE).sum())
         new = {"pixel_values": pixels[before : before + count]} if count else {}
-        pieces.append(model(piece, past_key_values=cache, use_cache=True, **new).logits)
+        pieces.append(model(piece, cache=cache, use_cache=True, **new).logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["", "model", "model.language_model"])
+@torch.no_grad()
+def test_the_cache_may_still_be_called_by_its_old_name(model, part):
+    """As in Llama: with a warning, until Transformers lets go of it."""
+    module = model.get_submodule(part)
+    first, second = ROWS[0][None, :6], ROWS[0][None, 6:]
+    cache = module(first, use_cache=True).cache
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated.*Use `cache` instead"):
+        out = module(second, past_key_values=cache)
+    assert out.past_key_values is out["past_key_values"] is out.cache is cache
+    assert cache.get_seq_length() == len(ROWS[0])
+    torch.testing.assert_close(out[0], module(ROWS[0][None])[0][:, 6:], atol=2e-5, rtol=1e-5)
+
+
+def test_generate_knows_the_old_name_of_the_cache(model, expected):
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated.*Use `cache` instead"):
+        generated = generate(model, one(1), past_key_values=DynamicCache())
+    assert torch.equal(generated[0], expected[1])
+
+
+def test_continuous_batching_of_text(model):
+    """It has a cache of another kind than all else. Images are not for it, in Transformers."""
+    rows = [ROWS[0], text(5, 80)]
+    config = GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    memory = ContinuousBatchingConfig(
+        page_size=16, num_blocks=8, max_batch_tokens=32
+    )  # by default, nearly all there is
+    outputs = model.generate_batch([row.tolist() for row in rows], config, memory)
+    generated = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    assert generated == {tuple(row.tolist()): greedy(tiny_llama(), row).tolist() for row in rows}
 
 
 # ---------------------------------------------------------------------------------------- inputs and limits
@@ -392,4 +441,4 @@ def test_beams_need_every_image_of_the_conversation(model):
     row = torch.cat([ROWS[1], text(5, 70, (1,))])
     inputs = {"input_ids": row[None], "pixel_values": images(1)}
     with pytest.raises(ValueError, match=r"Got 1 image\(s\) for 2 image token\(s\)"):
-        generate(model, inputs, past_key_values=cache, num_beams=2)
+        generate(model, inputs, cache=cache, num_beams=2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance against its definition and a naive computation in float64, and mask geometry against the image's own."""
 
+import contextlib
 import functools
 import math
 
@@ -297,6 +298,44 @@ def test_slots_without_a_phrase_have_exactly_no_loss_and_no_gradient(dtype, name
 
 
 @every_loss
+def test_a_phrase_whose_object_is_not_there_is_to_look_at_the_sink_alone(name, rescale):
+    """What a map lacks to a sum of 1 is one more token, written out here."""
+    maps, targets, named = some_maps()
+    targets[0, 1], targets[1, 0] = 0, 0
+    absent = named & ~targets.any(-1)
+    assert absent.sum() == 2 < named.sum()
+    generator = torch.Generator().manual_seed(1)
+    sink = 0.1 + 0.8 * torch.rand(*maps.shape[:-1], 1, generator=generator, dtype=torch.float64)
+    with_sink = torch.cat([maps * (1 - sink), sink], dim=-1)
+    targets_with_sink = torch.cat([targets, absent[..., None].double()], dim=-1)
+    loss = resolve_loss(name, rescale)
+    losses, found = guidance_losses(with_sink[..., :-1], targets, loss, named)
+    assert torch.equal(found, named)
+    assert (losses[~named] == 0).all()
+    for b, p in named.nonzero().tolist():
+        attention, target = with_sink[:, b, p].tolist(), targets_with_sink[b, p].tolist()
+        expected = np.mean([by_definition(name, rescale, block, target) for block in attention])
+        assert losses[b, p].item() == pytest.approx(expected, rel=1e-9)
+
+    def of_scores(scores: torch.Tensor) -> torch.Tensor:
+        return guidance_losses(scores.softmax(-1)[..., :-1], targets, loss, named)[0][named]
+
+    scores = with_sink.log().requires_grad_()
+    assert torch.autograd.gradcheck(of_scores, (scores,))
+    (gradient,) = torch.autograd.grad(of_scores(scores).sum(), scores)
+    assert (gradient[:, absent][..., -1] < 0).all(), "towards the sink"
+    at_the_sink = torch.zeros_like(maps)
+    assert guidance_losses(at_the_sink, targets, loss, absent)[0].abs().max() < 1e-12
+
+
+@every_loss
+def test_without_absent_phrases_it_makes_no_difference_which_are_named(name, rescale):
+    maps, targets, named = some_maps()
+    loss = resolve_loss(name, rescale)
+    assert torch.equal(guidance_losses(maps, targets, loss, named)[0], guidance_losses(maps, targets, loss)[0])
+
+
+@every_loss
 def test_a_batch_without_any_phrase_or_image_has_no_loss(name, rescale):
     for width in (20, 0):
         maps = torch.full((3, 2, 3, width), 0.05, requires_grad=True)
@@ -395,15 +434,16 @@ def guided_batch(side: str = "left", dtype: torch.dtype = torch.float32):
     return inputs, queries, targets
 
 
-def guided_loss(model, inputs, queries, targets, weight: float = WEIGHT) -> torch.Tensor:
+def guided_loss(model, inputs, queries, targets, weight: float = WEIGHT, named=None) -> torch.Tensor:
     """Language modelling and guidance as they are used in training, through SDPA and `map_queries`."""
     outputs = model(**inputs, map_queries=queries, use_cache=False)
-    losses, named = guidance_losses(outputs.cross_attention_maps, targets)
+    losses, named = guidance_losses(outputs.cross_attention_maps, targets, named=named)
     return outputs.loss + weight * losses.sum() / named.sum()
 
 
-def naive_loss(model, inputs, queries, targets, weight: float = WEIGHT) -> torch.Tensor:
-    """The same from its definition: all attention weights of eager attention, and loops."""
+def naive_loss(model, inputs, queries, targets, weight: float = WEIGHT, named=None) -> torch.Tensor:
+    """The same from its definition: all attention weights of eager attention, and loops. Where phrases are `named`, the sink
+    is one more token, covered by what is not there."""
     labels = inputs["labels"]
     text_config, before = {"text_config": "eager"}, model.config.text_config._attn_implementation
     model.set_attn_implementation(text_config)
@@ -419,16 +459,20 @@ def naive_loss(model, inputs, queries, targets, weight: float = WEIGHT) -> torch
     dices = []
     for b, p in np.ndindex(*targets.shape[:2]):
         mask = targets[b, p].to(torch.float64)
-        if not any(mask.tolist()):
+        if not (any(mask.tolist()) if named is None else named[b, p]):
             continue
         tokens = [t for t in range(queries.shape[-1]) if queries[b, p, t]]
         for weights in outputs.cross_attentions:
-            attention, heads = torch.zeros_like(mask), weights.shape[1]
+            attention, covered, heads = torch.zeros_like(mask), mask, weights.shape[1]
             for token in tokens:
                 for head in range(heads):
                     attention = attention + weights[b, head, token].to(torch.float64) / (heads * len(tokens))
-            attention = torch.where(attention * mask.sum() < 1, attention * mask.sum(), torch.ones_like(mask))
-            dices.append(1 - (2 * (attention * mask).sum() + 1e-3) / (attention.sum() + mask.sum() + 1e-3))
+            if named is not None:
+                attention = torch.cat([attention, 1 - attention.sum(0, keepdim=True)])
+                covered = torch.cat([mask, (mask.sum(0, keepdim=True) == 0).to(mask)])
+            area = covered.sum()
+            attention = torch.where(attention * area < 1, attention * area, torch.ones_like(covered))
+            dices.append(1 - (2 * (attention * covered).sum() + 1e-3) / (attention.sum() + area + 1e-3))
     return -torch.stack(picked).mean() + weight * torch.stack(dices).mean()
 
 
@@ -465,9 +509,9 @@ def blocks(model) -> list[AgeVlmCrossAttention]:
     return [module for module in model.modules() if isinstance(module, AgeVlmCrossAttention)]
 
 
-def guided_model(gate: float = 0.5, train_vision: bool = False, **llama):
+def guided_model(gate: float = 0.5, train_vision: bool = False, sink: bool = False, **llama):
     """A tiny AGE-VLM in training mode whose language model is frozen, as in the first stages."""
-    model = tiny_age_vlm(gate=gate, llama=llama).train()
+    model = tiny_age_vlm(gate=gate, llama=llama, cross_attention_sink=sink).train()
     for block in blocks(model):
         block.q_norm.weight.data *= 3  # attention sharp enough that some of it is cut off at 1
     for name, parameter in model.named_parameters():
@@ -488,13 +532,15 @@ class EverythingInFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def naive_float64(model, inputs, queries, targets, weight: float = WEIGHT) -> tuple[float, dict[str, torch.Tensor]]:
+def naive_float64(
+    model, inputs, queries, targets, weight: float = WEIGHT, named=None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by the naive computation in float64, of a model in any precision, which it leaves as it was."""
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     inputs = {**inputs, "pixel_values": inputs["pixel_values"].double()}
     model.double()
     with EverythingInFloat64():
-        result = step(naive_loss, model, inputs, queries, targets.double(), weight)
+        result = step(naive_loss, model, inputs, queries, targets.double(), weight, named)
     model.zero_grad()
     assert len(set(dtypes.values())) == 1
     model.to(next(iter(dtypes.values())))
@@ -534,6 +580,18 @@ def test_equals_the_naive_computation_in_float64(side, gate, num_key_value_heads
     with EverythingInFloat64():
         actual = step(guided_loss, model, inputs, queries, targets)
     assert_equal_steps(actual, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_naive_computation_with_sinks_and_objects_that_are_not_there(dtype):
+    model, (inputs, queries, targets) = guided_model(sink=True).to(dtype), guided_batch(dtype=dtype)
+    named = (targets > 0).any(-1)
+    targets[1, 1], targets[2, 3], targets[3, 0] = 0, 0, 0
+    expected = naive_float64(model, inputs, queries, targets, named=named)
+    with EverythingInFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+        actual = step(guided_loss, model, inputs, queries, targets, named=named)
+    assert_equal_steps(actual, expected, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+    assert all(expected[1][name].abs().max() > 1e-4 for name in expected[1] if name.endswith(".sink"))
 
 
 def test_behind_shut_gates_guidance_alone_teaches_queries_keys_and_adapter():

@@ -52,17 +52,26 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_age_vlm()
+def model(request):
+    return tiny_age_vlm(cross_attention_sink=getattr(request, "param", False))
 
 
 @pytest.fixture
-def trainable():
+def trainable(request):
     """A fresh model in training mode, whose language model is frozen as in the paper's first stages."""
-    model = tiny_age_vlm().train()
+    model = tiny_age_vlm(cross_attention_sink=getattr(request, "param", False)).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("cross_attn" in name or "multi_modal_projector" in name)
     return model
+
+
+# Without and with an attention sink in the blocks.
+either_model = pytest.mark.parametrize("model", [False, True], indirect=True, ids=["", "sink"])
+either_trainable = pytest.mark.parametrize("trainable", [False, True], indirect=True, ids=["", "sink"])
+
+
+def has_sink(model) -> bool:
+    return model.config.text_config.cross_attention_sink
 
 
 @contextlib.contextmanager
@@ -124,14 +133,19 @@ def assert_equals_llama(assembled, llama) -> None:
             assert torch.equal(assembled(**images_and_text).logits, llama(**text_inputs).logits)
 
 
-@pytest.mark.parametrize("vision", ["convnext", "timm"])
+@pytest.mark.parametrize(("vision", "sink"), [("convnext", False), ("timm", False), ("convnext", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_assembled_from_instances_equals_llama(vision, dtype, tied):
+def test_assembled_from_instances_equals_llama(vision, sink, dtype, tied):
     llama, tower = tiny_llama(tie_word_embeddings=tied).to(dtype), tiny_vision(vision)
-    assembled = AgeVlmForConditionalGeneration.from_parts(llama, tower, image_token_id=IMAGE)
+    assembled = AgeVlmForConditionalGeneration.from_parts(
+        llama, tower, image_token_id=IMAGE, cross_attention_sink=sink
+    )
     assert_equals_llama(assembled, llama)
+    for block in blocks(assembled):
+        assert (block.sink is not None) == sink
+        assert not sink or 0.5 < block.sink.float().std() < 1.5, "of the visual tokens' scale"
 
     parts = {p.data_ptr() for part in (llama, tower) for p in part.parameters()}
     fresh = {n for n, p in assembled.named_parameters() if p.data_ptr() not in parts}
@@ -191,6 +205,7 @@ def test_missing_part_is_an_os_error(tmp_path):
 # ---------------------------------------------------------------------------------------- who sees what
 
 
+@either_model
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
@@ -211,6 +226,7 @@ def test_rows_of_a_mixed_batch(model, implementation, side):
         torch.testing.assert_close(logits[mask], expected, atol=2e-5, rtol=1e-5)
 
 
+@either_model
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("image_at", [(2, 6), (4, 5), (0, 9)])
 @pytest.mark.parametrize("changed", [0, 1])
@@ -237,8 +253,12 @@ def test_more_visual_tokens_of_other_rows_change_nothing(model):
 # ---------------------------------------------------------------------------------------- the block
 
 
-def reference_block(block: AgeVlmCrossAttention, hidden, visual, visible) -> np.ndarray:
-    """The block in float64, one query and one head at a time, without a line of the model's code."""
+def reference_block(block: AgeVlmCrossAttention, hidden, visual, visible) -> tuple[np.ndarray, np.ndarray]:
+    """The block in float64, one query and one head at a time, without a line of the model's code.
+
+    Returns what it adds to the residual stream `(B, S, D)`, and its attention to visual tokens `(B, S, V)`, the mean over
+    the heads. A sink is one more key, after the visible ones, whose value is zero.
+    """
     weights = {name: value.double().numpy() for name, value in block.state_dict().items()}
     head_dim, eps = block.config.head_dim, block.config.rms_norm_eps
     heads, groups = block.config.num_attention_heads, block.config.num_key_value_heads
@@ -250,7 +270,7 @@ def reference_block(block: AgeVlmCrossAttention, hidden, visual, visible) -> np.
         return x / rms(x) * weights[f"{name}.weight"]
 
     hidden, visual, visible = hidden.double().numpy(), visual.double().numpy(), visible.numpy()
-    added = np.zeros_like(hidden)
+    added, attention = np.zeros_like(hidden), np.zeros(visible.shape)
     for b, s in np.argwhere(visible.any(-1)):
         query = weights["q_proj.weight"] @ normed(hidden[b, s], "layernorm")
         attended = []
@@ -258,13 +278,17 @@ def reference_block(block: AgeVlmCrossAttention, hidden, visual, visible) -> np.
             group = slice(head // (heads // groups) * head_dim, (head // (heads // groups) + 1) * head_dim)
             keys = normed(visual[b] @ weights["k_proj.weight"][group].T, "k_norm")[visible[b, s]]
             values = (visual[b] @ weights["v_proj.weight"][group].T)[visible[b, s]]
+            if "sink" in weights:
+                sink = normed(weights["k_proj.weight"][group] @ weights["sink"], "k_norm")
+                keys, values = np.concatenate([keys, sink[None]]), np.concatenate([values, np.zeros((1, head_dim))])
             scores = keys @ normed(query[head * head_dim : (head + 1) * head_dim], "q_norm") / math.sqrt(head_dim)
             probabilities = np.exp(scores) / np.exp(scores).sum()
             attended.append(probabilities @ values)
+            attention[b, s, visible[b, s]] += probabilities[: visible[b, s].sum()] / heads
         added[b, s] = (
             np.tanh(weights["gate"]) * rms(hidden[b, s]) * (weights["o_proj.weight"] @ np.concatenate(attended))
         )
-    return added
+    return added, attention
 
 
 def block_inputs(seed: int = 0, batch_size: int = 2, seq_length: int = 5, num_visual: int = 7):
@@ -277,6 +301,7 @@ def block_inputs(seed: int = 0, batch_size: int = 2, seq_length: int = 5, num_vi
     return hidden, visual, visible
 
 
+@either_model
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_block_equals_reference(model, implementation):
@@ -284,9 +309,33 @@ def test_block_equals_reference(model, implementation):
     with attention(model, implementation):
         mask = model.model.language_model._cross_attention_mask(visible, hidden)
         for block in blocks(model):
-            added, _, _ = block(hidden, visual, mask, visible)
-            np.testing.assert_allclose(added.numpy(), reference_block(block, hidden, visual, visible), atol=2e-4)
+            added, weights, _ = block(hidden, visual, mask, visible)
+            expected, attended = reference_block(block, hidden, visual, visible)
+            np.testing.assert_allclose(added.numpy(), expected, atol=2e-4)
             assert (added[~visible.any(-1)] == 0).all(), "a token that sees no image gets exactly nothing"
+            if implementation == "eager":
+                np.testing.assert_allclose(weights.mean(1).numpy(), attended, atol=1e-6)
+
+
+@either_model
+@torch.no_grad()
+def test_maps_equal_reference(model):
+    """Of phrases of one token, of several, of some that see nothing, and of nothing else."""
+    hidden, visual, visible = block_inputs()
+    queries = torch.zeros(2, 3, 5, dtype=torch.bool)
+    queries[0, 0, 2], queries[0, 1, [1, 2, 4]], queries[0, 2, [0, 3]] = True, True, True
+    queries[1, 0, 2:5], queries[1, 1, 3] = True, True
+    mask = model.model.language_model._cross_attention_mask(visible, hidden)
+    selection = MapSelection.from_queries(queries)
+    for block in blocks(model):
+        _, _, maps = block(hidden, visual, mask, visible, map_selection=selection)
+        _, attended = reference_block(block, hidden, visual, visible)
+        assert maps.shape == (2, 3, 7)
+        for b, p in np.ndindex(2, 3):
+            tokens = queries[b, p].nonzero().flatten().tolist()
+            expected = sum(attended[b, token] for token in tokens) / max(1, len(tokens))
+            np.testing.assert_allclose(maps[b, p].numpy(), expected, atol=1e-6)
+        assert (maps[0, 0].sum() < 0.99) == has_sink(model)
 
 
 def test_no_gradient_flows_through_the_residual_scale(model):
@@ -301,15 +350,20 @@ def test_no_gradient_flows_through_the_residual_scale(model):
     assert largest(torch.cosine_similarity(gradient, hidden, dim=-1)) < 1e-4
 
 
+@either_model
 @pytest.mark.parametrize(("implementation", "attended"), [("eager", 0.0), ("sdpa", True)])
 def test_no_query_is_left_without_keys(model, implementation, attended):
     """A softmax over nothing is NaN, or has a NaN gradient, on some of the backends behind SDPA."""
     hidden, _, visible = block_inputs()
     with attention(model, implementation):
         mask = model.model.language_model._cross_attention_mask(visible, hidden)[:, 0] == attended
-    assert torch.equal(mask, visible | ~visible.any(-1, keepdim=True))
+    expected = visible | ~visible.any(-1, keepdim=True)
+    if has_sink(model):  # comes last, and is always there
+        expected = torch.cat([expected, torch.ones_like(expected[..., :1])], dim=-1)
+    assert torch.equal(mask, expected)
 
 
+@either_model
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_block_has_no_causal_mask(model, implementation):
@@ -319,7 +373,7 @@ def test_block_has_no_causal_mask(model, implementation):
     block = blocks(model)[0]
     with attention(model, implementation):
         added, _, _ = block(hidden, visual, None, visible)
-    np.testing.assert_allclose(added.numpy(), reference_block(block, hidden, visual, visible), atol=2e-4)
+    np.testing.assert_allclose(added.numpy(), reference_block(block, hidden, visual, visible)[0], atol=2e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -356,9 +410,11 @@ def test_moving_the_image_changes_only_who_sees_it(model):
     torch.testing.assert_close(early[:, 5:], late[:, 5:], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sink", [False, True])
 @torch.no_grad()
-def test_implementations_agree():
-    model = tiny_age_vlm(llama={"num_hidden_layers": 2})  # few layers, because flex attention is compiled
+def test_implementations_agree(sink):
+    # Few layers, because flex attention is compiled.
+    model = tiny_age_vlm(llama={"num_hidden_layers": 2}, cross_attention_sink=sink)
     inputs, logits = batch(), {}
     for implementation in (*IMPLEMENTATIONS, "flex_attention"):
         with attention(model, implementation):
@@ -388,6 +444,7 @@ def eager_maps(model, inputs, queries) -> torch.Tensor:
     return torch.einsum("lbsv,bps->lbpv", weights, tokens) / tokens.sum(-1).clamp(min=1)[None, :, :, None]
 
 
+@either_model
 @torch.no_grad()
 def test_maps_equal_eager_attention(model):
     inputs, queries = batch(), phrases()
@@ -395,8 +452,12 @@ def test_maps_equal_eager_attention(model):
     assert maps.shape == (4, 3, 2, 2 * NUM_VISUAL)
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps, eager_maps(model, inputs, queries), atol=1e-6, rtol=0)
-    sums = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    torch.testing.assert_close(maps.sum(-1), sums.expand(4, -1, -1), msg="zero without image and for padded phrases")
+    sums, sees = maps.sum(-1), torch.tensor([[False, False], [True, False], [True, True]])
+    assert (sums[:, ~sees] == 0).all(), "zero without image and for padded phrases"
+    if has_sink(model):
+        assert ((sums[:, sees] > 0.1) & (sums[:, sees] < 0.999)).all(), "the rest is in the sink"
+    else:
+        torch.testing.assert_close(sums[:, sees], torch.ones(4, 3))
     assert (maps[:, 2, 0, NUM_VISUAL:] == 0).all(), "nothing of an image that comes later"
     assert maps[:, 1, 0].std(-1).min() > 0.01, "the maps vary"
 
@@ -429,6 +490,7 @@ def assert_gradients_close(actual: dict, expected: dict, rtol: float = 1e-4) -> 
     assert expected.keys() <= actual.keys()
 
 
+@either_trainable
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_gradients_of_maps_equal_those_through_eager_attention(trainable, use_reentrant):
     inputs, queries = batch(), phrases()
@@ -436,6 +498,7 @@ def test_gradients_of_maps_equal_those_through_eager_attention(trainable, use_re
     trained = "layernorm", "q_proj", "k_proj", "q_norm", "k_norm"
     last = "model.language_model.layers.4.cross_attn"
     assert {f"{last}.{name}.weight" for name in trained} <= expected.keys()
+    assert (f"{last}.sink" in expected) == has_sink(trainable)
     assert {name for name in expected if "projector" in name} == {
         name for name, _ in trainable.named_parameters() if "projector" in name
     }
@@ -447,6 +510,7 @@ def test_gradients_of_maps_equal_those_through_eager_attention(trainable, use_re
     assert_gradients_close(gradients(trainable, maps), expected)
 
 
+@either_trainable
 def test_maps_of_nothing_have_zero_gradients_not_nan(trainable):
     """A phrase before any image, and padded phrases."""
     queries = torch.zeros(3, 2, 12, dtype=torch.bool)
@@ -537,12 +601,12 @@ def test_kept_features_of_a_frozen_tower(model):
 # ---------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("vision", ["convnext", "timm"])
+@pytest.mark.parametrize(("vision", "sink"), [("convnext", False), ("timm", True)])
 @pytest.mark.parametrize("train_tower", [False, True])
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_text_only_training_touches_every_parameter_that_images_touch(vision, train_tower, use_reentrant):
+def test_text_only_training_touches_every_parameter_that_images_touch(vision, sink, train_tower, use_reentrant):
     """Data-parallel workers wait for every gradient, whatever their own share of the batch holds."""
-    model, llama = tiny_age_vlm(vision=vision).train(), tiny_llama()
+    model, llama = tiny_age_vlm(vision=vision, cross_attention_sink=sink).train(), tiny_llama()
     model.model.vision_tower.requires_grad_(train_tower)
     model.model.language_model.embed_tokens.requires_grad_(False)
     if use_reentrant is not None:
@@ -607,11 +671,13 @@ def test_loss_is_that_of_transformers_and_the_image_token_is_a_legal_label(model
 # ---------------------------------------------------------------------------------------- saving and loading
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "sink"), [(True, False), (False, True)])
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 @torch.no_grad()
-def test_saved_and_loaded_again(tied, shards, tmp_path):
-    model = tiny_age_vlm(llama={"tie_word_embeddings": tied}, vision="timm" if tied else "convnext")
+def test_saved_and_loaded_again(tied, sink, shards, tmp_path):
+    model = tiny_age_vlm(
+        llama={"tie_word_embeddings": tied}, vision="timm" if tied else "convnext", cross_attention_sink=sink
+    )
     model.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "20KB")
     assert {"modeling_agevlm.py", "configuration_agevlm.py"} <= {path.name for path in tmp_path.iterdir()}
@@ -628,6 +694,7 @@ def test_saved_and_loaded_again(tied, shards, tmp_path):
     loaded, info = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(loaded(**batch()).logits, expected.logits)
+    assert [block.sink is not None for block in blocks(loaded)] == [sink] * 4
     assert loaded.generation_config.suppress_tokens == [IMAGE]
 
     assert isinstance(AutoConfig.from_pretrained(tmp_path), AgeVlmConfig)

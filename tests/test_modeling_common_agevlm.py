@@ -51,9 +51,9 @@ CONVNEXT = ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])
 TIMM_CONVNEXT = TimmWrapperConfig(architecture="test_convnext", do_pooling=False)
 
 
-def tiny_config(vision_config, **kwargs):
+def tiny_config(vision_config, **text_config):
     return AgeVlmConfig(
-        text_config=dict(TEXT), vision_config=copy.deepcopy(vision_config), image_token_id=IMAGE, **kwargs
+        text_config={**TEXT, **text_config}, vision_config=copy.deepcopy(vision_config), image_token_id=IMAGE
     )
 
 
@@ -64,11 +64,12 @@ class AgeVlmModelTester:
     seq_length = 7
     num_hidden_layers, hidden_size, num_attention_heads = 2, 32, 4
 
-    def __init__(self, vision_config):
+    def __init__(self, vision_config, cross_attention_sink):
         self.vision_config = vision_config
+        self.cross_attention_sink = cross_attention_sink
 
     def get_config(self):
-        return tiny_config(self.vision_config)
+        return tiny_config(self.vision_config, cross_attention_sink=self.cross_attention_sink)
 
     def prepare_config_and_inputs_for_common(self):
         input_ids = common.ids_tensor((self.batch_size, self.seq_length), TEXT["vocab_size"])
@@ -96,6 +97,7 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True  # for it reads the year in a copyright line
     vision_config = CONVNEXT
+    cross_attention_sink = False
     num_vision_hidden_states = 5
 
     # Replaced by `test_all_parameters_have_gradients`.
@@ -112,7 +114,7 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
         pass
 
     def setUp(self):
-        self.model_tester = AgeVlmModelTester(self.vision_config)
+        self.model_tester = AgeVlmModelTester(self.vision_config, self.cross_attention_sink)
 
         # Many tests leave out, or take for another kind, what these tables do not name.
         for names, model_class in [
@@ -178,9 +180,10 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
 
 
 class AgeVlmTimmModelTest(AgeVlmModelTest):
-    """With a ConvNeXt of timm's."""
+    """With a ConvNeXt of timm's, and attention sinks in the blocks."""
 
     vision_config = TIMM_CONVNEXT
+    cross_attention_sink = True
     num_vision_hidden_states = 4
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 from scipy import ndimage
 
+from agevlm import cli
 from agevlm._files import new_folder
 from agevlm.processing import cutouts as cutouts_module
 from agevlm.processing import scenes
@@ -227,7 +228,7 @@ def test_rows_of_a_scene_share_the_image(built):
 
 def test_spans_and_masks_point_to_the_named_objects(built):
     colours = {name.replace("_", " ").replace("-", " "): colour for name, colour in COLOURS.items()}
-    grounded = 0
+    grounded = absent = 0
     for row in rows_of(built):
         image = np.asarray(row["images"][0], dtype=float)
         for entry in row["grounding"]:
@@ -235,12 +236,19 @@ def test_spans_and_masks_point_to_the_named_objects(built):
             mask = mask_from_rle(entry["mask"])
             assert entry["image"] == 0
             assert mask.shape == image.shape[:2]
+            assert entry["score"] is None
+            if not mask.any():  # see `test_existence_rows`
+                assert phrase in colours
+                assert row["kind"] in ("existence", "negation")
+                absent += 1
+                continue
             # JPEG blurs the colours at the rim
             inner = ndimage.binary_erosion(mask, iterations=3)
             assert inner.any()
             assert np.abs(image[inner].mean(0) - colours[phrase]).max() < 25
             grounded += 1
     assert grounded > 300
+    assert absent > 100
 
 
 def test_existence_rows(built):
@@ -256,9 +264,8 @@ def test_existence_rows(built):
                 article, name = question.removeprefix("Is there ").removesuffix(" in the image?").split(" ", 1)
                 assert article == ("an" if name in ("apple", "umbrella", "hour glass") else "a")
                 assert answer == ("Yes" if name in names else "No")
-                assert (2 * i in grounded) == (answer == "Yes")
-                if answer == "Yes":
-                    assert question[grounded[2 * i]["start"] : grounded[2 * i]["end"]] == name
+                assert question[grounded[2 * i]["start"] : grounded[2 * i]["end"]] == name
+                assert mask_from_rle(grounded[2 * i]["mask"]).any() == (answer == "Yes")
             assert len(row["answers"]) <= 8
 
 
@@ -780,9 +787,11 @@ def test_negation_is_the_reverse_of_existence(company):
     asked = 0
     for row in company["test"]:
         if row["kind"] == "negation":
-            for question, answer in zip(row["messages"][::2], row["answers"], strict=True):
+            for question, answer, entry in zip(row["messages"][::2], row["answers"], row["grounding"], strict=True):
                 name = re.fullmatch(r"Is there no (.*) in the image\?", text_of(question))[1]
                 assert existence[row["scene"], name] == turned[answer]
+                assert text_of(question)[entry["start"] : entry["end"]] == name
+                assert mask_from_rle(entry["mask"]).any() == (answer == "No")
                 asked += 1
     assert asked == len(existence) > 0
 
@@ -840,3 +849,65 @@ def test_company_makes_classes_unequally_frequent_and_companions_come_together()
 def test_company_that_cannot_be_is_refused(inputs, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         build_scenes(*inputs, tmp_path / "out", num_train=2, num_validation=1, num_test=1, image_size=96, **wrong)
+
+
+# --- the command ---
+
+
+def run_command(monkeypatch, inputs, out, *options):
+    folders = {"--cutouts": inputs[0], "--backgrounds": inputs[1], "--out": out}
+    named = [str(part) for pair in folders.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["agevlm", "scenes", *named, *options])
+    with pytest.raises(SystemExit) as exit_info:
+        sys.exit(cli.main())
+    return exit_info.value.code or 0
+
+
+def test_command_builds_what_the_function_builds(inputs, tmp_path, monkeypatch):
+    options = {
+        "num_train": 6,
+        "num_validation": 2,
+        "num_test": 2,
+        "num_zero_shot": 2,
+        "image_size": 96,
+        "max_objects": 2,
+        "questions_per_scene": 4,
+        "zero_shot_classes": 3,
+        "cooccurrence": 0.5,
+        "object_size": (0.3, 0.45),
+        "min_visible": 1.0,
+        "seed": 3,
+    }
+    command = [
+        text
+        for name, value in options.items()
+        for text in (
+            f"--{name.removeprefix('num_').replace('_', '-')}",
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+        )
+    ]
+    assert run_command(monkeypatch, inputs, tmp_path / "command", *command) == 0
+    build_scenes(*inputs, tmp_path / "function", **options, progress=False)
+    assert read_all(tmp_path / "command") == read_all(tmp_path / "function")
+    assert set(load_from_disk(tmp_path / "command")) == {"train", "validation", "test", "zero_shot"}
+    for name in ("cooccurrence", "object_size", "min_visible"):  # each of them matters
+        fewer = {key: value for key, value in options.items() if key != name}
+        build_scenes(*inputs, tmp_path / name, **fewer, progress=False)
+        assert read_all(tmp_path / name) != read_all(tmp_path / "function"), name
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--object-size", "0.3", "--object-size must be two numbers, as 0.18,0.38, got '0.3'"),
+        ("--object-size", "0.3,big", "--object-size must be numbers with commas between them"),
+        ("--object-size", "0.4,0.3", "object_size is (0.4, 0.3), but must be two increasing numbers"),
+        ("--min-visible", "0", "min_visible is 0.0, but must be in (0, 1]"),
+        ("--cooccurrence", "2", "cooccurrence is 2.0, but must be in [0, 1]"),
+        ("--zero-shot", "3", "0 zero-shot classes for max_objects=4"),
+    ],
+)
+def test_mistakes_in_the_options(inputs, tmp_path, monkeypatch, capsys, option, value, message):
+    assert run_command(monkeypatch, inputs, tmp_path / "out", option, value) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())

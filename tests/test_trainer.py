@@ -645,37 +645,73 @@ def test_guidance_that_would_teach_nothing_is_refused(tmp_path):
     make_trainer(model, "tutu", tmp_path, max_steps=1).train()  # no phrase, no guidance
 
 
-def test_an_evaluation_logs_what_a_computation_by_hand_gives(tmp_path):
-    kinds = "12t3u1"
-    model = start_model()
+@pytest.mark.parametrize(("sink", "kinds"), [(False, "12t3u1"), (True, "a1a2a3")])
+def test_an_evaluation_logs_what_a_computation_by_hand_gives(sink, kinds, tmp_path):
+    """With sinks there are phrases that name nothing in their image, which are to look at the sink alone."""
+    model = start_model(cross_attention_sink=sink)
     trainer = make_trainer(
         model, kinds, tmp_path, stage="guide", max_steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.0,
         per_device_eval_batch_size=2, metric_for_best_model="pointing_accuracy", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     logged = next(log for log in trainer.state.log_history if "eval_loss" in log)
-    hits, dices, overlaps = [], [], []
+    hits, dices, overlaps, absent = [], [], [], []
     model.eval()
     for row in mixed_rows(kinds):
-        batch = AgeVlmDataCollator(tiny_processor(), grid=(4, 4))([row])
+        batch = AgeVlmDataCollator(tiny_processor(), grid=(4, 4), guide_absent=sink)([row])
         if "map_targets" not in batch:
             continue
         inputs = {k: v for k, v in batch.items() if k not in ("map_targets", "num_dropped_phrases", "labels")}
         with torch.no_grad():
             maps = model(**inputs).cross_attention_maps[:, 0].double().numpy()
         for p, target in enumerate(batch["map_targets"][0].double().numpy()):
-            attention = maps[:, p].mean(0)
+            attention, looked, covered = maps[:, p].mean(0), maps[:, p], target
+            if sink:
+                looked = np.concatenate([looked, 1 - looked.sum(-1, keepdims=True)], axis=-1)
+                covered = np.append(target, not target.any())
+            scaled = np.minimum(looked * covered.sum(), 1)
+            shared = (scaled * covered).sum(-1)
+            dices.append(1 - ((2 * shared + 1e-3) / (scaled.sum(-1) + covered.sum() + 1e-3)).mean())
+            if not target.any():
+                absent.append(attention.sum())
+                continue
             hits.append(target[attention.argmax()] >= target.max() / 2)
-            scaled = np.minimum(maps[:, p] * target.sum(), 1)
-            dices.append(1 - ((2 * (scaled * target).sum(-1) + 1e-3) / (scaled.sum(-1) + target.sum() + 1e-3)).mean())
             scaled = np.minimum(attention * target.sum(), 1)
             overlaps.append(np.minimum(scaled, target).sum() / np.maximum(scaled, target).sum())
-    assert logged["eval_guided_phrases"] == len(hits) == 1 + 2 + 3 + 1
+    assert logged["eval_guided_phrases"] == len(dices) == (3 * 2 + 1 + 2 + 3 if sink else 1 + 2 + 3 + 1)
+    assert len(absent) == (3 if sink else 0)
+    assert logged["eval_dropped_phrases"] == 0
     assert 0 < np.mean(hits) < 1
     assert logged["eval_pointing_accuracy"] == pytest.approx(np.mean(hits), abs=1e-5)
     assert logged["eval_guidance_loss"] == pytest.approx(np.mean(dices), abs=1e-5)
     assert logged["eval_attention_iou"] == pytest.approx(np.mean(overlaps), abs=1e-5)
+    if sink:
+        assert logged["eval_absent_attention"] == pytest.approx(np.mean(absent), abs=1e-5)
+    else:
+        assert "eval_absent_attention" not in logged
     assert trainer.state.best_metric == logged["eval_pointing_accuracy"]
+
+
+def test_without_sinks_phrases_that_name_nothing_are_dropped(tmp_path):
+    metrics = make_trainer(start_model(), "aa", tmp_path, stage="guide").evaluate(mixed_rows("a2a"))
+    assert metrics["eval_guided_phrases"] == 1 + 2 + 1
+    assert metrics["eval_dropped_phrases"] == 2
+    assert "eval_absent_attention" not in metrics
+
+
+def test_phrases_that_name_nothing_weigh_as_the_others_however_the_step_is_split(tmp_path):
+    logs = []
+    for batch_size in (4, 2, 1):
+        trainer = make_trainer(
+            start_model(cross_attention_sink=True), "aaaa", tmp_path, stage="guide", max_steps=1, guidance_weight=0.7,
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size,
+        )  # fmt: skip
+        trainer.train()
+        logs.append(next(log for log in trainer.state.log_history if "loss" in log))
+        assert logs[-1]["guided_phrases"] == 8
+        assert logs[-1]["loss"] == pytest.approx(logs[-1]["lm_loss"] + 0.7 * logs[-1]["guidance_loss"], rel=1e-4)
+        for name in ("loss", "guidance_loss", "absent_attention", "attention_iou", "grad_norm"):
+            assert logs[-1][name] == pytest.approx(logs[0][name], rel=1e-4), name
 
 
 def test_evaluations_of_several_data_sets_and_predictions_do_not_mix(tmp_path):

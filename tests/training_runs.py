@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset, Features, Value
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.processing.collator import AgeVlmDataCollator
-from agevlm.processing.grounding import row_features
+from agevlm.processing.grounding import mask_to_rle, row_features
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import AgeVlmSFTConfig, AgeVlmSFTTrainer
@@ -39,9 +40,11 @@ TRAINERS = {"own": (AgeVlmTrainer, AgeVlmTrainingArguments), "sft": (AgeVlmSFTTr
 
 def mixed_row(kind: str, index: int) -> dict:
     """A row with: `t`, text alone; `u`, an image and no mask; `1` or `2`, an image and so many phrases with masks; `3`, two
-    images and three phrases."""
+    images and three phrases; `a`, an image, a phrase with a mask, and one that names nothing in the image."""
     made = row(index, {"t": 0, "3": 2}.get(kind, 1))
     grounding = made["grounding"][: {"t": 0, "u": 0, "1": 1}.get(kind)]
+    if kind == "a":
+        grounding[1] = {**grounding[1], "mask": mask_to_rle(np.zeros(made["images"][0].size[::-1], dtype=bool))}
     if kind == "3":
         grounding.append({**grounding[0], "message": 1, "start": 0, "end": len("There")})
     return {**made, "grounding": grounding, "index": index}
@@ -60,8 +63,8 @@ class Recorder(AgeVlmDataCollator):
         return super().__call__(rows)
 
 
-def start_model(dropout: float = 0.0) -> AgeVlmForConditionalGeneration:
-    model = tiny_trainable()
+def start_model(dropout: float = 0.0, **kwargs) -> AgeVlmForConditionalGeneration:
+    model = tiny_trainable(**kwargs)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout

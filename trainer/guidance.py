@@ -3,7 +3,8 @@
 
 Shapes: `maps` are `cross_attention_maps` `(blocks, B, P, V)`, `targets` `(B, P, V)` say how much of each visual token's
 cell a phrase's object covers, in [0, 1]; for `B` rows of the batch, `P` phrases a row has at most and `V` visual tokens.
-A slot whose target covers nothing holds no phrase: rows have different numbers of them.
+Rows have different numbers of phrases; the target of a slot without one covers nothing, and so does that of a phrase
+whose object is not in the image.
 
 Losses are computed in the maps' own type, which is float32 whatever the model's.
 """
@@ -113,22 +114,33 @@ def guidance_losses(
     maps: torch.Tensor,
     targets: torch.Tensor,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = dice_loss,
+    named: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The guidance loss of each phrase, averaged over the blocks.
 
     Not averaged over phrases: whoever accumulates gradients, or trains on several devices, divides by the number of
     phrases in all of the step's batches.
 
+    What a map lacks to a sum of 1 is in the attention sink, which counts as one more visual token: no object covers it,
+    and a phrase whose object is not there is to look at it alone.
+
     Args:
         maps: `(blocks, B, P, V)`.
         targets: `(B, P, V)`.
         loss: of [`resolve_loss`].
+        named: bool `(B, P)`, which slots hold a phrase; by default those whose target covers something. Others that are
+            named here are phrases whose object is not in the image, which need blocks with a sink.
 
     Returns:
         The losses `(B, P)`, exactly 0 and with a gradient of exactly 0 in slots without a phrase, and which slots hold one,
         bool `(B, P)`.
     """
-    named = (targets > 0).any(-1)
+    there = (targets > 0).any(-1)
+    named = there if named is None else named
+    if (absent := named & ~there).any():
+        sink = (1 - maps.sum(-1, keepdim=True)).clamp(min=0.0)
+        maps = torch.cat([maps, sink], dim=-1)
+        targets = torch.cat([targets, absent[..., None].to(targets)], dim=-1)
     return loss(maps, targets).mean(0).masked_fill(~named, 0.0), named
 
 

@@ -51,8 +51,9 @@ class GuidanceMixin(_AnyTrainer):
     the base model's output, whatever head the trainer runs on it, and adds `guidance_weight` times the guidance loss, a mean
     over all phrases of the optimiser step: of its accumulated batches and of all processes.
 
-    It logs `guidance_loss`, `pointing_accuracy` and `attention_iou` (means over phrases), `guided_phrases` and
-    `dropped_phrases` (numbers), and the trainer's own loss without guidance under `own_loss_name`.
+    It logs `guidance_loss` (mean over phrases), `pointing_accuracy` and `attention_iou` (over those whose object is there),
+    `absent_attention` (the attention on the image of the others), `guided_phrases` and `dropped_phrases` (numbers), and
+    the trainer's own loss without guidance under `own_loss_name`.
 
     Checkpoints appear when they are whole: until then they are in a folder `.unfinished`.
     """
@@ -122,6 +123,7 @@ class GuidanceMixin(_AnyTrainer):
             assistant_only_loss=assistant_only_loss,
             pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),  # of TRL's configurations
             guided_fraction=args.guided_fraction,
+            guide_absent=_base(model).config.text_config.cross_attention_sink,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
@@ -167,10 +169,13 @@ class GuidanceMixin(_AnyTrainer):
         sums["losses"] += 1
         sums["dropped_phrases"] += 0 if dropped is None else dropped.sum()
         if targets is not None and self.args.guidance_weight:
-            loss = loss + self.args.guidance_weight * self._guidance(maps, targets, sums, mode) * accumulated
+            named = inputs["map_queries"].any(-1)
+            loss = loss + self.args.guidance_weight * self._guidance(maps, targets, named, sums, mode) * accumulated
         return (loss, outputs) if return_outputs else loss
 
-    def _guidance(self, maps: torch.Tensor | None, targets: torch.Tensor, sums: dict, mode: str) -> torch.Tensor:
+    def _guidance(
+        self, maps: torch.Tensor | None, targets: torch.Tensor, named: torch.Tensor, sums: dict, mode: str
+    ) -> torch.Tensor:
         """This batch's part of the mean guidance loss over the phrases of the step."""
         if self.get_tp_size() > 1:
             raise NotImplementedError(
@@ -184,11 +189,14 @@ class GuidanceMixin(_AnyTrainer):
                 "reentrant (use gradient_checkpointing_kwargs={'use_reentrant': False}) where nothing before it trains."
             )
         maps = maps[self._guided_blocks]
-        losses, named = guidance_losses(maps, targets, self._guidance_loss)
+        losses, _ = guidance_losses(maps, targets, self._guidance_loss, named)
+        there = (targets > 0).any(-1)
         sums["guided_phrases"] += named.sum()
+        sums["absent_phrases"] += (named & ~there).sum()
         sums["guidance_loss"] += losses.detach().sum()
-        sums["pointing_accuracy"] += pointing_hits(maps, targets)[named].sum()
-        sums["attention_iou"] += attention_iou(maps, targets)[named].sum()
+        sums["pointing_accuracy"] += pointing_hits(maps, targets)[there].sum()
+        sums["attention_iou"] += attention_iou(maps, targets)[there].sum()
+        sums["absent_attention"] += maps.detach().mean(0).sum(-1)[named & ~there].sum()
         if mode == "eval":
             return losses.sum() / named.sum().clamp(min=1)
         # Data-parallel training averages over the processes, each of which has some of the phrases.
@@ -211,8 +219,8 @@ class GuidanceMixin(_AnyTrainer):
         mode = "train" if "loss" in logs else "eval" if f"{self._eval_prefix}_runtime" in logs else None
         sums = self._guidance_sums[mode] if mode else None
         if sums:
-            names = ("own_loss", "losses", "guided_phrases", "dropped_phrases")
-            means = ("guidance_loss", "pointing_accuracy", "attention_iou")
+            names = ("own_loss", "losses", "guided_phrases", "absent_phrases", "dropped_phrases")
+            means = ("guidance_loss", "pointing_accuracy", "attention_iou", "absent_attention")
             device = self.accelerator.device
             local = torch.stack(
                 [
@@ -222,14 +230,15 @@ class GuidanceMixin(_AnyTrainer):
                     for n in (*names, *means)
                 ]
             )
-            own, losses, guided, dropped, *totals = self.accelerator.reduce(local).tolist()
+            own, losses, guided, absent, dropped, *totals = self.accelerator.reduce(local).tolist()
             if mode == "train":
                 own = own / sums["steps"] / self.accelerator.num_processes
             else:
                 own = own / losses
             values = {self.own_loss_name: own, "guided_phrases": guided, "dropped_phrases": dropped}
-            if guided:
-                values |= {name: total / guided for name, total in zip(means, totals, strict=True)}
+            # Of all phrases, of those whose object is there, and of the others.
+            numbers = (guided, guided - absent, guided - absent, absent)
+            values |= {name: total / n for name, total, n in zip(means, totals, numbers, strict=True) if n}
             prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
             logs.update({prefix + k: round(v, 6) for k, v in values.items()})
             sums.clear()
@@ -309,8 +318,7 @@ def _base(model: Any) -> AgeVlmForConditionalGeneration:
 
 
 def _num_phrases(batch: dict) -> int:
-    targets = batch.get("map_targets")
-    return 0 if targets is None else int((targets > 0).any(-1).sum())
+    return int(batch["map_queries"].any(-1).sum()) if "map_targets" in batch else 0
 
 
 class AgeVlmTrainer(GuidanceMixin, Trainer):
