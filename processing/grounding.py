@@ -12,7 +12,8 @@ One row is a conversation about images in TRL's vision format, with the phrases 
 (`message_text`), `image` the index of the image it names something in. `box` is in pixels of that image, `mask` is the
 COCO RLE of what the phrase names, of the image's size, and `score` the mask teacher's own estimate of its quality.
 Guidance uses phrases that have a mask; boxes are what mask teachers start from. Entries for the same phrase and image
-are joined (union of their masks) at training, and an empty mask is dropped.
+are joined (union of their masks) at training. An empty mask without a score says that the phrase names nothing in the
+image, which guidance uses where the model has an attention sink; an empty mask with a score is a teacher's doubt, and dropped.
 
 Preference data has `prompt`, `chosen` and `rejected` (lists of messages, TRL's format) in place of `messages`; all images
 are shown in the prompt, and `message` counts through prompt and chosen answer.
@@ -174,7 +175,8 @@ class Report:
     phrases: int = 0
     phrases_with_mask: int = 0
     phrases_with_box: int = 0
-    phrases_dropped: int = 0  # at training: their mask is empty
+    phrases_absent: int = 0  # their mask is empty, without a score: they name nothing in the image
+    phrases_dropped: int = 0  # at training: their mask is empty, with a score
     bad_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -243,7 +245,9 @@ def check_dataset(dataset: Dataset | Sequence[dict[str, Any]], *, progress: bool
         report.phrases += len(entries)
         report.phrases_with_mask += sum(entry.get("mask") is not None for entry in entries)
         report.phrases_with_box += sum(entry.get("box") is not None for entry in entries)
-        report.phrases_dropped += sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
+        doubts = sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
+        report.phrases_dropped += doubts
+        report.phrases_absent += sum(_is_empty(entry.get("mask")) for entry in entries) - doubts
         report.bad_rows += any(problem.severity == "error" for problem in problems)
         report.problems += problems
     return report
@@ -380,7 +384,7 @@ def _check_region(entry: dict, where: str, image_sizes: Sequence[tuple[int, int]
     if box is not None:
         yield from _check_box(box, f"{where}.box", size)
     if mask is not None:
-        yield from _check_mask(mask, f"{where}.mask", size)
+        yield from _check_mask(mask, f"{where}.mask", size, score)
     if score is not None and not (_is_number(score) and 0 <= score <= 1):
         yield Problem(f"{where}.score", f"is {score!r}, but must be from 0 to 1, or None")
 
@@ -397,7 +401,14 @@ def _check_box(box: Any, where: str, size: tuple[int, int] | None) -> Iterator[P
         yield Problem(where, f"reaches outside {image}, {box}; write pixels of the image as it is, upright")
 
 
-def _check_mask(mask: Any, where: str, size: tuple[int, int] | None) -> Iterator[Problem]:
+def _is_empty(mask: Any) -> bool:
+    try:
+        return mask is not None and not mask_from_rle(mask).any()
+    except ValueError:
+        return False
+
+
+def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any) -> Iterator[Problem]:
     # The size comes first: decoding one that a mask only claims to have could take any amount of memory.
     claimed = mask.get("size") if isinstance(mask, dict) else None
     if size is not None and isinstance(claimed, list | tuple) and tuple(claimed) != size[::-1]:
@@ -411,8 +422,8 @@ def _check_mask(mask: Any, where: str, size: tuple[int, int] | None) -> Iterator
     except ValueError as error:
         yield Problem(where, f"{error}; encode it with agevlm.processing.grounding.mask_to_rle")
         return
-    if empty:
-        yield Problem(where, "is empty; the phrase is dropped at training", "note")
+    if empty and score is not None:
+        yield Problem(where, "is empty and has a score: its teacher was not sure, and the phrase is dropped", "note")
 
 
 def _is_index(value: Any, length: int) -> TypeGuard[int]:

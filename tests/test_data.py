@@ -201,9 +201,14 @@ def test_all_problems_of_a_row_are_found():
     assert [problem.where for problem in check_row(row)] == ["images[1]", "grounding[0].score", "grounding[1].box"]
 
 
-def test_an_empty_mask_is_a_note():
-    (problem,) = check_row(changed(good_row(), ("grounding", 0, "mask"), rle(full=False)))
+def test_an_empty_mask_with_a_score_is_a_note_and_one_without_names_what_is_not_there():
+    row = changed(good_row(), ("grounding", 0, "mask"), rle(full=False))
+    doubted, absent = (changed(row, ("grounding", 0, "score"), score) for score in (0.2, None))
+    (problem,) = check_row(doubted)
     assert (problem.where, problem.severity) == ("grounding[0].mask", "note")
+    assert list(check_row(absent)) == []
+    report = check_dataset([doubted, absent, absent], progress=False)
+    assert (report.phrases_dropped, report.phrases_absent) == (1, 2)
 
 
 def test_a_phrase_that_waits_for_a_teacher_is_a_note():
@@ -309,6 +314,7 @@ def test_report_counts():
             "phrases": 8,
             "phrases_with_mask": 4,
             "phrases_with_box": 4,
+            "phrases_absent": 0,
             "phrases_dropped": 1,
             "bad_rows": 2,
         }
@@ -752,7 +758,8 @@ def test_check_command_on_good_rows(monkeypatch, capsys, tmp_path, images):
         "phrases": 4,
         "phrases with a mask": 2,
         "phrases with a box": 2,
-        "phrases dropped at training, their mask is empty": 1,
+        "phrases of something that is not there": 0,
+        "phrases dropped at training, their teacher was not sure": 1,
         "bad rows": 0,
     }
     report = json.loads((tmp_path / "report.json").read_text())
