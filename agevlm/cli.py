@@ -145,6 +145,52 @@ def train(
 
 
 @app.command()
+def ablate(
+    model: Annotated[Path, typer.Option(help="Folder of an assembled AGE-VLM, as of `agevlm build`.")],
+    data: Annotated[Path, typer.Option(help="Folder of grounded scenes that `agevlm scenes` has written.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the runs and the report; a run that was stopped goes on in it.")
+    ],
+    topics: Annotated[
+        str | None, typer.Option(help="What to ablate, as loss,gate; all by default. A wrong name lists them.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Whole numbers with commas between them.")] = "0,1",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of all stages together.", min=4)] = 150,
+    guidance_weight: Annotated[float, typer.Option(help="Weight of the guidance loss.", min=0)] = 1.0,
+    workers: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a model in many ways on grounded scenes and compare them: stages, losses, gates, places of the blocks, …"""
+    import shlex
+
+    numbers = _parse_numbers(seeds, "--seeds", int) or []
+
+    from .evaluation import experiments
+
+    tables = experiments.ablate(
+        model,
+        data,
+        out,
+        command=shlex.join(["agevlm", *sys.argv[1:]]),
+        topics=_parse_names(topics),
+        seeds=numbers,
+        steps=steps,
+        guidance_weight=guidance_weight,
+        workers=workers,
+        device=device,
+    )
+    Console().print(tables)
+    Console().print(f"[green]Saved[/green] {out / 'report'}: report.md, its figures, and results.json.")
+
+
+def _check_question(question: str) -> str:
+    """The question without spaces at its ends, which chat templates may cut off."""
+    if not question.strip():
+        raise ValueError("The question is empty: write what you want to know about the image.")
+    return question.strip()
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the image.")],
     model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
@@ -153,15 +199,23 @@ def ask(
         Path | None, typer.Option(help="PNG to write: where --phrase looks, for each cross-attention block.")
     ] = None,
     phrase: Annotated[
-        str | None, typer.Option(help="Words of the question whose attention --heatmap shows; all by default.")
+        str | None,
+        typer.Option(
+            help="Words of the question whose attention --heatmap shows, the last place where they occur; all by default."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> None:
     """Ask a question about an image."""
-    from .evaluation.attention_maps import block_titles, draw_heatmaps, find_phrase, phrase_maps
+    from .evaluation.attention_maps import (
+        block_titles,
+        check_cross_attention,
+        draw_heatmaps,
+        find_phrase,
+        phrase_maps,
+    )
 
-    if not question.strip():
-        raise ValueError("The question is empty: write what you want to know about the image.")
+    question = _check_question(question)
     if phrase is not None:
         find_phrase(question, phrase)
     if phrase is not None and heatmap is None:
@@ -169,20 +223,20 @@ def ask(
     if heatmap is not None and not heatmap.absolute().parent.is_dir():
         raise ValueError(f"--heatmap {heatmap}: there is no folder {heatmap.absolute().parent}.")
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig
 
-    from .evaluation.scenes import render_question
+    from .evaluation.answering import Question, load_model, render_question, reply_greedily
     from .processing.image_processing_agevlm import load_image
 
     picture = load_image(image).convert("RGB")
-    processor = AutoProcessor.from_pretrained(model)
-    vlm = AutoModelForImageTextToText.from_pretrained(model).eval()
-    text = render_question(processor, question)
-    inputs = processor(images=picture, text=text, return_tensors="pt")
-    outputs = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    if heatmap is not None:
+        check_cross_attention(AutoConfig.from_pretrained(model), model)
+    vlm, processor = load_model(model)
+    asked = Question("question", lambda: picture, question)
+    answer = reply_greedily(vlm, processor, [asked], max_new_tokens)[0]["answer"]
     Console().print(answer, markup=False)
     if heatmap is not None:
+        text = render_question(processor, question)
         start, end = find_phrase(text, question)
         if phrase is not None:
             offset, start = start, find_phrase(question, phrase)[0]
@@ -191,6 +245,105 @@ def ask(
         draw_heatmaps(
             picture, maps, block_titles(vlm), heatmap, caption=f"{question}  {answer}    [{phrase or question}]"
         )
+
+
+@app.command()
+def attention(
+    question: Annotated[str, typer.Argument(help="What to ask about the image.")],
+    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
+    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.json; must not exist yet.")],
+    answer: Annotated[str | None, typer.Option(help="An answer to look into; by default, the model's own.")] = None,
+    phrase: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Words of the answer or, if they do not occur there, of the question; where they occur several times, the "
+            "last one. May be repeated; every word of the answer by default."
+        ),
+    ] = None,
+    predicting: Annotated[
+        bool,
+        typer.Option(
+            "--predicting",
+            help="Show what the model looks at while it chooses the answer's words (one token earlier), rather than "
+            "once it has read them.",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model, in tokens.", min=1)] = 64,
+) -> None:
+    """Show where words of a question and its answer look in an image: heat maps by block and averaged."""
+    from ._files import check_new_folder
+    from .evaluation.attention_maps import attend, check_cross_attention, choose_phrases
+
+    question = _check_question(question)
+    if answer is not None:
+        choose_phrases(question, answer, phrase or None)
+    check_new_folder(out)  # before the model is loaded
+
+    from transformers import AutoConfig
+
+    from .evaluation.answering import load_model
+    from .processing.image_processing_agevlm import load_image
+
+    picture = load_image(image).convert("RGB")
+    check_cross_attention(AutoConfig.from_pretrained(model), model)
+    vlm, processor = load_model(model)
+    looked = attend(
+        vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
+    )
+    looked.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
+    Console().print(looked.answer.strip(), markup=False)
+    Console().print(f"[green]Saved[/green] {out}: attention.png, attention.json ({len(looked.phrases)} phrases).")
+
+
+@app.command()
+def similarity(
+    model: Annotated[
+        str, typer.Option(help="AGE-VLM or LLaVA-style checkpoint with a chat template: folder or Hub id.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="Grounded scenes or other rows with images and messages: folder, file or Hub id.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for similarity.png and similarity.json; must not exist yet.")],
+    split: Annotated[str | None, typer.Option(help="Which split, where there are several.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first texts.", min=2)] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts that are read together.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of the random images.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Do hidden states tell matching from random images? Cosine similarities, their histogram, overlap and AUROC."""
+    from ._files import check_new_folder, new_folder
+    from .evaluation import similarity as similarities
+    from .evaluation.answering import load_model
+    from .processing.readers import read_rows
+
+    check_new_folder(out)  # before the model is loaded
+    rows = read_rows(data, split)
+    similarities.text_pairs(rows, limit)
+    vlm, processor = load_model(model, device, dtype)
+    found = similarities.similarity(vlm, processor, rows, limit=limit, batch_size=batch_size, seed=seed)
+    settings = {"model": model, "data": data, "split": split, "limit": limit, "seed": seed}
+    values = {name: getattr(found, name).tolist() for name in ("matching", "random", "between")}
+    with new_folder(out) as partial:
+        similarities.draw_similarity(found, partial / "similarity.png", model)
+        text = json.dumps({**settings, **found.summary(), **values}, indent=1, ensure_ascii=False)
+        (partial / "similarity.json").write_text(text + "\n", encoding="utf-8")
+
+    from rich.table import Table
+
+    table = Table("", f"{model}", title="Hidden states with an image, and without")
+    for label, name in (
+        ("similarity, matching image", "matching_mean"),
+        ("similarity, random image", "random_mean"),
+        ("matching and random to each other", "between_mean"),
+        ("overlap of the two histograms", "overlap"),
+        ("AUROC", "auroc"),
+        ("pairs", "pairs"),
+    ):
+        value = found.summary()[name]
+        table.add_row(label, f"{value}" if name == "pairs" else f"{value:.3f}")
+    Console().print(table)
 
 
 @app.command()
@@ -205,11 +358,34 @@ def scenes(
     max_objects: Annotated[int, typer.Option(help="Most classes in a scene.")] = 4,
     questions_per_scene: Annotated[int, typer.Option(help="Most existence questions about a scene.")] = 8,
     classes: Annotated[str | None, typer.Option(help="Class names with commas between them; all by default.")] = None,
+    zero_shot: Annotated[
+        int, typer.Option(help="Scenes in the split zero_shot, of classes that no other split shows; none by default.")
+    ] = 0,
+    zero_shot_classes: Annotated[
+        int, typer.Option(help="How many of the classes are kept for the split zero_shot: more than --max-objects.")
+    ] = 0,
+    cooccurrence: Annotated[
+        float,
+        typer.Option(
+            help="From 0 to 1: how much more frequent some classes are than others, and how often an object brings a "
+            "companion. Above 0, POPE's popular and adversarial questions are asked too."
+        ),
+    ] = 0.0,
+    object_size: Annotated[
+        str,
+        typer.Option(help="Least and greatest longer side of an object, in parts of the image's side, at most 0.5."),
+    ] = "0.18,0.38",
+    min_visible: Annotated[
+        float, typer.Option(help="Part of its pixels that each object keeps visible, above 0 and up to 1.")
+    ] = 0.8,
     seed: Annotated[int, typer.Option(help="Other seeds give other scenes.")] = 0,
 ) -> None:
     """Build a grounded-scenes data set: cut-outs on photographs, with questions, answers and exact masks."""
     from .processing.scenes import build_scenes
 
+    sizes = _parse_numbers(object_size, "--object-size", float) or []
+    if len(sizes) != 2:
+        raise ValueError(f"--object-size must be two numbers, as 0.18,0.38, got '{object_size}'.")
     splits = build_scenes(
         cutouts,
         backgrounds,
@@ -217,10 +393,15 @@ def scenes(
         num_train=train,
         num_validation=validation,
         num_test=test,
+        num_zero_shot=zero_shot,
         image_size=image_size,
         max_objects=max_objects,
         questions_per_scene=questions_per_scene,
-        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+        classes=_parse_names(classes),
+        zero_shot_classes=zero_shot_classes,
+        cooccurrence=cooccurrence,
+        object_size=(sizes[0], sizes[1]),
+        min_visible=min_visible,
         seed=seed,
     )
     rows = ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
@@ -352,7 +533,8 @@ def check(
         ("phrases", found.phrases),
         ("phrases with a mask", found.phrases_with_mask),
         ("phrases with a box", found.phrases_with_box),
-        ("phrases dropped at training, their mask is empty", found.phrases_dropped),
+        ("phrases of something that is not there", found.phrases_absent),
+        ("phrases dropped at training, their teacher was not sure", found.phrases_dropped),
         ("bad rows", found.bad_rows),
     ):
         counts.add_row(label, f"{number}")
@@ -466,6 +648,37 @@ def cv_bench(
         tasks=_parse_names(tasks),
         limit=limit,
         prompt_suffix=PROMPT_SUFFIX if prompt_suffix is None else prompt_suffix,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    Console().print(table)
+
+
+@evaluation.command("scenes")
+def eval_scenes(
+    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
+    data: Annotated[Path, typer.Option(help="Folder of grounded scenes that `agevlm scenes` has written.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
+    split: Annotated[str, typer.Option(help="Split of the scenes.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each kind.", min=1)] = None,
+    prompt_suffix: Annotated[str, typer.Option(help="A line to add to each question; none by default.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Grounded scenes: what is there, how many, where; and of AGE-VLMs, whether phrases look at their objects."""
+    from .evaluation.scene_benchmark import evaluate_scene_benchmark
+
+    _, table = evaluate_scene_benchmark(
+        model,
+        out,
+        data,
+        split=split,
+        limit=limit,
+        prompt_suffix=prompt_suffix,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         device=device,

@@ -22,7 +22,10 @@ from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..processing.image_processing_agevlm import load_image
+from ..processing.processing_agevlm import AgeVlmProcessor
 
+# Greedy decoding, whatever the checkpoint's own generation settings are.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Values of each weight that go into the digest of a model: any training changes some of them.
 _DIGEST_VALUES = 64
@@ -34,6 +37,25 @@ class Question(NamedTuple):
     key: str
     load_image: Callable[[], Image.Image]
     text: str
+
+    def open_image(self) -> Image.Image:
+        """
+        Raises:
+            ValueError: if the image cannot be read; says whose it is.
+        """
+        try:
+            return self.load_image()
+        except Exception as error:  # decoders raise errors of many types for damaged data
+            raise ValueError(f"question {self.key}: {error or type(error).__name__}") from error
+
+
+def render_question(processor: ProcessorMixin, text: str) -> str:
+    """The prompt that asks `text` about one image. Its special tokens are written: tokenise it with
+    `add_special_tokens=False`."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -63,6 +85,17 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     return model.to(device).eval(), processor
 
 
+Reply = Callable[[PreTrainedModel, ProcessorMixin, Sequence[Question], int], Sequence[Mapping[str, Any]]]
+"""What answers a batch of questions in at most so many tokens: for each, its `answer` and what else to write down."""
+
+
+def reply_greedily(
+    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """The [`Reply`] of any image-text-to-text model: `generate`, and nothing else to write down."""
+    return [{"answer": text} for text in _generate(model, processor, questions, max_new_tokens)]
+
+
 def answer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -72,6 +105,7 @@ def answer(
     settings: Mapping[str, Any],
     batch_size: int = 8,
     max_new_tokens: int = 128,
+    reply: Reply = reply_greedily,
     progress: str | None = "questions",
 ) -> dict[str, str]:
     """Ask a model questions about images, each in a conversation of its own, with greedy decoding.
@@ -82,10 +116,11 @@ def answer(
 
     Args:
         questions: images are loaded when their batch comes.
-        file: JSON lines; the header, then `{"key": …, "question": …, "answer": …}`.
+        file: JSON lines; the header, then `{"key": …, "question": …, "answer": …}` and what else `reply` gives.
         settings: what to know about the answers later, such as the model's name; anything that JSON can hold.
         batch_size: questions that are answered together; their images are in memory together.
         max_new_tokens: longest answer, in tokens.
+        reply: what answers a batch.
         progress: what the progress bar says; None for none.
 
     Returns:
@@ -106,7 +141,7 @@ def answer(
         **settings,
         "max_new_tokens": max_new_tokens,
         "weights": _weights_digest(model),
-        "questions": _digest((question.key, question.text) for question in questions),
+        "questions": digest((question.key, question.text) for question in questions),
     }
     answers = _kept_answers(file, json.loads(json.dumps(header)))
     left = [question for question in questions if question.key not in answers]
@@ -115,11 +150,11 @@ def answer(
         task = bar.add_task(progress or "", total=len(questions), completed=len(answers))
         for start in range(0, len(left), batch_size):
             batch = left[start : start + batch_size]
-            texts = _generate(model, processor, batch, max_new_tokens)
+            replies = reply(model, processor, batch, max_new_tokens)
             lines = []
-            for question, text in zip(batch, texts, strict=True):
-                answers[question.key] = text
-                line = {"key": question.key, "question": question.text, "answer": text}
+            for question, given in zip(batch, replies, strict=True):
+                answers[question.key] = given["answer"]
+                line = {"key": question.key, "question": question.text, **given}
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             output.write("".join(lines))
             output.flush()
@@ -137,16 +172,17 @@ def _check_processor(processor: Any, name: str) -> None:
         )
 
 
-def _digest(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
+def digest(parts: Iterable[Any]) -> str:
+    """Tells apart what JSON can hold."""
+    sha = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps(part).encode() + b"\n")
-    return digest.hexdigest()[:16]
+        sha.update(json.dumps(part).encode() + b"\n")
+    return sha.hexdigest()[:16]
 
 
 def _weights_digest(model: PreTrainedModel) -> str:
     """Tells models apart that were saved under the same name, as those of two trainings."""
-    return _digest(
+    return digest(
         (name, weight.detach().reshape(-1)[:_DIGEST_VALUES].float().tolist())
         for name, weight in model.named_parameters()
     )
@@ -193,30 +229,21 @@ def _generate(
 ) -> list[str]:
     conversations = []
     for question in questions:
-        try:
-            image = question.load_image()
-        except Exception as error:  # decoders raise errors of many types for damaged data
-            raise ValueError(f"question {question.key}: {error or type(error).__name__}") from error
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
+        content = [{"type": "image", "image": question.open_image()}, {"type": "text", "text": question.text}]
         conversations.append([{"role": "user", "content": content}])
+    # An AGE-VLM has learnt from what its template writes and nothing before it. For others Transformers adds the special
+    # tokens of the tokenizer where the template has not written the first of them.
+    special = {"add_special_tokens": False} if isinstance(processor, AgeVlmProcessor) else {}
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
+        processor_kwargs={"padding": True, "padding_side": "left", **special},
     ).to(model.device)
-    # Greedy, whatever the checkpoint's own generation settings are.
     tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id
     )
     texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -337,12 +364,14 @@ def answer_benchmark(
     device: str,
     dtype: str,
     progress: str | None,
+    reply: Reply = reply_greedily,
     **settings: Any,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """[`load_model`] `model`, and [`answer`] with it to `answers.jsonl` in the folder `out`.
 
     Args:
         prompt_suffix: a line to add to each question; none where it is empty.
+        reply: what answers a batch.
         settings: of the benchmark, to know about the answers later.
 
     Returns:
@@ -366,6 +395,7 @@ def answer_benchmark(
         settings=settings,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        reply=reply,
         progress=progress,
     )
     return answers, settings
@@ -377,11 +407,15 @@ def save_results(
     scores: Mapping[str, Any],
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
+    *more: tuple[Sequence[str], Sequence[Sequence[str]]],
 ) -> Table:
-    """Write `results.json` (settings, versions, scores) and `report.md` (the table) to the folder `out`.
+    """Write `results.json` (settings, versions, scores) and `report.md` (the tables) to the folder `out`.
+
+    Args:
+        more: columns and rows of further tables.
 
     Returns:
-        the table of `rows` under `columns`, for the terminal.
+        the table of `rows` under `columns`, with `more` below it, for the terminal.
     """
     import transformers
 
@@ -390,19 +424,22 @@ def save_results(
     title = f"{settings['benchmark']}: {settings['model']}"
     versions = {"agevlm": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     results = {"settings": dict(settings), "versions": versions, "scores": dict(scores)}
-    lines = [
-        f"# {title}",
-        "",
-        *(f"- {name}: {value}" for name, value in settings.items() if value not in (None, "")),
-        "",
-    ]
-    lines += [f"| {' | '.join(row)} |" for row in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows)]
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in settings.items() if value not in (None, ""))]
+    tables: list[Table] = []
+    for names, contents in ((columns, rows), *more):
+        lines += ["", f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in contents]
+        tables.append(Table(title=None if tables else Text(title), title_justify="left"))
+        for number, name in enumerate(names):
+            tables[-1].add_column(name, justify="right" if number else "left")
+        for row in contents:
+            tables[-1].add_row(*row)
     out = Path(out)
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table = Table(title=Text(title), title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    if len(tables) == 1:
+        return tables[0]
+    below_each_other = Table.grid()
+    for table in tables:
+        below_each_other.add_row(table)
+    return below_each_other

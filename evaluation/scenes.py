@@ -17,6 +17,7 @@ from ..processing.grounding import mask_from_rle
 from ..processing.processing_agevlm import AgeVlmProcessor
 from ..processing.scenes import EXISTENCE_KINDS, KINDS
 from ..trainer.guidance import attention_iou
+from .answering import GREEDY, render_question
 from .attention_maps import crop_to_image
 from .concatenation import ConcatenationForConditionalGeneration, expand_image_tokens
 from .pope import yes_no_scores
@@ -34,7 +35,8 @@ class SceneQuestion:
 
     `spans` are the characters of the phrases in `text` that name something in the image, `masks` the COCO RLE of each.
     `answer` and `maps` `(blocks, rows, columns)` are filled in by [`evaluate_scenes`], the maps those of the first phrase
-    and only where there is one and the model has cross-attention.
+    and only where there is one and the model has cross-attention. `map_scores` stand for the maps where only these have
+    been kept ([`phrase_scores`]).
     """
 
     scene: int
@@ -45,6 +47,7 @@ class SceneQuestion:
     masks: list[dict[str, Any]] = field(default_factory=list)
     answer: str | None = None
     maps: np.ndarray | None = None
+    map_scores: dict[str, list[float]] | None = None
 
 
 def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
@@ -54,7 +57,11 @@ def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
         for turn, expected in enumerate(row["answers"]):
             message = 2 * turn
             text = "".join(part["text"] or "" for part in row["messages"][message]["content"])
-            named = [phrase for phrase in row["grounding"] if phrase["message"] == message]
+            named = [
+                phrase
+                for phrase in row["grounding"]
+                if phrase["message"] == message and mask_from_rle(phrase["mask"]).any()
+            ]
             questions.append(
                 SceneQuestion(
                     scene=row["scene"],
@@ -117,14 +124,6 @@ def select_features(features: AgeVlmImageFeatures, rows: list[int]) -> AgeVlmIma
     )
 
 
-def render_question(processor: AgeVlmProcessor, text: str) -> str:
-    """The prompt that asks `text` about one image."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-
-
 @torch.no_grad()
 def answer_questions(
     model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
@@ -133,13 +132,19 @@ def answer_questions(
     images: dict[int, Image.Image],
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 32,
+    features: AgeVlmImageFeatures | None = None,
     progress: str | None = "questions",
 ) -> None:
-    """Answers each question with greedy `generate`, and maps the first phrase of those that have one. In place."""
+    """Answers each question with greedy `generate`, and maps the first phrase of those that have one. In place.
+
+    `features` are those of all `images`, in the order of their numbers, if they are ready made.
+    """
     tokenizer = processor.tokenizer
-    scenes = sorted({question.scene for question in questions})
-    features = image_features(model, processor, [images[scene] for scene in scenes], progress=progress and "images")
+    scenes = sorted(images)
+    if features is None:
+        scenes = sorted({question.scene for question in questions})
+        features = image_features(model, processor, [images[n] for n in scenes], progress=progress and "images")
     row_of = {scene: row for row, scene in enumerate(scenes)}
     concatenates = isinstance(model, ConcatenationForConditionalGeneration)
     order = sorted(questions, key=lambda question: (question.kind, len(question.text)))
@@ -149,7 +154,12 @@ def answer_questions(
             batch = order[start : start + batch_size]
             texts = [render_question(processor, question.text) for question in batch]
             inputs = tokenizer(
-                texts, padding=True, padding_side="left", return_offsets_mapping=True, return_tensors="pt"
+                texts,
+                add_special_tokens=False,  # the chat template has written them
+                padding=True,
+                padding_side="left",
+                return_offsets_mapping=True,
+                return_tensors="pt",
             )
             offsets = inputs.pop("offset_mapping")
             inputs.pop("token_type_ids", None)
@@ -164,9 +174,9 @@ def answer_questions(
             prompt = {name: tensor.to(model.device) for name, tensor in prompt.items()}
             tokens = model.generate(
                 **prompt,
+                **GREEDY,
                 mm_encoder_outputs={"image": selected},
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
             answers = processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -219,6 +229,14 @@ def score_maps(maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def phrase_scores(question: SceneQuestion) -> dict[str, list[float]]:
+    """[`score_maps`] of each block's map of the question's phrase, and last of the mean of all blocks' maps."""
+    if question.map_scores is not None:
+        return question.map_scores
+    maps = np.concatenate([question.maps, question.maps.mean(0, keepdims=True)])
+    return {name: values.tolist() for name, values in score_maps(maps, mask_from_rle(question.masks[0])).items()}
+
+
 def evaluate_scenes(
     model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
     processor: AgeVlmProcessor,
@@ -227,6 +245,7 @@ def evaluate_scenes(
     max_questions: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    features: AgeVlmImageFeatures | None = None,
     progress: str | None = "questions",
 ) -> tuple[dict[str, dict[str, Any]], list[SceneQuestion]]:
     """Asks a split of grounded scenes and scores the answers.
@@ -235,6 +254,7 @@ def evaluate_scenes(
         processor: AGE-VLM's, for a concatenating model as well.
         dataset: a split as `build_scenes` writes it, images included.
         max_questions: of each kind, drawn with `seed`; all by default.
+        features: [`image_features`] of the split's images ([`scene_images`]), if they are ready made.
 
     Returns:
         A row of numbers for each kind of question and one for pointing, and the questions with their answers.
@@ -262,7 +282,7 @@ def evaluate_scenes(
             by_kind[question.kind].append(question)
         questions = [q for kind in by_kind.values() for q in rng.sample(kind, min(max_questions, len(kind)))]
     images = scene_images(dataset)
-    answer_questions(model, processor, questions, images, batch_size=batch_size, progress=progress)
+    answer_questions(model, processor, questions, images, batch_size=batch_size, features=features, progress=progress)
     return score_questions(questions), questions
 
 
@@ -287,12 +307,10 @@ def score_questions(questions: list[SceneQuestion]) -> dict[str, dict[str, Any]]
             row = {"score": float(np.mean([_f1(a, b) for a, b in zip(given, expected, strict=True)]))}
             chance = float(np.mean([_f1(a, b) for a, b in zip(given, others, strict=True)]))
         results[kind] = {**row, "chance": chance, "questions": len(asked)}
-    mapped = [question for question in questions if question.maps is not None]
+    mapped = [question for question in questions if question.maps is not None or question.map_scores is not None]
     if mapped:
         masks = [mask_from_rle(question.masks[0]) for question in mapped]
-        # Each block's map, and last the mean of all.
-        maps = [np.concatenate([question.maps, question.maps.mean(0, keepdims=True)]) for question in mapped]
-        scored = [score_maps(m, mask) for m, mask in zip(maps, masks, strict=True)]
+        scored = [phrase_scores(question) for question in mapped]
         means = {name: np.mean([row[name] for row in scored], axis=0).tolist() for name in scored[0]}
         results["pointing"] = {
             "score": means["pointing"][-1],

