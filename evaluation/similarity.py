@@ -209,7 +209,7 @@ def _compare(
 ) -> Similarity:
     """The similarities of all pairs; `prepare` makes the model's inputs of texts and of the numbers of their images."""
     others = other_images(pairs, seed)
-    found: list[tuple[float, float, float]] = []
+    found: list[list[float]] = []
     cosine = partial(nn.functional.cosine_similarity, dim=-1)
     model.eval()
     with Progress(disable=progress is None) as bar:
@@ -227,9 +227,8 @@ def _compare(
                 )
             ]
             for right, wrong, without in zip(*states, strict=True):
-                found.append(
-                    tuple(float(cosine(a, b).mean()) for a, b in ((right, without), (wrong, without), (right, wrong)))
-                )
+                compared = ((right, without), (wrong, without), (right, wrong))
+                found.append([float(cosine(a, b).mean()) for a, b in compared])
     matching, random, between = np.array(found).T
     return Similarity(matching, random, between)
 
@@ -289,7 +288,7 @@ def draw_similarity(found: Similarity, path: str | os.PathLike, title: str) -> N
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     edges = np.histogram_bin_edges(np.concatenate([found.matching, found.random]), _BINS)
     for values, name, colour in ((found.matching, "matching", "tab:blue"), (found.random, "random", "tab:orange")):
-        axis.hist(values, edges, alpha=0.55, color=colour, label=f"{name} image, mean {values.mean():.3f}")
+        axis.hist(values, edges.tolist(), alpha=0.55, color=colour, label=f"{name} image, mean {values.mean():.3f}")
     axis.set_xlabel("cosine similarity of the text's hidden states to those without an image")
     axis.set_ylabel("texts")
     axis.set_title(f"{title}\nAUROC {found.auroc:.2f}, overlap {found.overlap:.2f}", fontsize=10)

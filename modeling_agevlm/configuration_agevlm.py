@@ -142,7 +142,8 @@ class AgeVlmConfig(PreTrainedConfig):
     ```"""
 
     model_type = "agevlm"
-    keys_to_ignore_at_inference = ["cache", "image_outputs"]
+    # A trainer joins what is left along the batch, which image features and maps do not have first.
+    keys_to_ignore_at_inference = ["cache", "image_outputs", "cross_attention_maps"]
     sub_configs_defaults = {
         "text_config": AgeVlmTextConfig,
         "vision_config": SubConfigSpec(

@@ -316,7 +316,7 @@ def test_command_line_builds_and_asks(monkeypatch, capsys, text_dir, timm_weight
     llama = LlamaForCausalLM.from_pretrained(text_dir)  # the gates are shut: the answer is the Llama's own
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    inputs = processor.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    inputs = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
     suppress = [processor.image_token_id]
     tokens = llama.generate(**inputs, max_new_tokens=5, do_sample=False, suppress_tokens=suppress)
     answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -3,7 +3,6 @@
 
 import copy
 import importlib.util
-import itertools
 import json
 import subprocess
 import sys
@@ -135,7 +134,7 @@ def test_the_last_block_is_one_that_the_image_goes_through(assembled):
 def held_out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     classes = demo.CLASSES.split(",")
-    return [demo.make_scenes(folder, folder / f"{n}", classes, train=n, test=12)["test"] for n in (1, 2)]
+    return [demo.make_scenes(folder, folder / f"{n}", classes, train=n, test=20)["test"] for n in (1, 2)]
 
 
 def test_held_out_scenes_are_the_same_however_many_are_trained_on(held_out):
@@ -225,29 +224,40 @@ def test_processor_asks_as_in_training(output):
     assert text == f"{processor.image_token}Hi\n"
 
 
-def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path):
+def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "precious.txt").write_text("mine")
-    command = [sys.executable, DEMO, "--output-dir", tmp_path, *SMALL]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "choose another --output-dir" in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output-dir", str(tmp_path), *SMALL])
+    with pytest.raises(SystemExit, match="choose another --output-dir"):
+        demo.main()
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_without_weights_that_fit_there_is_nothing_to_ask(tmp_path, weights):
-    """Neither a class that they do not know nor a missing file is passed over."""
-    small = dict(zip(SMALL[::2], SMALL[1::2], strict=True))
-    for change, message in (
-        ({"--classes": small["--classes"] + ",anchor", "--weights": weights}, "knows nothing of anchor"),
-        ({"--weights": tmp_path / "missing"}, "there is no file"),
-    ):
-        options = {**small, "--steps": "0", "--output-dir": tmp_path / "output", **change}
-        command = [sys.executable, DEMO, *itertools.chain.from_iterable(options.items())]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode != 0
-        assert message in result.stdout
-        assert "nothing to ask" in result.stderr
+@pytest.mark.parametrize("steps", ["0", "4"])
+@pytest.mark.parametrize("problem", ["knows nothing of anchor", "there is no file"])
+def test_weights_that_do_not_fit_are_named_and_not_used(
+    problem, steps, assembled, weights, tmp_path, monkeypatch, capsys
+):
+    def assemble(folder, **_):
+        folder.mkdir(parents=True)
+        return copy.deepcopy(assembled[0]), assembled[1]
+
+    def train(*_):
+        raise RuntimeError("training begins")
+
+    monkeypatch.setattr(demo, "assemble", assemble)
+    monkeypatch.setattr(demo, "train", train)
+    options = [*SMALL, "--output-dir", str(tmp_path / "output"), "--steps", steps]
+    options += (
+        ["--classes", "anchor,bell,car,crown,dog,key,house", "--weights", str(weights)]
+        if "anchor" in problem
+        else ["--weights", str(tmp_path / "missing")]
+    )
+    monkeypatch.setattr(sys, "argv", ["demo.py", *options])
+    expected = (SystemExit, "nothing to ask") if steps == "0" else (RuntimeError, "training begins")
+    with pytest.raises(expected[0], match=expected[1]):
+        demo.main()
+    assert problem in capsys.readouterr().out
+    assert not (tmp_path / "output" / "checkpoint").exists()
 
 
 def test_efficientnet_weights_recognise_photographs():

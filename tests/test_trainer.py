@@ -722,6 +722,16 @@ def test_evaluations_of_several_data_sets_and_predictions_do_not_mix(tmp_path):
     assert metrics["eval_two_guided_phrases"] == 4
 
 
+@pytest.mark.parametrize("kinds", ["ut1u", "3333"])
+def test_predictions_are_the_logits_alone(kinds, tmp_path):
+    """Of batches with and without images and phrases, one after another; where something is learnt."""
+    model = start_model()
+    trainer = make_trainer(model, "12", tmp_path, stage="guide", per_device_eval_batch_size=2)
+    predictions, labels, _ = trainer.predict(mixed_rows(kinds))
+    assert predictions.shape[::2] == (4, model.config.text_config.vocab_size)
+    assert 0 < predictions.shape[1] < labels.shape[1]
+
+
 def test_training_logs_every_step_also_where_the_last_thing_was_an_evaluation(tmp_path):
     """The model is in evaluation mode then, while what is logged is of training."""
     trainer = make_trainer(
