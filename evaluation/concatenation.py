@@ -191,5 +191,7 @@ class ConcatenationTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = expand_image_tokens(inputs, self.model.config.image_token_id, self._tokens_per_image)
+        ready = inputs.get("mm_encoder_outputs")
+        tokens = self._tokens_per_image if ready is None else ready["image"].last_hidden_state.shape[1]
+        inputs = expand_image_tokens(inputs, self.model.config.image_token_id, tokens)
         return super().compute_loss(model, keep_learnt(inputs), return_outputs, num_items_in_batch)

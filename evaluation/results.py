@@ -197,6 +197,7 @@ def check_claims(results: Results) -> list[Claim]:
         numbers = f"{ours}" if theirs is None else f"{ours} and {theirs}"
         if ours.chance is not None:
             numbers += f"; chance {ours.chance:.3f}" + (' (always "Yes")' if score in _EXISTENCE else "")
+            numbers += ", which guided does not exceed" if ours.mean <= ours.chance else ""
         held = holds(ours.mean, math.nan if theirs is None else theirs.mean)
         claims.append(Claim(f"{split}: {score}, {text}", held, numbers))
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
-from ..processing.grounding import message_text
+from ..processing.grounding import mask_from_rle, message_text
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .concatenation import ConcatenationForConditionalGeneration, expand_image_tokens
 from .scenes import select_features
@@ -34,11 +34,15 @@ _BINS = 30
 
 @dataclass(frozen=True)
 class Pair:
-    """A text about an image: what is asked about it, and the answer, whose tokens are compared. `image` is a number."""
+    """A text about an image: what is asked about it, and the answer, whose tokens are compared.
+
+    `image` is a number; `names` are the phrases that are grounded in the image, if the data has grounding.
+    """
 
     image: int
     prompt: str
     text: str
+    names: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
         place = roles.index("assistant", 1)
         image = row.get("scene", number)
         rows[image] = number
-        pairs.append(Pair(image, texts[place - 1][1], texts[place][1]))
+        pairs.append(Pair(image, texts[place - 1][1], texts[place][1], _grounded_names(row)))
         if len(pairs) == limit:
             break
     if len({pair.text for pair in pairs}) < 2:
@@ -120,13 +124,24 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
     return pairs, lambda image: dataset[rows[image]]["images"][0].convert("RGB")
 
 
+def _grounded_names(row: dict[str, Any]) -> frozenset[str]:
+    texts = [message_text(message) for message in row["messages"]]
+    return frozenset(
+        texts[entry["message"]][entry["start"] : entry["end"]].lower()
+        for entry in row.get("grounding") or []
+        if entry["mask"] is None or mask_from_rle(entry["mask"]).any()  # an empty one is of what is not there
+    )
+
+
 def other_images(pairs: Sequence[Pair], seed: int = 0) -> list[int]:
-    """A random image of another text for each pair."""
+    """A random image for each pair that does not match its text: of another text and, where the data is grounded, with
+    nothing in it that is grounded in the pair's own, unless each has something."""
     rng = np.random.default_rng(seed)
     chosen = []
     for pair in pairs:
-        strangers = [other.image for other in pairs if other.text != pair.text and other.image != pair.image]
-        chosen.append(strangers[rng.integers(len(strangers))])
+        strangers = [other for other in pairs if other.text != pair.text and other.image != pair.image]
+        apart = [other for other in strangers if not other.names & pair.names] or strangers
+        chosen.append(apart[rng.integers(len(apart))].image)
     return chosen
 
 

@@ -53,8 +53,8 @@ MODEL = {
     "visual_position_embedding": True,
     "cross_attention_sink": True,
 }
-STEPS = 150
-MAX_QUESTIONS = 100
+STEPS = 200
+MAX_QUESTIONS = 60
 SPLITS = ("test", "zero_shot")
 
 console = Console()

@@ -122,7 +122,7 @@ class AgeVlmConfig(PreTrainedConfig):
     projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
         Activation between the two linear layers of the adapter.
     visual_position_embedding (`bool`, *optional*, defaults to `False`):
-        Whether a fixed 2-D sine-cosine signal is added to the visual tokens before the adapter. Features of a
+        Whether the adapter adds a fixed 2-D sine-cosine signal to the visual tokens. Features of a
         convolutional tower carry hardly any absolute position, which questions such as "where is it?" need.
     image_token_id (`int`, *optional*, defaults to 128002):
         The token that stands for one image in the text, never expanded. The default is

@@ -413,7 +413,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
 
 
 class AgeVlmMultiModalProjector(nn.Module):
-    """The adapter: LayerNorm, an optional fixed position signal, a two-layer MLP from vision to text width, RMSNorm."""
+    """The adapter: LayerNorm, a two-layer MLP from vision to text width, an optional fixed position signal, RMSNorm."""
 
     def __init__(self, config: AgeVlmConfig, vision_width: int):
         super().__init__()
@@ -427,21 +427,25 @@ class AgeVlmMultiModalProjector(nn.Module):
 
     def forward(self, visual_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """`(N, T, vision_width)` tokens on a `grid` of rows and columns to `(N, T, D)`."""
-        visual_tokens = self.layernorm(visual_tokens)
+        visual_tokens = self.linear_2(self.act(self.linear_1(self.layernorm(visual_tokens))))
         if self.visual_position_embedding:
-            # After the norm, where the tokens have unit scale whatever the tower.
+            # Content and place at the same scale, and no MLP between the place and what reads it.
+            visual_tokens = nn.functional.rms_norm(
+                visual_tokens, visual_tokens.shape[-1:], eps=self.output_norm.variance_epsilon
+            )
             visual_tokens = visual_tokens + sincos_2d(grid, visual_tokens.shape[-1]).to(visual_tokens)
-        return self.output_norm(self.linear_2(self.act(self.linear_1(visual_tokens))))
+        return self.output_norm(visual_tokens)
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> torch.Tensor:
-    """Fixed sine-cosine position signal `(rows * columns, width)`, float32 (as in MAE, arXiv 2111.06377).
+    """Fixed sine-cosine position signal `(rows * columns, width)`, float32.
 
     A quarter of the width each holds the sine and cosine of the row, and of the column, at frequencies from 1 down to
-    1/10000; a width that four does not divide is filled up with zeros.
+    that of the grid's longer side, so that all of them vary over the image (at 1/10000, as for texts, most would not); a
+    width that four does not divide is filled up with zeros.
     """
     quarter = width // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter) / quarter)
+    frequencies = float(max(grid)) ** (-torch.arange(quarter) / quarter)
     rows, columns = (torch.arange(n)[:, None] * frequencies for n in grid)
     rows = rows[:, None].expand(-1, grid[1], -1)
     columns = columns[None].expand(grid[0], -1, -1)

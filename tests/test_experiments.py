@@ -27,8 +27,19 @@ from typer.testing import CliRunner
 
 from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli
 from agevlm.evaluation import experiments
-from agevlm.evaluation.experiments import ARMS, Setting, ablations, fresh_model, run, run_all, split_features, widen
+from agevlm.evaluation.experiments import (
+    ARMS,
+    Setting,
+    ablations,
+    fresh_model,
+    pool_features,
+    run,
+    run_all,
+    split_features,
+    widen,
+)
 from agevlm.evaluation.results import check_claims, score_sheets, summarize, write_report
+from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmImageFeatures
 from agevlm.processing.grounding import mask_from_rle, mask_to_rle
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 from agevlm.processing.scenes import build_scenes
@@ -271,14 +282,39 @@ def test_a_checkpoint_without_a_sink_is_tried_with_one():
 
 
 def test_padding_is_masked_or_seen(setting, variants):
-    masked, seen = (
-        split_features(setting, "wide", "test", variants[name].image_processor)
-        for name in ("padding_masked", "padding_seen")
-    )
+    masked, seen = (split_features(setting, variants[name], "test") for name in ("padding_masked", "padding_seen"))
     assert seen.visual_attention_mask is None
     # An image of 64x40 pixels covers 5 of the 8 rows of tokens.
     assert masked.visual_attention_mask.reshape(-1, 8, 8).any(-1).tolist() == [[True] * 5 + [False] * 3] * 4
     assert torch.equal(masked.last_hidden_state, seen.last_hidden_state)
+
+
+def test_tokens_are_pooled_over_squares():
+    tokens = torch.randn(2, 15, 3)
+    pooled = pool_features(AgeVlmImageFeatures(last_hidden_state=tokens, grid=(3, 5)), 2)
+    assert pooled.grid == (2, 3)
+    grid = tokens.reshape(2, 3, 5, 3)
+    for row, column in np.ndindex(2, 3):
+        square = grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        expected = square.double().mean((1, 2)).float()
+        torch.testing.assert_close(pooled.last_hidden_state[:, 3 * row + column], expected)
+
+
+def test_pooling_does_not_take_in_padding():
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    features = AgeVlmImageFeatures(last_hidden_state=torch.randn(2, 16, 3), visual_attention_mask=mask, grid=(4, 4))
+    assert pool_features(features, 2).last_hidden_state.shape == (2, 4, 3)
+    mask[0, -1] = False
+    with pytest.raises(ValueError, match="Images with padding cannot be pooled"):
+        pool_features(features, 2)
+
+
+def test_the_concatenating_arm_reads_pooled_tokens(setting):
+    arm = ARMS["concatenation"]
+    whole, pooled = (split_features(setting, variant, "test") for variant in (ARMS["guided"], arm))
+    assert whole.grid == (8, 8)
+    assert pooled.grid == (4, 4)
+    assert pooled.last_hidden_state.shape[1] == 16
 
 
 def test_wide_scenes_are_the_same_scenes(setting):
@@ -360,8 +396,8 @@ def test_what_is_done_is_not_done_again_and_the_rest_is_as_if_never_stopped(sett
     ("changes", "said"),
     [
         ({"guidance_weight": 2.0}, "guidance_weight was 1.0 and is 2.0"),
-        ({"curriculum": replace(SHORT, steps=8)}, "curriculum was"),
-        ({"splits": ("test", "zero_shot")}, "data was"),
+        ({"curriculum": replace(SHORT, steps=8)}, "curriculum.steps was 4 and is 8"),
+        ({"splits": ("test", "zero_shot")}, "data.zero_shot was None and is"),
         ({"max_questions": 2}, "max_questions was 1 and is 2"),
     ],
 )
@@ -383,7 +419,7 @@ def test_results_of_another_checkpoint_or_other_scenes_are_refused(setting, trai
     with pytest.raises(ValueError, match="checkpoint was"):
         run_all({"guided": ARMS["guided"]}, [0], replace(setting, checkpoint=other))
     data = {**setting.data, "exact": setting.data["teacher"]}
-    with pytest.raises(ValueError, match="data was"):
+    with pytest.raises(ValueError, match=r"data\.train was"):
         run_all({"guided": ARMS["guided"]}, [0], replace(setting, data=data))
 
 
@@ -646,6 +682,19 @@ def test_claims_that_do_not_hold(results, arm, changes, fails):
     assert all(any(text.endswith(end) for end in fails.split("|")) for text in failed), failed
 
 
+def test_a_claim_that_holds_below_chance_says_so(results):
+    results["guided"] = [
+        made_up("guided", seed, hits=15, pointing=0.84, auroc=0.95, relation=0.8) for seed in range(3)
+    ]
+    results["unguided"] = [made_up("unguided", seed, hits=14, pointing=0.2) for seed in range(3)]
+    first = check_claims(results)[0]
+    assert first.held
+    # F1 is 30 / 65 and 28 / 64
+    assert first.numbers == (
+        '0.462 ± 0.000 and 0.438 ± 0.000; chance 0.571 (always "Yes"), which guided does not exceed'
+    )
+
+
 def test_claims_about_arms_that_are_not_there_are_left_out(results):
     del results["concatenation"]
     assert not any("concatenation" in text for text in verdicts(results))
@@ -691,12 +740,12 @@ def test_the_report_is_whole_and_replaces_a_former_one(results, tmp_path, monkey
     assert "0.840 ± 0.020" in console.export_text()
 
     (folder / "old.png").touch()
+    monkeypatch.setattr("agevlm.evaluation.results.draw_scores", lambda *args: None)
     monkeypatch.setattr("agevlm.evaluation.results.draw_training", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(results, folder, **arguments)
     assert (folder / "report.md").read_text() == text  # the former one, while the new one is not whole
     monkeypatch.setattr("agevlm.evaluation.results.draw_training", lambda *args: None)
-    monkeypatch.setattr("agevlm.evaluation.results.draw_scores", lambda *args: None)
     write_report(results, folder, **arguments)
     assert not (folder / "old.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]

@@ -808,7 +808,7 @@ def test_sincos_against_its_formula(grid, width):
     quarter = width // 4
     expected = np.zeros((*grid, width))
     for row, column, i in np.ndindex(*grid, quarter):
-        frequency = 1 / 10000 ** (i / quarter)
+        frequency = 1 / max(grid) ** (i / quarter)
         expected[row, column, i] = math.sin(row * frequency)
         expected[row, column, quarter + i] = math.cos(row * frequency)
         expected[row, column, 2 * quarter + i] = math.sin(column * frequency)
@@ -818,6 +818,12 @@ def test_sincos_against_its_formula(grid, width):
     assert len(signal.unique(dim=0)) == grid[0] * grid[1], "no two places alike"
 
 
+def test_every_part_of_the_position_signal_varies_over_the_image():
+    """At the frequencies that texts use, most of it would hardly."""
+    signal = sincos_2d((16, 16), 64)
+    assert (signal.amax(0) - signal.amin(0)).min() > 0.3
+
+
 @torch.no_grad()
 def test_visual_position_embedding(model):
     positioned = tiny_age_vlm(visual_position_embedding=True)
@@ -825,6 +831,16 @@ def test_visual_position_embedding(model):
     assert largest(spread(model)) < 1e-5, "like features stay alike without the signal"
     assert spread(positioned).abs().amax(-1).min() > 1e-3, "and differ with it"
     assert largest(positioned(**batch()).logits - model(**batch()).logits) > 0.1
+
+
+@torch.no_grad()
+def test_position_and_content_weigh_alike_whatever_the_scale_of_the_mlp():
+    projector = tiny_age_vlm(visual_position_embedding=True).model.multi_modal_projector
+    tokens = torch.randn(1, NUM_VISUAL, projector.layernorm.normalized_shape[0])
+    reference = projector(tokens, GRID)
+    projector.linear_2.weight *= 100
+    projector.linear_2.bias *= 100
+    torch.testing.assert_close(projector(tokens, GRID), reference, atol=1e-3, rtol=1e-3)
 
 
 def spread(model) -> torch.Tensor:

@@ -25,6 +25,7 @@ from agevlm.evaluation.similarity import (
     text_pairs,
 )
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
+from agevlm.processing.grounding import mask_to_rle
 
 ANSWERS = ("a brown dog", "two cats", "a red sofa and one dog", "Paris", "nothing but a white cat")
 
@@ -162,6 +163,26 @@ def test_random_images_are_of_other_texts():
     assert {tuple(sorted(set(column))) for column in drawn[:, :2].T} == {(2, 3)}
     assert set(drawn[:, 2]) == {0, 1, 3}
     assert other_images(pairs, 7) == other_images(pairs, 7)
+
+
+def test_random_images_show_nothing_of_the_text():
+    """Images that show some of what a text names are not random ones for it; what is grounded nowhere counts for nothing."""
+    shown = [{"dog"}, {"dog", "cat"}, {"cat"}, {"car"}, {"dog", "car", "cat"}]
+    pairs = [Pair(image, "What?", f"text {image}", frozenset(names)) for image, names in enumerate(shown)]
+    drawn = np.array([other_images(pairs, seed) for seed in range(50)])
+    assert [set(column) for column in drawn[:, :4].T] == [{2, 3}, {3}, {0, 3}, {0, 1, 2}]
+    assert set(drawn[:, 4]) == {0, 1, 2, 3}  # each shows something of it
+
+    def entry(mask: list[list[bool]], start: int, end: int) -> dict:
+        return {"message": 1, "start": start, "end": end, "image": 0, "box": None, "mask": mask_to_rle(np.array(mask))}
+
+    grounding = [
+        [entry([[True]], 2, 11), entry([[False]], 0, 1)],  # "brown dog", and "a" which is not there
+        [{**entry([[True]], 4, 8), "mask": None}],  # "cats", with no mask
+        *([] for _ in range(3)),
+    ]
+    named, _ = text_pairs(rows().add_column("grounding", [[*entries] for entries in grounding]))
+    assert [pair.names for pair in named] == [{"brown dog"}, {"cats"}, set(), set(), set()]
 
 
 def test_scenes_are_asked_for_their_objects_only():

@@ -60,15 +60,15 @@ class Stage:
 
 
 # Lists of objects name most per token, and questions of existence also name what is not there.
-NAMING = {"objects": 0.5, "existence": 0.5}
-ASKING = {"existence": 0.6, "negation": 0.1, "objects": 0.1, "position": 0.1, "relation": 0.1}
+NAMING = {"existence": 0.7, "objects": 0.3}
+ASKING = {"existence": 0.55, "position": 0.2, "relation": 0.15, "objects": 0.05, "negation": 0.05}
 
 # The paper's stages 1 to 4. The first two are short: without guidance, little data teaches little.
 STAGES = (
     Stage("align", 0.03, guided=False, mixture=NAMING),
     Stage("adapt_vision", 0.03, guided=False, mixture=NAMING),
-    Stage("guide", 0.3, guided=True, mixture=NAMING),
-    Stage("instruct", 0.64, guided=True, mixture=ASKING, schedule="cosine"),
+    Stage("guide", 0.27, guided=True, mixture=NAMING),
+    Stage("instruct", 0.67, guided=True, mixture=ASKING, schedule="cosine"),
 )
 
 
@@ -93,7 +93,7 @@ class Curriculum:
         stages: in order; their shares sum to 1.
     """
 
-    steps: int = 150
+    steps: int = 200
     tokens_per_batch: int = 480
     learning_rate: float = 6e-3
     vision_learning_rate: float = 3e-4
