@@ -155,7 +155,8 @@ def ablate(
         str | None, typer.Option(help="What to ablate, as loss,gate; all by default. A wrong name lists them.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Whole numbers with commas between them.")] = "0,1",
-    steps: Annotated[int, typer.Option(help="Optimiser steps of all stages together.", min=4)] = 150,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of all stages together.", min=4)] = 200,
+    max_questions: Annotated[int, typer.Option(help="Asked of each kind, in each split.", min=1)] = 300,
     guidance_weight: Annotated[float, typer.Option(help="Weight of the guidance loss.", min=0)] = 1.0,
     workers: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu or cuda.")] = "cpu",
@@ -175,6 +176,7 @@ def ablate(
         topics=_parse_names(topics),
         seeds=numbers,
         steps=steps,
+        max_questions=max_questions,
         guidance_weight=guidance_weight,
         workers=workers,
         device=device,

@@ -360,6 +360,7 @@ def ablate(
     topics: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1),
     steps: int = Curriculum.steps,
+    max_questions: int = 300,
     guidance_weight: float = 1.0,
     workers: int = 1,
     device: str = "cpu",
@@ -373,6 +374,7 @@ def ablate(
         command: that is named in the report.
         topics: of [`ablations`]; all by default.
         steps: optimiser steps of all stages together.
+        max_questions: of each kind, in each split that is examined.
 
     Returns:
         the tables, for the terminal.
@@ -410,6 +412,7 @@ def ablate(
         output_dir=output_dir,
         curriculum=Curriculum(steps=steps),
         guidance_weight=guidance_weight,
+        max_questions=max_questions,
         splits=splits,
         device=device,
     )

@@ -457,6 +457,7 @@ def test_ablate_runs_the_topics_that_are_asked_for(setting, tmp_path, monkeypatc
     for name in ("draw_scores", "draw_training"):  # which take their time, and are looked at below
         monkeypatch.setattr(f"agevlm.evaluation.results.{name}", lambda *args: None)
     more = ["--topics", "padding,sink", "--seeds", "0", "--steps", "4", "--guidance-weight", "2"]
+    more += ["--max-questions", "7"]
     result = ablate(setting, tmp_path, *more)
     assert result.exit_code == 0, result.output
     expected = ["guided", "unguided", "padding_masked", "padding_seen", "no_sink"]
@@ -468,6 +469,7 @@ def test_ablate_runs_the_topics_that_are_asked_for(setting, tmp_path, monkeypatc
     stored = json.loads((tmp_path / "report/results.json").read_text())["results"]
     assert list(stored) == expected
     assert all(found["settings"]["guidance_weight"] == 2 for (found,) in stored.values())
+    assert all(found["settings"]["max_questions"] == 7 for (found,) in stored.values())
     assert all(found["settings"]["curriculum"]["steps"] == 4 for (found,) in stored.values())
     assert stored["padding_seen"][0]["settings"]["data"] != stored["guided"][0]["settings"]["data"]
     assert ablate(setting, tmp_path, *more).exit_code == 0
