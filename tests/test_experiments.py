@@ -57,7 +57,8 @@ COLOURS = {
     "pen": "cyan",
 }
 # One step a stage.
-SHORT = Curriculum(steps=4, tokens_per_batch=200, stages=tuple(replace(stage, share=1 / 4) for stage in STAGES))
+# Several rows in each batch, so that of a fraction some are guided and some are not.
+SHORT = Curriculum(steps=4, tokens_per_batch=600, stages=tuple(replace(stage, share=1 / 4) for stage in STAGES))
 
 
 @pytest.fixture(scope="module", autouse=True)
