@@ -360,7 +360,7 @@ def ablate(
     topics: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1),
     steps: int = Curriculum.steps,
-    max_questions: int = 300,
+    max_questions: int | None = Setting.max_questions,
     guidance_weight: float = 1.0,
     workers: int = 1,
     device: str = "cpu",
@@ -434,9 +434,8 @@ def fresh_model(variant: Variant, seed: int, setting: Setting) -> PreTrainedMode
     for name, value in variant.text_config.items():
         setattr(config.text_config, name, value)
     model = AgeVlmForConditionalGeneration.from_pretrained(setting.checkpoint, config=config)
-    if (
-        setting.device == "cpu" and not variant.concatenates
-    ):  # PyTorch's eager attention is faster there for short texts
+    # For texts without image tokens, which are short, eager attention is the faster one on CPUs.
+    if setting.device == "cpu" and not variant.concatenates:
         model.set_attn_implementation("eager")
     blocks = [layer.cross_attn for layer in model.model.language_model.layers if layer.cross_attn is not None]
     for number, fresh in enumerate((model.model.multi_modal_projector, *blocks)):

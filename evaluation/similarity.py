@@ -113,7 +113,9 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
         place = roles.index("assistant", 1)
         image = row.get("scene", number)
         rows[image] = number
-        pairs.append(Pair(image, texts[place - 1][1], texts[place][1], _grounded_names(row)))
+        pairs.append(
+            Pair(image, texts[place - 1][1], texts[place][1], _grounded_names(row, [text for _, text in texts]))
+        )
         if len(pairs) == limit:
             break
     if len({pair.text for pair in pairs}) < 2:
@@ -124,8 +126,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
     return pairs, lambda image: dataset[rows[image]]["images"][0].convert("RGB")
 
 
-def _grounded_names(row: dict[str, Any]) -> frozenset[str]:
-    texts = [message_text(message) for message in row["messages"]]
+def _grounded_names(row: dict[str, Any], texts: Sequence[str]) -> frozenset[str]:
     return frozenset(
         texts[entry["message"]][entry["start"] : entry["end"]].lower()
         for entry in row.get("grounding") or []
