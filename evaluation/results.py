@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def score_sheets(results: Results) -> list[Sheet]:
     cross-attention where phrases look."""
     summaries = summarize(results)
     first = next(iter(results.values()))
-    seeds = f"mean ± standard deviation of {len(first)} seeds" if len(first) > 1 else "1 seed"
+    seeds = _seeds(results, f"mean ± standard deviation of {len(first)} seeds")
     sheets = []
     for split in first[0]["scores"]:
         names = _names([splits[split] for splits in summaries.values()])
@@ -173,6 +173,11 @@ def score_sheets(results: Results) -> list[Sheet]:
             columns = ["", *(f"block {number}" for number in range(1, most + 1)), "mean map"]
             sheets.append(Sheet(f"{split}: pointing by block", columns, rows))
     return sheets
+
+
+def _seeds(results: Results, several: str) -> str:
+    """What numbers are said to be: `several`, or of a single seed."""
+    return several if len(next(iter(results.values()))) > 1 else "1 seed"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -253,7 +258,7 @@ def draw_scores(results: Results, split: str, path: Path, reference: str | None 
         [(score, {name: found.get(score) for name, found in summaries.items()}, line.get(score)) for score in scores],
         {name: results[name][0]["title"] for name in summaries},
         path,
-        f"{split}: mean, standard deviation and single seeds",
+        f"{split}: {_seeds(results, 'mean, standard deviation and single seeds')}",
         reference and results[reference][0]["title"],
     )
 
@@ -288,7 +293,7 @@ def _draw_bars(
     lines = math.ceil(len(panels) / columns)
     figure, save = _figure((max(6.0, 2.9 * columns), 2.2 * lines + 1.1))
     grid = figure.subplots(lines, columns, squeeze=False)
-    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(titles)}
+    colours = _colours(titles)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, summaries, line) in zip(grid.flat, panels, strict=False):
@@ -326,13 +331,24 @@ def _draw_bars(
     save(path)
 
 
-def draw_training(results: Results, path: Path) -> None:
-    """Draws the language modelling loss and pointing accuracy of training: the mean over seeds, and each seed thin."""
+def _colours(names: Iterable[str], reference: str | None = None) -> dict[str, str]:
+    """A variant's colour is the same in all figures of a topic: black of the reference, one of its own for each other."""
+    colours = dict(zip((name for name in names if name != reference), itertools.cycle(_COLOURS), strict=False))
+    return colours if reference is None else {**colours, reference: "black"}
+
+
+def draw_training(results: Results, path: Path, reference: str | None = None) -> None:
+    """Draws the language modelling loss and pointing accuracy of training: the mean over seeds, and each seed thin.
+
+    Args:
+        reference: the variant that is drawn in black, as in [`draw_scores`].
+    """
     figure, save = _figure((10, 4.2))
     panels = figure.subplots(1, 2)
+    colours = _colours(results, reference)
     for axes, key in zip(panels, ("lm_loss", "pointing_accuracy"), strict=True):
-        for number, runs in enumerate(results.values()):
-            colour, curves = _COLOURS[number % len(_COLOURS)], []
+        for name, runs in results.items():
+            colour, curves = colours[name], []
             for run in runs:
                 # The concatenating model's loss has no other part.
                 values = {e["step"]: e.get(key, e["loss"] if key == "lm_loss" else None) for e in run["log"]}
@@ -446,6 +462,7 @@ def write_report(
             draw_training(
                 {n: results[n] for n in dict.fromkeys([*([reference] if reference else []), *names])},
                 partial / f"{name}.png",
+                reference,
             )
             lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
         (partial / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

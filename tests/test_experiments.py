@@ -39,7 +39,7 @@ from agevlm.evaluation.experiments import (
     split_features,
     widen,
 )
-from agevlm.evaluation.results import check_claims, score_sheets, summarize, write_report
+from agevlm.evaluation.results import _colours, check_claims, score_sheets, summarize, write_report
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmImageFeatures
 from agevlm.processing.grounding import mask_from_rle, mask_to_rle
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
@@ -755,6 +755,11 @@ def test_the_report_is_whole_and_replaces_a_former_one(results, tmp_path, monkey
     write_report(results, folder, **arguments)
     assert not (folder / "old.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_variant_has_one_colour_with_and_without_the_reference():
+    assert _colours(["a", "guided", "b"], "guided") == {**_colours(["a", "b"]), "guided": "black"}
+    assert len({*_colours("abcdefg").values(), "black"}) == 8
 
 
 def test_topics_have_their_own_tables_and_figures(results, tmp_path):
