@@ -425,9 +425,11 @@ def write_report(
         **{name: _plain(note) for name, note in (notes or {}).items()},
     }
     lines = [f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
-    shown = list(
-        dict.fromkeys([*([] if reference is None else [reference]), *(n for names in topics.values() for n in names)])
-    )
+    chosen = {
+        topic: {name: results[name] for name in dict.fromkeys([*([reference] if reference else []), *names])}
+        for topic, names in topics.items()
+    }
+    shown = dict.fromkeys(name for found in chosen.values() for name in found)
     lines += [f"- `{name}`: {results[name][0]['title']}" for name in shown]
     tables: list[Table] = []
 
@@ -438,32 +440,27 @@ def write_report(
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     with new_folder(new) as partial:
-        for topic, names in topics.items():
-            chosen = {name: results[name] for name in dict.fromkeys([*([reference] if reference else []), *names])}
-            first, *others = chosen[next(iter(chosen))][0]["scores"]
+        for topic, found in chosen.items():
+            first, *others = next(iter(found.values()))[0]["scores"]
             figures = (
                 {f"scores_{split}": split for split in (first, *others)} if not topic else {f"topic_{topic}": first}
             )
             lines += ["", f"## {topic or 'Scores'}".replace("_", " ")]
-            for sheet in score_sheets(chosen):
+            for sheet in score_sheets(found):
                 add(sheet)
             for name, split in figures.items():
-                draw_scores(chosen, split, partial / f"{name}.png", reference)
+                draw_scores(found, split, partial / f"{name}.png", reference)
                 lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
             if not topic:
-                draw_similarity(chosen, partial / "similarity.png")
+                draw_similarity(found, partial / "similarity.png")
                 lines += ["", "![similarity](similarity.png)"]
         if claims:
             lines += ["", "## Claims", "", "On the means over the seeds; of two numbers the first is guided."]
             add(claim_sheet(claims))
         lines += ["", "## Training"]
-        for topic, names in topics.items():
+        for topic, found in chosen.items():
             name = f"training_{topic}" if topic else "training"
-            draw_training(
-                {n: results[n] for n in dict.fromkeys([*([reference] if reference else []), *names])},
-                partial / f"{name}.png",
-                reference,
-            )
+            draw_training(found, partial / f"{name}.png", reference)
             lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
         (partial / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         kept = {
