@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from rich.table import Table
 
-from .answering import (
+from .benchmark import (
     Question,
     answer_benchmark,
     check_chosen,

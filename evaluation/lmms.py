@@ -72,7 +72,7 @@ class AgeVlmChat(lmms):
     def __init__(
         self, pretrained: str, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1
     ) -> None:
-        from .answering import DTYPES
+        from .benchmark import DTYPES
 
         super().__init__()
         if dtype not in DTYPES:

@@ -16,16 +16,8 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-from .answering import (
-    Question,
-    answer_benchmark,
-    digest,
-    first_of_each,
-    read_lines,
-    reply_greedily,
-    save_results,
-)
-from .attention_maps import cross_attention_layers
+from .attention import cross_attention_layers
+from .benchmark import Question, answer_benchmark, digest, first_of_each, read_lines, reply_greedily, save_results
 from .scenes import SceneQuestion, answer_questions, phrase_scores, scene_questions, score_questions
 
 if TYPE_CHECKING:
@@ -40,8 +32,8 @@ def read_scenes(data: str | os.PathLike, split: str = "test") -> "Dataset":
         ValueError: if it holds something else, or has no such split.
         ImportError: if `datasets` is not installed.
     """
-    from ..processing.readers import read_rows
-    from ..processing.scenes import scene_features
+    from ..data.readers import read_rows
+    from ..data.scene_builder import scene_features
 
     if not Path(data).is_dir():
         raise FileNotFoundError(f"no such folder: {data}; name one that `agevlm scenes` has written")

@@ -3,7 +3,6 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +11,23 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
-from ..processing.grounding import mask_from_rle
-from ..processing.processing_agevlm import AgeVlmProcessor
-from ..processing.scenes import EXISTENCE_KINDS, KINDS
-from ..trainer.guidance import attention_iou
-from .answering import GREEDY, render_question
-from .attention_maps import crop_to_image
-from .concatenation import ConcatenationForConditionalGeneration, expand_image_tokens
-from .pope import yes_no_scores
+from research.rivals import ConcatenationForConditionalGeneration, expand_image_tokens
 
-# Kinds of question whose answers are scored as POPE's are.
-YES_NO_KINDS = (*EXISTENCE_KINDS, "negation")
+from ..data.scene_builder import EXISTENCE_KINDS, KINDS
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
+from ..processing.processing_agevlm import AgeVlmProcessor
+from ..processing.rows import mask_from_rle
+from ..trainer.losses import attention_iou
+from .attention import crop_to_image
+from .benchmark import GREEDY, render_question
+from .pope import yes_no_scores
 
 if TYPE_CHECKING:
     from datasets import Dataset
+from ..data.features import image_features, scene_images, select_features
+
+# Kinds of question whose answers are scored as POPE's are.
+YES_NO_KINDS = (*EXISTENCE_KINDS, "negation")
 
 
 @dataclass
@@ -73,55 +74,6 @@ def scene_questions(dataset: "Dataset") -> list[SceneQuestion]:
                 )
             )
     return questions
-
-
-def scene_images(dataset: "Dataset") -> dict[int, Image.Image]:
-    """Each scene's image, by the scene's number."""
-    first: dict[int, int] = {}
-    for row, scene in enumerate(dataset["scene"]):
-        first.setdefault(scene, row)
-    return {scene: dataset[row]["images"][0].convert("RGB") for scene, row in first.items()}
-
-
-@torch.no_grad()
-def image_features(
-    model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
-    processor: AgeVlmProcessor,
-    images: Iterable[Image.Image],
-    batch_size: int = 16,
-    progress: str | None = None,
-) -> AgeVlmImageFeatures:
-    """The vision tower's tokens of many images, computed once; the adapter is left to the model's forward.
-
-    Give rows of the result ([`select_features`]) to the model as `mm_encoder_outputs={"image": ...}`.
-    """
-    images = list(images)
-    parts: list[Any] = []
-    # Channels last is several times faster for depthwise convolutions on CPUs, and changes no value's meaning.
-    model.model.vision_tower.to(memory_format=torch.channels_last)
-    with Progress(disable=progress is None) as bar:
-        for start in bar.track(range(0, len(images), batch_size), description=progress or ""):
-            inputs = processor.image_processor(images[start : start + batch_size], return_tensors="pt")
-            pixels = inputs["pixel_values"].to(model.device, memory_format=torch.channels_last)
-            parts.append(
-                model.model.get_image_features(pixels, pixel_attention_mask=inputs.get("pixel_attention_mask"))
-            )
-    masks = [part.visual_attention_mask for part in parts]
-    return AgeVlmImageFeatures(
-        last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
-        visual_attention_mask=None if masks[0] is None else torch.cat(masks),
-        grid=parts[0].grid,
-    )
-
-
-def select_features(features: AgeVlmImageFeatures, rows: list[int]) -> AgeVlmImageFeatures:
-    """The tower's tokens of some of the images, in the order of `rows`."""
-    mask = features.visual_attention_mask
-    return AgeVlmImageFeatures(
-        last_hidden_state=features.last_hidden_state[rows],
-        visual_attention_mask=None if mask is None else mask[rows],
-        grid=features.grid,
-    )
 
 
 @torch.no_grad()
@@ -217,7 +169,7 @@ def score_maps(maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns:
         float `(n,)` each: `pointing`, 1 where the strongest cell's middle lies in the mask ([`points_at`]); `iou`, the soft
-        intersection over union ([`~agevlm.trainer.guidance.attention_iou`]); `mass`, the attention inside the mask, whose
+        intersection over union ([`~agevlm.trainer.losses.attention_iou`]); `mass`, the attention inside the mask, whose
         chance level is the mask's share of the image.
     """
     coverage = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), maps.shape[-2:]).flatten()

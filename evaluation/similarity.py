@@ -6,11 +6,9 @@ compared are the hidden states of the text's tokens after the last self-attentio
 decoder has, whichever way images reach it. In a model that hardly looks, all three are alike.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +18,16 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from research.rivals import ConcatenationForConditionalGeneration, expand_image_tokens
+
+from ..data.features import select_features
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
-from ..processing.grounding import mask_from_rle, message_text
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .concatenation import ConcatenationForConditionalGeneration, expand_image_tokens
-from .scenes import select_features
+from ..processing.rows import mask_from_rle, message_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 _BINS = 30
 
@@ -292,22 +292,3 @@ def _states(model: PreTrainedModel, inputs: dict[str, Any], places: Sequence[Seq
         hook.remove()
     for row, chosen in zip(captured[0], places, strict=True):
         yield row[list(chosen)].float().cpu()
-
-
-def draw_similarity(found: Similarity, path: str | os.PathLike, title: str) -> None:
-    """Writes a PNG: the histograms of matching and random pairs over each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    edges = np.histogram_bin_edges(np.concatenate([found.matching, found.random]), _BINS)
-    for values, name, colour in ((found.matching, "matching", "tab:blue"), (found.random, "random", "tab:orange")):
-        axis.hist(values, edges.tolist(), alpha=0.55, color=colour, label=f"{name} image, mean {values.mean():.3f}")
-    axis.set_xlabel("cosine similarity of the text's hidden states to those without an image")
-    axis.set_ylabel("texts")
-    axis.set_title(f"{title}\nAUROC {found.auroc:.2f}, overlap {found.overlap:.2f}", fontsize=10)
-    axis.legend(fontsize=9, frameon=False)
-    figure.savefig(Path(path), dpi=110)
-    plt.close(figure)

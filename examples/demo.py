@@ -32,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
-from agevlm.evaluation.attention_maps import block_titles, draw_heatmaps
-from agevlm.evaluation.scenes import SceneQuestion, answer_questions, evaluate_scenes, scene_images, scene_questions
-from agevlm.processing.cutouts import export_openmoji, export_photographs
-from agevlm.processing.scenes import build_scenes
-from agevlm.trainer.curriculum import STAGES, Curriculum, train_stages
-from agevlm.trainer.recipes import draw_training
+from agevlm.data.features import scene_images
+from agevlm.data.scene_builder import build_scenes
+from agevlm.evaluation.attention import block_titles
+from agevlm.evaluation.scenes import SceneQuestion, answer_questions, evaluate_scenes, scene_questions
+from agevlm.plots import draw_heatmaps, draw_training
+from research.assets.openmoji import export_openmoji, export_photographs
+from research.curriculum import STAGES, Curriculum, train_stages
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "demo.safetensors"
 

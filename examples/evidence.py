@@ -26,12 +26,14 @@ from fetch_photographs import fetch
 from parts import assemble
 from rich.console import Console
 
-from agevlm._files import new_folder
-from agevlm.evaluation.experiments import ARMS, Setting, run_all
-from agevlm.evaluation.results import check_claims, write_report
-from agevlm.processing.masks import add_masks, boxes_from_masks, load_teacher, mask_quality
-from agevlm.processing.scenes import build_scenes, load_cutouts
-from agevlm.trainer.curriculum import Curriculum
+from agevlm.data.masks import add_masks
+from agevlm.data.scene_builder import build_scenes, load_cutouts
+from agevlm.data.teachers import load_teacher
+from agevlm.files import new_folder
+from research.curriculum import Curriculum
+from research.mask_quality import boxes_from_masks, mask_quality
+from research.report import check_claims, write_report
+from research.runs import ARMS, Setting, run_all
 
 # Every fourth class, 47 of 186: as many as this little training can tell apart.
 EVERY_CLASS = 4

@@ -3,7 +3,7 @@
 
     python examples/fetch_photographs.py photographs
 
-writes `photographs/cutouts` and `photographs/backgrounds`, for `agevlm scenes` or `agevlm.processing.scenes.build_scenes`. On
+writes `photographs/cutouts` and `photographs/backgrounds`, for `agevlm scenes` or `agevlm.data.scene_builder.build_scenes`. On
 Debian and its kin the packages are downloaded with apt, without installing them; elsewhere download them by hand and name
 the folder that holds them with `--packages`.
 """
@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from agevlm.processing.debian import PACKAGES, export_places, export_stamps, unpack_package
+from research.assets.debian import PACKAGES, export_places, export_stamps, unpack_package
 
 
 def find_packages(folder: Path) -> list[Path]:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
-from agevlm.assembly import build_checkpoint, load_timm
+from agevlm.build import build_checkpoint, load_timm
 from agevlm.processing.processing_agevlm import add_image_support
-from agevlm.trainer.freezing import group_parameters
+from agevlm.trainer.stages import group_parameters
 
 # A question, a line break, its answer: half the tokens of SmolLM2's own format, and so twice as many questions in a step. The
 # assistant's turns are marked for training.

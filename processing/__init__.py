@@ -1,1 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image processor, processor and grounding data."""
+
+import lazy_loader
+
+# The public names are those of `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rows to batches: conversations with images and grounded phrases to model inputs, labels and guidance targets.
 
-The rows are those of [`agevlm.processing.grounding`]: TRL's conversational vision format, with `grounding` where there
+The rows are those of [`agevlm.processing.rows`]: TRL's conversational vision format, with `grounding` where there
 is any.
 """
 
@@ -19,9 +19,9 @@ import torch
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .grounding import mask_from_rle, message_text, place_images
 from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
 from .processing_agevlm import AgeVlmProcessor
+from .rows import mask_from_rle, message_text, place_images
 
 _CHECK = "`agevlm data check` lists all such rows of a data set."
 
@@ -202,7 +202,7 @@ class AgeVlmDataCollator:
     """Turns rows into a batch for AGE-VLM: model inputs, labels and, for grounded rows, what guidance needs.
 
     Rows have `messages` (or `prompt` and `completion`), `images` (one, many or none) and optionally `grounding`, see
-    [`agevlm.processing.grounding`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
+    [`agevlm.processing.rows`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
     right; `pixel_values` and perhaps `pixel_attention_mask` of all images in order; and where phrases are to be guided
 
     - `map_queries`: bool `(B, P, S)`, the tokens of each phrase;

@@ -7,8 +7,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from .freezing import resolve_groups
-from .guidance import resolve_loss
+from .losses import resolve_loss
+from .stages import resolve_groups
 
 
 @dataclass
@@ -18,13 +18,13 @@ class AgeVlmArgumentsMixin:
 
     Args:
         stage (`str` or `list[str]`, *optional*):
-            What trains: a preset of [`agevlm.trainer.freezing.PRESETS`], or a list of its groups. By default whatever of
+            What trains: a preset of [`agevlm.trainer.stages.PRESETS`], or a list of its groups. By default whatever of
             the model requires gradients, as it is; so with PEFT, which decides that itself.
         guidance_weight (`float`, defaults to 1.0):
             Weight of the guidance loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
         guidance_loss (`str`, defaults to `"dice"`):
             What compares attention maps with masks: `"dice"`, the paper's, `"bce"` (binary cross-entropy) or `"kl"`
-            (Kullback-Leibler divergence), see [`agevlm.trainer.guidance`]. Their gradients differ in size, and so do the
+            (Kullback-Leibler divergence), see [`agevlm.trainer.losses`]. Their gradients differ in size, and so do the
             weights that suit them.
         rescale_maps (`bool`, defaults to `True`):
             Scale maps, which sum to 1, to their mask's area before dice or bce compares them. False takes them as they are.

@@ -22,8 +22,8 @@ from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing.collator import AgeVlmDataCollator
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .arguments import AgeVlmTrainingArguments
-from .freezing import freeze, open_gates, optimizer_groups, print_trainable
-from .guidance import attention_iou, guidance_losses, pointing_hits, resolve_loss
+from .losses import attention_iou, guidance_losses, pointing_hits, resolve_loss
+from .stages import freeze, open_gates, optimizer_groups, print_trainable
 
 # Inputs of guidance that are no inputs of the model.
 _TARGETS = ("map_targets", "num_dropped_phrases")

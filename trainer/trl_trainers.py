@@ -18,7 +18,7 @@ from ..processing.collator import (
     row_messages,
 )
 from .arguments import AgeVlmArgumentsMixin
-from .freezing import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
+from .stages import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
 from .trainer import GuidanceMixin
 
 
@@ -28,7 +28,7 @@ class AgeVlmScriptArguments:
 
     Args:
         dataset_name (`str`):
-            What [`agevlm.processing.readers.read_rows`] opens: a folder of `save_to_disk`, a file of rows, or a Hub id.
+            What [`agevlm.data.readers.read_rows`] opens: a folder of `save_to_disk`, a file of rows, or a Hub id.
         dataset_train_split (`str`, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, defaults to `"test"`):

@@ -15,9 +15,9 @@ from transformers import AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, TrlParser, get_peft_config
 
 from agevlm import AgeVlmForConditionalGeneration
-from agevlm.processing.grounding import message_text
-from agevlm.processing.readers import read_rows
-from agevlm.trainer.freezing import PRESETS, freeze, print_trainable
+from agevlm.data.readers import read_rows
+from agevlm.processing.rows import message_text
+from agevlm.trainer.stages import PRESETS, freeze, print_trainable
 from agevlm.trainer.trl_trainers import AgeVlmModelConfig, AgeVlmScriptArguments
 
 

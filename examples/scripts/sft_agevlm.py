@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from trl import TrlParser, get_peft_config
 
 from agevlm import AgeVlmForConditionalGeneration
-from agevlm.processing.readers import read_rows
+from agevlm.data.readers import read_rows
 from agevlm.trainer.trl_trainers import AgeVlmModelConfig, AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmSFTTrainer
 
 

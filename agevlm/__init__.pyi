@@ -1,0 +1,36 @@
+from .build import build_checkpoint as build_checkpoint
+from .build import load_timm as load_timm
+from .data.check import check_dataset as check_dataset
+from .data.masks import add_masks as add_masks
+from .data.readers import read_rows as read_rows
+from .data.scene_builder import build_scenes as build_scenes
+from .data.teachers import MaskTeacher as MaskTeacher
+from .data.teachers import load_teacher as load_teacher
+from .evaluation.attention import attend as attend
+from .evaluation.cv_bench import evaluate_cv_bench as evaluate_cv_bench
+from .evaluation.pope import evaluate_pope as evaluate_pope
+from .modeling_agevlm.configuration_agevlm import AgeVlmConfig as AgeVlmConfig
+from .modeling_agevlm.configuration_agevlm import AgeVlmTextConfig as AgeVlmTextConfig
+from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration as AgeVlmForConditionalGeneration
+from .modeling_agevlm.modeling_agevlm import AgeVlmModel as AgeVlmModel
+from .modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel as AgeVlmPreTrainedModel
+from .modeling_agevlm.modeling_agevlm import AgeVlmTextModel as AgeVlmTextModel
+from .processing.collator import AgeVlmDataCollator as AgeVlmDataCollator
+from .processing.image_processing_agevlm import AgeVlmImageProcessor as AgeVlmImageProcessor
+from .processing.image_processing_agevlm import AgeVlmImageProcessorPil as AgeVlmImageProcessorPil
+from .processing.processing_agevlm import AgeVlmProcessor as AgeVlmProcessor
+from .processing.rows import mask_from_rle as mask_from_rle
+from .processing.rows import mask_to_rle as mask_to_rle
+from .processing.rows import row_features as row_features
+from .trainer.arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
+from .trainer.recipe import load_recipe as load_recipe
+from .trainer.recipe import train as train
+from .trainer.stages import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE
+from .trainer.stages import LORA_TARGET_MODULES as LORA_TARGET_MODULES
+from .trainer.trainer import AgeVlmTrainer as AgeVlmTrainer
+from .trainer.trl_trainers import AgeVlmDPOConfig as AgeVlmDPOConfig
+from .trainer.trl_trainers import AgeVlmDPOTrainer as AgeVlmDPOTrainer
+from .trainer.trl_trainers import AgeVlmSFTConfig as AgeVlmSFTConfig
+from .trainer.trl_trainers import AgeVlmSFTTrainer as AgeVlmSFTTrainer
+
+__version__: str

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Llama and a vision backbone to one saved AGE-VLM checkpoint with its processor."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
+from transformers.utils import logging
+
+from .files import new_folder
+from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from .processing.image_processing_agevlm import AgeVlmImageProcessor
+from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
+
+logger = logging.get_logger(__name__)
+
+# Tokens that tokenizers keep for images or for nothing in particular, best first.
+IMAGE_TOKENS = ("<|image|>", "<image>", "<|reserved_special_token_0|>")
+
+
+def load_timm(
+    architecture: str,
+    weights: str | os.PathLike | None = None,
+    rename: Callable[[dict[str, torch.Tensor], torch.nn.Module], dict[str, torch.Tensor]] | None = None,
+    **model_args: Any,
+) -> TimmWrapperModel:
+    """A timm backbone in Transformers' wrapper, with weights from a local file.
+
+    Args:
+        architecture: a timm name, with or without its `timm/` prefix.
+        weights: a `.safetensors` or PyTorch file (read with `weights_only=True`) of the whole timm model; None for
+            random weights.
+        rename: called with the file's state dict and the whole timm model, to give the state dict timm's own names.
+        model_args: for `timm.create_model`, and kept in the configuration: `features_only=True, out_indices=[3]` gives
+            a feature map of an earlier stage.
+
+    Raises:
+        ValueError: for an unknown architecture, or a file that does not hold its weights.
+        FileNotFoundError: if the file is missing.
+    """
+    architecture = architecture.removeprefix("timm/")
+    if not timm.is_model(architecture.split(".")[0]):
+        close = timm.list_models(f"*{architecture.split('.')[0].split('_')[0]}*")[:5]
+        raise ValueError(f"timm has no model '{architecture}'" + (f"; it has {', '.join(close)}." if close else "."))
+    config = TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args or None)
+    if weights is None:
+        return TimmWrapperModel(config).eval()
+    weights = Path(weights)
+    if not weights.is_file():
+        raise FileNotFoundError(f"There is no weight file {weights}.")
+    # Names and shapes are all that is needed of these two until the weights come: they cost no memory.
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        whole, model = timm.create_model(architecture), TimmWrapperModel(config)
+    try:
+        state_dict = timm.models.load_state_dict(str(weights), weights_only=True)
+        whole.load_state_dict(rename(state_dict, whole) if rename is not None else state_dict, assign=True)
+    except Exception as error:  # readers raise errors of many types for damaged files
+        raise ValueError(f"{weights} does not hold the weights of timm's '{architecture}': {error}") from error
+    # timm's own way of loading, which knows that features-only models name their parts otherwise.
+    model.timm_model = timm.create_model(
+        architecture,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": whole.state_dict()},
+        num_classes=0,
+        **model_args,
+    )
+    return model.eval()
+
+
+def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
+    """The token that shall stand for an image: the one asked for, else one the tokenizer keeps for such use.
+
+    Raises:
+        ValueError: if it is no added token of the tokenizer, listing those that are.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    own = getattr(tokenizer, "image_token", None)
+    for token in [image_token] if image_token else [own, *IMAGE_TOKENS]:
+        if token in added:
+            return token
+    taken = set(tokenizer.special_tokens_map.values())
+    free = sorted(added - {str(token) for token in taken if isinstance(token, str)})
+    wanted = f"'{image_token}' is not one of them" if image_token else "none of them is known to be for images"
+    raise ValueError(
+        f"One of the tokenizer's special tokens must stand for an image, and {wanted}. Name one that texts never use "
+        f"with `image_token` (on the command line --image-token): {', '.join(free) or 'this tokenizer has none to spare'}."
+    )
+
+
+def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that the vision model was trained with; CLIP's where nothing says."""
+    config = AutoConfig.from_pretrained(vision_model) if isinstance(vision_model, str) else vision_model.config
+    if (pretrained_cfg := getattr(config, "pretrained_cfg", None)) and "mean" in pretrained_cfg:
+        return pretrained_cfg["mean"], pretrained_cfg["std"]
+    if isinstance(vision_model, str):
+        try:
+            processor = AutoImageProcessor.from_pretrained(vision_model)
+            return processor.image_mean, processor.image_std
+        except (OSError, ValueError, AttributeError):
+            logger.warning(f"{vision_model} has no image processor: its images are normalised as CLIP's.")
+    return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+def build_checkpoint(
+    text_model: str,
+    vision_model: str | PreTrainedModel,
+    output_dir: str | os.PathLike,
+    *,
+    image_token: str | None = None,
+    image_size: int = 768,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    dtype: torch.dtype | str = "auto",
+    **config_kwargs: Any,
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+    """Assembles an AGE-VLM with its processor and saves both in one folder that every Auto class loads.
+
+    Args:
+        text_model: path or Hub id of a Llama-architecture checkpoint, or path of a `.gguf` file.
+        vision_model: path or Hub id of a vision backbone, or the model itself ([`load_timm`]).
+        output_dir: a folder that does not exist yet, or is empty; it appears complete or not at all.
+        image_token: the special token that stands for an image; see [`find_image_token`].
+        image_size: side in pixels of the square that images are fitted into.
+        image_mean, image_std: by channel; the vision model's own by default, else CLIP's.
+        dtype: of the parts loaded here.
+        config_kwargs: as for [`AgeVlmForConditionalGeneration.from_parts`].
+
+    Raises:
+        FileExistsError: if `output_dir` holds something already.
+        ValueError: if the text model is not a Llama, or no token can stand for an image.
+        OSError: if a part's files are missing.
+    """
+    with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
+        gguf = {}
+        tokenizer_path = text_model
+        if text_model.endswith(".gguf"):
+            tokenizer_path, gguf["gguf_file"] = os.path.split(text_model)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **gguf)
+        image_token = find_image_token(tokenizer, image_token)
+        mean, std = _image_statistics(vision_model)
+        image_processor = AgeVlmImageProcessor(
+            size={"height": image_size, "width": image_size}, image_mean=image_mean or mean, image_std=image_std or std
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # generation continues from the right end
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        processor = AgeVlmProcessor(image_processor, tokenizer, image_token=image_token)
+
+        model = AgeVlmForConditionalGeneration.from_parts(
+            text_model, vision_model, dtype=dtype, image_token_id=processor.image_token_id, **config_kwargs
+        )
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    return model, processor

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, `agevlm`. Each command is a thin coat over one public function; a module holds a group of them."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from . import ask, build, data, eval, train
+
+app = typer.Typer(
+    help="AGE-VLM: vision-language models that are taught where to look.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    build.build,
+    data.scenes,
+    data.masks,
+    train.train,
+    train.ablate,
+    ask.ask,
+    ask.attention,
+    eval.similarity,
+):
+    app.command()(command)
+
+data_app = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
+for command in (data.check, data.convert):
+    data_app.command()(command)
+app.add_typer(data_app, name="data")
+
+eval_app = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
+for command in (eval.pope, eval.cv_bench, eval.scenes):
+    eval_app.command()(command)
+app.add_typer(eval_app, name="eval")
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in a message and exit code 2, never in a traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        app()
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        Console(stderr=True).print(
+            f"[red]agevlm: error:[/red] {type(error).__name__ if not str(error) else ''}", end=""
+        )
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("agevlm: interrupted", file=sys.stderr)
+        sys.exit(130)

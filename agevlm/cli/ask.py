@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`agevlm ask` and `agevlm attention`: questions about an image."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def _check_question(question: str) -> str:
+    """The question without spaces at its ends, which chat templates may cut off."""
+    if not question.strip():
+        raise ValueError("The question is empty: write what you want to know about the image.")
+    return question.strip()
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask about the image.")],
+    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
+    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    heatmap: Annotated[
+        Path | None, typer.Option(help="PNG to write: where --phrase looks, for each cross-attention block.")
+    ] = None,
+    phrase: Annotated[
+        str | None,
+        typer.Option(
+            help="Words of the question whose attention --heatmap shows, the last place where they occur; all by default."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+) -> None:
+    """Ask a question about an image."""
+    from ..evaluation.attention import block_titles, check_cross_attention, find_phrase, phrase_maps
+    from ..plots import draw_heatmaps
+
+    question = _check_question(question)
+    if phrase is not None:
+        find_phrase(question, phrase)
+    if phrase is not None and heatmap is None:
+        raise ValueError("--phrase says what --heatmap shows: name the PNG to write with --heatmap.")
+    if heatmap is not None and not heatmap.absolute().parent.is_dir():
+        raise ValueError(f"--heatmap {heatmap}: there is no folder {heatmap.absolute().parent}.")
+
+    from transformers import AutoConfig
+
+    from ..evaluation.benchmark import Question, load_model, render_question, reply_greedily
+    from ..processing.image_processing_agevlm import load_image
+
+    picture = load_image(image).convert("RGB")
+    if heatmap is not None:
+        check_cross_attention(AutoConfig.from_pretrained(model), model)
+    vlm, processor = load_model(model)
+    asked = Question("question", lambda: picture, question)
+    answer = reply_greedily(vlm, processor, [asked], max_new_tokens)[0]["answer"]
+    Console().print(answer, markup=False)
+    if heatmap is not None:
+        text = render_question(processor, question)
+        start, end = find_phrase(text, question)
+        if phrase is not None:
+            offset, start = start, find_phrase(question, phrase)[0]
+            start, end = offset + start, offset + start + len(phrase)
+        maps = phrase_maps(vlm, processor, text, picture, [(start, end)])[:, 0]
+        draw_heatmaps(
+            picture, maps, block_titles(vlm), heatmap, caption=f"{question}  {answer}    [{phrase or question}]"
+        )
+
+
+def attention(
+    question: Annotated[str, typer.Argument(help="What to ask about the image.")],
+    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
+    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.json; must not exist yet.")],
+    answer: Annotated[str | None, typer.Option(help="An answer to look into; by default, the model's own.")] = None,
+    phrase: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Words of the answer or, if they do not occur there, of the question; where they occur several times, the "
+            "last one. May be repeated; every word of the answer by default."
+        ),
+    ] = None,
+    predicting: Annotated[
+        bool,
+        typer.Option(
+            "--predicting",
+            help="Show what the model looks at while it chooses the answer's words (one token earlier), rather than "
+            "once it has read them.",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model, in tokens.", min=1)] = 64,
+) -> None:
+    """Show where words of a question and its answer look in an image: heat maps by block and averaged."""
+    from ..evaluation.attention import attend, check_cross_attention, choose_phrases
+    from ..files import check_new_folder
+
+    question = _check_question(question)
+    if answer is not None:
+        choose_phrases(question, answer, phrase or None)
+    check_new_folder(out)  # before the model is loaded
+
+    from transformers import AutoConfig
+
+    from ..evaluation.benchmark import load_model
+    from ..processing.image_processing_agevlm import load_image
+
+    picture = load_image(image).convert("RGB")
+    check_cross_attention(AutoConfig.from_pretrained(model), model)
+    vlm, processor = load_model(model)
+    looked = attend(
+        vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
+    )
+    looked.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
+    Console().print(looked.answer.strip(), markup=False)
+    Console().print(f"[green]Saved[/green] {out}: attention.png, attention.json ({len(looked.phrases)} phrases).")

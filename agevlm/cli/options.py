@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How options of several commands are read."""
+
+import json
+from typing import Any
+
+
+def parse_json(text: str | None, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{option} is not JSON ({error}): write for example '{{\"features_only\": true}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text}.")
+    return value
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def parse_numbers(text: str | None, option: str, kind: type) -> list | None:
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} must be numbers with commas between them, got '{text}'.") from error

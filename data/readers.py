@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of grounding data: what others have written, as rows of the format of `agevlm.processing.rows`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import new_folder
+from ..processing.rows import import_datasets, place_images, quiet_datasets, row_features
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DESCRIBE = "Describe this image."
+"""What the user says in rows of `read_grit`, whose captions answer it."""
+
+_LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
+_IMAGE = "<image>"
+# Boxes in parts of the image may stick out by this much, which is rounding; more is a mistake, such as pixels.
+_BOX_TOLERANCE = 1e-3
+
+
+def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
+    """Open a data set, wherever it is.
+
+    Args:
+        path: a folder that `save_to_disk` wrote or another one that `datasets.load_dataset` reads, a `.json`, `.jsonl`
+            or `.parquet` file of rows, or the id of a data set on the Hub. Paths of images in a JSON file are relative
+            to its folder; such a file is read into memory.
+        split: the name of the split; a file, or a folder of one data set, is the split `train` unless it says otherwise.
+            May be left out where there is only one.
+
+    Raises:
+        FileNotFoundError: if there is nothing of this name, here or on the Hub.
+        ValueError: if there is no such split or several to choose from, or a file is not one of rows.
+        ImportError: if `datasets` is not installed.
+    """
+    datasets = import_datasets()
+    import pyarrow as pa
+
+    place, name = Path(path), os.fspath(path)
+    try:
+        if place.is_dir() and any((place / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        elif place.is_dir():
+            loaded = datasets.load_dataset(name)
+        elif place.suffix in (".json", ".jsonl") and place.is_file():
+            loaded = _rows_to_dataset(read_json_rows(place), name)
+        elif place.suffix == ".parquet" and place.is_file():
+            loaded = datasets.Dataset.from_parquet(name)
+        elif place.is_file():
+            raise ValueError(f"{path} is none of .json, .jsonl or .parquet; convert it to one of them")
+        elif place.suffix not in (".json", ".jsonl", ".parquet") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+            loaded = datasets.load_dataset(name)
+        else:
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read as a data set: {error.__cause__ or error}") from error
+
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    names = ", ".join(splits)
+    if split is None and len(splits) > 1:
+        raise ValueError(f"{path} has several splits; name one of them: {names}")
+    if split is not None and split not in splits:
+        raise ValueError(f"{path} has no split {split!r}; it has: {names}")
+    dataset = splits[split] if split is not None else next(iter(splits.values()))
+    if "images" in dataset.column_names:
+        images = dataset.features["images"]
+        if not isinstance(getattr(images, "feature", None), datasets.Image):
+            try:
+                dataset = dataset.cast_column("images", row_features()["images"])
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise ValueError(f"{path}: its column images does not hold lists of images: {error}") from error
+    return dataset
+
+
+def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a `.json` (a list) or `.jsonl` file as they are, for `check_dataset`, which then can name what is
+    wrong with rows that no data set could hold. Only relative paths of images are changed: they are taken from the
+    file's folder.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the file is not JSON, or not a list of objects.
+    """
+    path = Path(path)
+
+    def located(image: Any) -> Any:
+        if isinstance(image, str):
+            image = {"path": image, "bytes": None}
+        if isinstance(image, dict) and isinstance(image.get("path"), str) and "://" not in image["path"]:
+            return image | {"path": str(path.absolute().parent / image["path"])}
+        return image
+
+    return [
+        entry | {"images": [located(image) for image in entry["images"]]}
+        if isinstance(entry.get("images"), list)
+        else entry
+        for entry in _entries(path)
+    ]
+
+
+def read_llava(path: str | os.PathLike, image_folder: str | os.PathLike, *, progress: bool = True) -> Dataset:
+    """Read conversations about images in the format of LLaVA.
+
+    The file is a list (`.json`), or has one entry a line (`.jsonl`):
+
+        {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                        {"from": "gpt", "value": "A dog."}]}
+
+    Each `<image>` becomes an image part in its place, without the line breaks beside it. `image` may be a list, and is
+    left out where there is only text. No phrase is grounded.
+
+    Args:
+        path: the file.
+        image_folder: the folder that the paths of images start from.
+        progress: show a progress bar.
+
+    Returns:
+        rows with the columns of `row_features`, and `id`. Images are held by their paths: `save_to_disk` and
+        `push_to_hub` put them into what they write.
+
+    Raises:
+        FileNotFoundError: if the file or the folder is missing.
+        ValueError: if an entry is not of this format, or its images are missing; says which and what to do.
+        ImportError: if `datasets` is not installed.
+    """
+    return _read(path, image_folder, _llava_row, progress)
+
+
+def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progress: bool = True) -> Dataset:
+    """Read grounded captions in the format of GRIT, Kosmos-2's data.
+
+    The file is a list (`.json`), or has one entry a line (`.jsonl`):
+
+        {"key": "0001", "caption": "a dog in a field", "ref_exps": [[0, 5, 0.1, 0.2, 0.6, 0.9, 0.97]]}
+
+    An entry of `ref_exps` is the first character of a phrase and the one after its last, a box `x0, y0, x1, y1` in parts
+    of the image's width and height, and a confidence, which is not kept: `score` is a mask's. The image is the file
+    named by `image` or `file_name`, or `<key>.jpg`; boxes become pixels of that file, whatever size it was downloaded
+    in. The row is `DESCRIBE` and the caption. A phrase with several boxes has an entry of `grounding` for each; masks
+    made from them are joined at training.
+
+    Arguments, result and errors are those of `read_llava`; `id` is the key.
+    """
+    return _read(path, image_folder, _grit_row, progress)
+
+
+def convert(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    format: str,
+    progress: bool = True,
+) -> Dataset:
+    """Convert a file to a data set on disk that holds its images, for `read_rows` or `datasets.load_from_disk`.
+
+    Args:
+        path: the file.
+        image_folder: the folder that the paths of images start from.
+        output_dir: folder to write; it appears only when complete.
+        format: "llava" (see `read_llava`) or "grit" (see `read_grit`).
+        progress: show progress bars.
+
+    Returns:
+        the data set, as read back from `output_dir`.
+
+    Raises:
+        FileExistsError: if `output_dir` exists and is not an empty folder.
+        ValueError: if the format is unknown, and as `read_llava`.
+    """
+    readers = {"llava": read_llava, "grit": read_grit}
+    if format not in readers:
+        raise ValueError(f"no format {format!r}; choose one of: {', '.join(readers)}")
+    datasets = import_datasets()
+    with new_folder(output_dir) as partial, contextlib.nullcontext() if progress else quiet_datasets(datasets):
+        readers[format](path, image_folder, progress=progress).save_to_disk(partial)
+    return datasets.load_from_disk(os.fspath(output_dir))
+
+
+# --- files to data sets ---
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON or JSON-lines file."""
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path} is neither .json nor .jsonl; rename or convert it")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it in that encoding") from error
+    # Not `splitlines`, which also splits at characters that may stand in a JSON string.
+    lines = enumerate(text.split("\n"), 1) if path.suffix == ".jsonl" else [(None, text)]
+    values = []
+    for number, line in lines:
+        if number is not None and not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            where = str(path) if number is None else f"{path}, line {number},"
+            mend = "; a file of one object a line must be named .jsonl" if error.msg == "Extra data" else ""
+            raise ValueError(f"{where} is not JSON: {error}{mend}") from error
+    if path.suffix == ".json":
+        values = values[0]
+    if not isinstance(values, list):
+        raise ValueError(
+            f"{path} is not a list of entries; write [{{…}}, {{…}}], or one entry a line in a .jsonl file"
+        )
+    if not values:
+        raise ValueError(f"{path} has no entries")
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, entry {number}: is not an object; write {{…}}")
+    return values
+
+
+def _read(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike,
+    to_row: Callable[[dict[str, Any], Path], dict[str, Any]],
+    progress: bool,
+) -> Dataset:
+    """A data set of the rows that `to_row` makes of the entries of a file and the folder of its images."""
+    datasets = import_datasets()
+    from rich.progress import track
+
+    path, image_folder = Path(path), Path(image_folder)
+    entries = _entries(path)
+    if not image_folder.is_dir():
+        raise FileNotFoundError(f"no such folder of images: {image_folder}")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, entry in enumerate(track(entries, f"Reading {path.name}", disable=not progress, transient=True)):
+            try:
+                row = to_row(entry, image_folder)
+            except ValueError as error:
+                raise ValueError(f"{path}, entry {number}: {error}") from error
+            yield row | {"id": None if row["id"] is None else str(row["id"])}
+
+    features = datasets.Features({**row_features(), "id": datasets.Value("string")})
+    # In memory, which is small as images are paths. `from_generator` would leave a copy in the cache, and find it again
+    # after the files have changed.
+    return datasets.Dataset.from_list(list(rows()), features=features)
+
+
+def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
+    """A data set of rows from JSON: the format's columns as they must be, others as `datasets` understands them."""
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+    known = row_features()
+    known |= dict.fromkeys(("prompt", "chosen", "rejected"), known["messages"])
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        for row in rows:
+            shown = len(row.get("images") or ())
+            for column in {"messages", "prompt", "chosen", "rejected"} & set(row):
+                if row[column] is not None:
+                    row[column] = place_images(row[column], shown if column in ("messages", "prompt") else 0)
+        columns = {key: [row.get(key) for row in rows] for key in names}
+        extra = Dataset.from_dict({key: values for key, values in columns.items() if key not in known}).features
+        features = Features({key: known.get(key) or extra[key] for key in names})
+        return Dataset.from_dict(columns, features=features)
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{name} has rows that do not fit the row format: {error}; `agevlm data check {name}` says which"
+        ) from error
+
+
+def _image_file(image_folder: Path, name: Any) -> dict[str, Any]:
+    """An image as `datasets` stores one that it has not read."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the image is named {name!r}; write its path in the folder of images")
+    file = image_folder.absolute() / name
+    if not file.is_file():
+        raise ValueError(f"there is no image {file}; add it or remove the entry")
+    return {"path": str(file), "bytes": None}
+
+
+# --- formats ---
+
+
+def _llava_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
+    images = entry.get("image") or []
+    images = [_image_file(image_folder, name) for name in (images if isinstance(images, list) else [images])]
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError('it has no conversations; write a list of {"from": "human", "value": …}')
+    messages = llava_messages(turns)
+    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if shown != len(images):
+        raise ValueError(
+            f"{shown} {_IMAGE} in its conversations, but {len(images)} in `image`; write {_IMAGE} once for each"
+        )
+    return {"images": images, "messages": messages, "grounding": [], "id": entry.get("id")}
+
+
+def llava_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of LLaVA's `conversations`.
+
+    Raises:
+        ValueError: for a turn that is not of that form.
+    """
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        value = turn.get("value") if isinstance(turn, dict) else None
+        role = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(value, str) or role not in tuple(_LLAVA_ROLES):
+            raise ValueError(
+                f'conversations[{i}] is not {{"from": …, "value": …}} with a text of {", ".join(_LLAVA_ROLES)}; mend it'
+            )
+        messages.append({"role": _LLAVA_ROLES[role], "content": _llava_content(value)})
+    return messages
+
+
+def _llava_content(value: str) -> list[dict[str, Any]]:
+    """Content parts of a text with `<image>` in it; every line break next to one of these goes."""
+    content: list[dict[str, Any]] = []
+    texts = value.split(_IMAGE)
+    for i, text in enumerate(texts):
+        if i > 0:
+            content.append({"type": "image", "text": None})
+            text = text.lstrip("\n")
+        if i < len(texts) - 1:
+            text = text.rstrip("\n")
+        if text:
+            content.append({"type": "text", "text": text})
+    return content
+
+
+def _grit_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
+    caption, phrases = entry.get("caption"), entry.get("ref_exps")
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError("it has no caption; add one or remove the entry")
+    if not isinstance(phrases, list):
+        raise ValueError("it has no ref_exps; write a list of [start, end, x0, y0, x1, y1, score]")
+    image = _image_file(image_folder, entry.get("image") or entry.get("file_name") or f"{entry.get('key')}.jpg")
+    size = _upright_size(image["path"])
+    grounding = []
+    for i, phrase in enumerate(phrases):
+        try:
+            grounding.append(_grit_phrase(phrase, caption, size))
+        except ValueError as error:
+            raise ValueError(f"ref_exps[{i}] {error}") from error
+    messages = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": DESCRIBE}]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ]
+    return {"images": [image], "messages": messages, "grounding": grounding, "id": entry.get("key")}
+
+
+def _grit_phrase(phrase: Any, caption: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The entry of `grounding` of an entry of `ref_exps`; offsets may be floats."""
+    numbers = phrase if isinstance(phrase, list) else []
+    if len(numbers) not in (6, 7) or not all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers):
+        raise ValueError(f"is {phrase!r}; write [start, end, x0, y0, x1, y1, score]")
+    start, end, *box = numbers[:6]
+    if not (start == int(start) and end == int(end) and 0 <= start < end <= len(caption)):
+        raise ValueError(
+            f"has the span {start} to {end}, but the caption has {len(caption)} characters; mend the span"
+        )
+    start, end = int(start), int(end)
+    text = caption[start:end]
+    if not text.strip():
+        raise ValueError(f"has the span {start} to {end}, where the caption is blank; mend the span")
+    x0, y0, x1, y1 = (min(max(part, 0.0), 1.0) for part in box)
+    if max(-min(box), max(box) - 1) > _BOX_TOLERANCE or x0 >= x1 or y0 >= y1:
+        raise ValueError(f"has the box {box}; write x0 < x1 and y0 < y1 in parts of the image's sides, from 0 to 1")
+    return {
+        "message": 1,
+        "start": start + len(text) - len(text.lstrip()),
+        "end": end - len(text) + len(text.rstrip()),
+        "image": 0,
+        "box": [x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1]],
+        "mask": None,
+        "score": None,
+    }
+
+
+def _upright_size(path: str) -> tuple[int, int]:
+    """Width and height of an image file as `datasets` decodes it, turned upright; only its header is read."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:  # decoders of damaged files raise almost anything
+        raise ValueError(
+            f"{path} is no readable image ({type(error).__name__}); replace it or remove the entry"
+        ) from error
+    return (height, width) if turned else (width, height)

@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks for grounded phrases, from Segment Anything, or from GrabCut where there are no weights.
+
+A mask teacher turns prompts (a phrase and, where there is one, its box) into masks. There are four: SAM from boxes, SAM 3
+from phrases, SAM from the boxes that a zero-shot detector gives phrases, and GrabCut from boxes. `add_masks` runs one over a
+grounding data set (`agevlm.processing.rows`): on one process or several, and again from where it stopped.
+
+How good a teacher is, data with exact masks can tell: `boxes_from_masks` gives what the teacher starts from, and
+`mask_quality` holds its masks against the exact ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from segment_anything.modeling import Sam
+
+TEACHERS = ("sam", "sam3", "grounded-sam", "grabcut")
+
+
+# Prompts that go through a model together: each mask is decoded at the size of its image, in float32.
+_PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a mask is wanted for: a phrase, and its box `(x0, y0, x1, y1)` in pixels of the image where it has one."""
+
+    phrase: str
+    box: tuple[float, float, float, float] | None = None
+
+
+Answer = tuple[np.ndarray | None, float]
+"""A mask, bool `(height, width)` of its image's size, or None where the teacher finds nothing; and its score."""
+
+
+class MaskTeacher(Protocol):
+    """What `add_masks` needs of a teacher."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the masks, for JSON: work that was begun with other settings is not continued."""
+
+    def takes(self, prompt: Prompt) -> bool:
+        """Whether this teacher can answer such a prompt."""
+
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        """The mask of each prompt, and the teacher's own estimate of how good it is.
+
+        Args:
+            images: in RGB.
+            prompts: for each image, prompts that this teacher takes.
+
+        Returns:
+            for each image and prompt `(mask, score)`: bool `(height, width)` of the image's size, or None and a score of 0
+            where the teacher finds nothing.
+        """
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """A digest of a model's weights as loaded: the same wherever the checkpoint lies, another for another type of number."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def load_sam(checkpoint: str | os.PathLike) -> Sam:
+    """The `segment_anything` model of an official `.pth` checkpoint, float32 on the CPU; its size is read off the weights.
+
+    Raises:
+        ImportError: if `segment-anything` is not installed.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds anything but the weights of a SAM; code in it is not run.
+    """
+    try:
+        from segment_anything import sam_model_registry
+    except ImportError as error:
+        raise ImportError(f"{error}; for masks from SAM: pip install segment-anything") from error
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"there is no SAM checkpoint {checkpoint}; name an official file, such as sam_vit_h_4b8939.pth"
+        )
+    try:
+        state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    except Exception as error:  # damaged files raise errors of many types
+        raise ValueError(
+            f"{checkpoint} is not a file of PyTorch weights, or holds more than weights, such as pickled code, which"
+            f" is never run ({type(error).__name__}); use the official checkpoint"
+        ) from error
+    for build in dict.fromkeys(sam_model_registry.values()):
+        with torch.device("meta"):  # names and shapes are all that is needed until the weights come
+            model = build()
+        if shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}:
+            model.load_state_dict(state_dict, assign=True)
+            return model.float().requires_grad_(False).eval()
+    types = ", ".join(name for name in sam_model_registry if name != "default")
+    raise ValueError(f"{checkpoint} holds weights, but not those of a SAM of the types {types}; other SAMs do not fit")
+
+
+@dataclass
+class SamEmbedding:
+    """An image as SAM's encoder saw it; sizes are `(height, width)` in pixels."""
+
+    features: torch.Tensor  # float32 (1, channels, rows, columns)
+    input_size: tuple[int, int]  # of the image as scaled, without its padding
+    image_size: tuple[int, int]
+
+
+class SamTeacher:
+    """SAM ("Segment Anything") with boxes as prompts. Scores are SAM's own prediction of the mask's IoU.
+
+    Args:
+        checkpoint: an official `.pth` file; see `load_sam`.
+        device: of the model.
+        dtype: of the image encoder, which does nearly all of the work; prompts and masks stay in float32.
+    """
+
+    def __init__(
+        self, checkpoint: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        self.model = load_sam(checkpoint).to(device)
+        self.model.image_encoder.to(dtype)
+        self.dtype = dtype
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        return {"teacher": "sam", "weights": _weights_digest(self.model)}
+
+    def takes(self, prompt: Prompt) -> bool:
+        return prompt.box is not None
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> list[SamEmbedding]:
+        """Encode RGB images in one batch."""
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        resize = ResizeLongestSide(self.model.image_encoder.img_size).apply_image
+        resized = [torch.from_numpy(resize(np.array(image))).permute(2, 0, 1) for image in images]
+        pixels = torch.stack([self.model.preprocess(image.to(self.model.device)) for image in resized])
+        features = self.model.image_encoder(pixels.to(self.dtype)).float()
+        return [
+            SamEmbedding(features[i, None], (resized[i].shape[1], resized[i].shape[2]), (image.height, image.width))
+            for i, image in enumerate(images)
+        ]
+
+    @torch.inference_mode()
+    def decode(self, embedding: SamEmbedding, boxes: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of the boxes `(x0, y0, x1, y1)` in pixels of the image.
+
+        Returns:
+            float32: logits `(boxes, height, width)` of the image's size, a mask where above `mask_threshold`, and the
+            predicted IoU `(boxes,)`.
+        """
+        height, width = embedding.image_size
+        input_height, input_width = embedding.input_size
+        scale = torch.tensor([input_width / width, input_height / height] * 2, dtype=torch.float64)
+        prompts = (torch.tensor(boxes, dtype=torch.float64) * scale).float().to(self.model.device)
+        sparse, dense = self.model.prompt_encoder(points=None, boxes=prompts, masks=None)
+        low_resolution, iou = self.model.mask_decoder(
+            image_embeddings=embedding.features,
+            image_pe=self.model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,  # a box is not ambiguous
+        )
+        logits = self.model.postprocess_masks(low_resolution, embedding.input_size, embedding.image_size)
+        return logits[:, 0], iou[:, 0]
+
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        results: list[list[Answer]] = [[] for _ in images]
+        asked = [i for i, image_prompts in enumerate(prompts) if image_prompts]
+        if not asked:
+            return results
+        for i, embedding in zip(asked, self.encode([images[i] for i in asked]), strict=True):
+            for chunk in _chunks([prompt.box for prompt in prompts[i]], _PROMPTS_AT_ONCE):
+                logits, iou = self.decode(embedding, chunk)
+                masks = (logits > self.model.mask_threshold).cpu().numpy()
+                results[i] += zip(masks, iou.tolist(), strict=True)
+        return results
+
+
+class Sam3Teacher:
+    """SAM 3 with phrases as prompts; boxes in the data are not used.
+
+    A phrase may name several things: its mask is the union of all instances that score above `threshold`, its score that
+    of the best of them.
+
+    Args:
+        checkpoint: folder or Hub id of a Transformers SAM 3.
+        threshold: the least score of an instance (SAM 3's: how well it fits the phrase, times whether the phrase is in
+            the image at all).
+        device, dtype: of the model.
+
+    Raises:
+        ValueError: if the checkpoint is of another model.
+        OSError: if there is no such checkpoint.
+    """
+
+    _TEXT_TOKENS = 32  # what SAM 3's text encoder has positions for
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        *,
+        threshold: float = 0.5,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        from transformers import AutoConfig, Sam3Model, Sam3Processor
+
+        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        if model_type not in ("sam3", "sam3_video"):  # the published checkpoint holds both
+            raise ValueError(f"{checkpoint} is a {model_type}, not a sam3: name a checkpoint such as facebook/sam3")
+        self.model = Sam3Model.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        self.processor = Sam3Processor.from_pretrained(checkpoint)
+        self.threshold = threshold
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        return {"teacher": "sam3", "weights": _weights_digest(self.model), "threshold": self.threshold}
+
+    def takes(self, prompt: Prompt) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        vision = self.model.get_vision_features(pixels.to(self.model.device, self.model.dtype))
+        results: list[list[Answer]] = [[] for _ in images]
+        pairs = [(i, prompt.phrase) for i, image_prompts in enumerate(prompts) for prompt in image_prompts]
+        for chunk in _chunks(pairs, _PROMPTS_AT_ONCE):
+            owners = [i for i, _ in chunk]
+            text = self.processor.tokenizer(
+                [phrase for _, phrase in chunk],
+                padding="max_length",
+                max_length=self._TEXT_TOKENS,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.model.device)
+            outputs = self.model(
+                vision_embeds=type(vision)(
+                    fpn_hidden_states=tuple(level[owners] for level in vision.fpn_hidden_states),
+                    fpn_position_encoding=tuple(level[owners] for level in vision.fpn_position_encoding),
+                ),
+                input_ids=text["input_ids"],
+                attention_mask=text["attention_mask"],
+            )
+            outputs = type(outputs)(
+                **{key: outputs[key].float() for key in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits")}
+            )
+            sizes = [(images[i].height, images[i].width) for i in owners]
+            found = self.processor.post_process_instance_segmentation(
+                outputs, threshold=self.threshold, target_sizes=sizes
+            )
+            for i, instances in zip(owners, found, strict=True):
+                results[i].append(_union(instances["masks"].bool().cpu().numpy(), instances["scores"].tolist()))
+        return results
+
+
+def _union(masks: Sequence[np.ndarray], scores: Sequence[float]) -> Answer:
+    """One mask for all instances of a phrase, with the best one's score; None and 0 where there are none."""
+    return (np.logical_or.reduce(masks), max(scores)) if len(masks) else (None, 0.0)
+
+
+class GroundedSamTeacher:
+    """A zero-shot detector turns phrases into boxes, SAM boxes into masks ("Grounded SAM").
+
+    A phrase that has a box already goes to SAM as it is. Otherwise its mask is the union of the masks of all boxes that
+    score above `threshold`; its score is that of the best of them, the detector's score times SAM's predicted IoU. Each
+    phrase is detected alone, so that its boxes do not depend on what else is asked about the image.
+
+    Args:
+        sam: turns boxes into masks.
+        detector: folder or Hub id of a Transformers Grounding DINO, MM Grounding DINO, OWL-ViT or OWLv2.
+        threshold: the detector's least score of a box; OWL's scores are lower than Grounding DINO's (0.1 is usual).
+        device, dtype: of the detector.
+
+    Raises:
+        ValueError: if the detector is of another kind.
+        OSError: if there is no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        sam: SamTeacher,
+        detector: str | os.PathLike,
+        *,
+        threshold: float = 0.3,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        kinds = ("grounding-dino", "mm-grounding-dino", "owlvit", "owlv2")
+        model_type = AutoConfig.from_pretrained(detector).model_type
+        if model_type not in kinds:
+            raise ValueError(f"{detector} is a {model_type}, but the detector must be one of {', '.join(kinds)}")
+        self.sam = sam
+        self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(detector)
+        # OWL's processor tokenizes the phrases one by one, so they only come out equally long at full length.
+        self._padding = "max_length" if model_type.startswith("owl") else "longest"
+        self.threshold = threshold
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        return {
+            **self.sam.settings,
+            "teacher": "grounded-sam",
+            "detector": _weights_digest(self.detector),
+            "threshold": self.threshold,
+        }
+
+    def takes(self, prompt: Prompt) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def detect(self, image: Image.Image, phrases: Sequence[str]) -> list[tuple[list[list[float]], list[float]]]:
+        """For each phrase the boxes `[x0, y0, x1, y1]` in pixels, within the image, and their scores."""
+        found = []
+        pixels = self.processor.image_processor(images=image, return_tensors="pt")
+        for chunk in _chunks(phrases, _PROMPTS_AT_ONCE):
+            # A full stop would end the phrase: Grounding DINO's captions are phrases with full stops between them.
+            labels = [[" ".join(phrase.replace(".", " ").split())] for phrase in chunk]
+            text = self.processor(text=labels, padding=self._padding, truncation=True, return_tensors="pt")
+            inputs = {key: tensor.expand(len(chunk), *tensor.shape[1:]) for key, tensor in pixels.items()} | dict(text)
+            inputs = {key: tensor.to(self.detector.device) for key, tensor in inputs.items()}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.detector.dtype)
+            outputs = self.detector(**inputs)
+            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            detections = self.processor.post_process_grounded_object_detection(
+                outputs,
+                threshold=self.threshold,
+                target_sizes=[(image.height, image.width)] * len(chunk),
+                text_labels=labels,
+            )
+            for detection in detections:
+                limit = torch.tensor([image.width, image.height] * 2, device=detection["boxes"].device)
+                boxes = detection["boxes"].clamp(min=0).minimum(limit)
+                inside = (boxes[:, 2:] > boxes[:, :2]).all(-1)  # OWLv2 also looks at the square's padding
+                found.append((boxes[inside].tolist(), detection["scores"][inside].tolist()))
+        return found
+
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        boxes: list[list[tuple[list[Any], list[float]]]] = []  # for each image and prompt: boxes and their scores
+        for image, image_prompts in zip(images, prompts, strict=True):
+            phrases = [prompt.phrase for prompt in image_prompts if prompt.box is None]
+            detections = iter(self.detect(image, phrases) if phrases else [])
+            boxes.append([next(detections) if p.box is None else ([p.box], [1.0]) for p in image_prompts])
+        flat = [[Prompt("", tuple(box)) for found, _ in image_boxes for box in found] for image_boxes in boxes]
+        results: list[list[Answer]] = []
+        for image_boxes, answers in zip(boxes, self.sam.masks(images, flat), strict=True):
+            rest = iter(answers)
+            results.append([])
+            for _, scores in image_boxes:
+                masks, ious = zip(*itertools.islice(rest, len(scores)), strict=True) if scores else ((), ())
+                results[-1].append(_union(masks, [iou * score for iou, score in zip(ious, scores, strict=True)]))
+        return results
+
+
+class GrabCutTeacher:
+    """GrabCut (Rother et al., SIGGRAPH 2004) with boxes as prompts: it tells a thing by its colours, and has no weights.
+
+    It looks at the box and half of the box's sides around it. All within a tenth of the sides around the box may be part of the
+    thing, since a detector's box may cut some of it off; the rest is background.
+
+    Scores are the IoU of the box and the mask's own bounding box: a right mask fills its box (Lempitsky et al., ICCV 2009),
+    and where the thing's colours are those of the background, GrabCut's masks shrink to pieces or nothing.
+
+    Raises:
+        ImportError: if `opencv-python-headless` is not installed.
+    """
+
+    _SEEN = 0.5  # around the box, in parts of its sides
+    _UNSURE = 0.1
+    _ITERATIONS = 5
+
+    def __init__(self) -> None:
+        self.cv2 = _import_cv2()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"teacher": "grabcut", "opencv": self.cv2.__version__}
+
+    def takes(self, prompt: Prompt) -> bool:
+        return prompt.box is not None
+
+    def masks(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Answer]]:
+        return [
+            [self._mask(np.asarray(image), prompt.box) for prompt in image_prompts if prompt.box is not None]
+            for image, image_prompts in zip(images, prompts, strict=True)
+        ]
+
+    def _mask(self, image: np.ndarray, box: Sequence[float]) -> Answer:
+        """The mask of a box that lies at least in part within an image, uint8 `(height, width, 3)`."""
+        cv2 = self.cv2
+        seen = _pixels(image, box, self._SEEN)
+        labels = np.full(image.shape[:2], cv2.GC_BGD, dtype=np.uint8)
+        labels[_pixels(image, box, self._UNSURE)] = cv2.GC_PR_BGD
+        labels[_pixels(image, box)] = cv2.GC_PR_FGD
+        cut = labels[seen].copy()
+        if (cut == cv2.GC_PR_FGD).all():  # a box around the whole image leaves no background to learn from
+            return None, 0.0
+        # The clusters that it starts from are drawn at random: the same for each box, whatever was asked before it.
+        cv2.setRNGSeed(0)
+        models = np.zeros((2, 1, 65))
+        pixels = np.ascontiguousarray(image[seen])
+        cv2.grabCut(pixels, cut, (0, 0, 0, 0), models[0], models[1], self._ITERATIONS, cv2.GC_INIT_WITH_MASK)
+        mask = np.zeros(image.shape[:2], dtype=bool)
+        mask[seen] = cut == cv2.GC_PR_FGD
+        left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+        asked = clip_boxes_to_image(torch.tensor([box], dtype=torch.float64), mask.shape)
+        found = torch.tensor([[left, top, left + width, top + height]], dtype=torch.float64)
+        return mask, box_iou(asked, found).item()
+
+
+def _import_cv2() -> ModuleType:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(f"{error}; for GrabCut and boxes: pip install opencv-python-headless") from error
+    return cv2
+
+
+def _pixels(image: np.ndarray, box: Sequence[float], grown: float = 0.0) -> tuple[slice, slice]:
+    """All pixels that a box touches, once it is grown on each side by a part of its width and height: rows, columns."""
+    slices = []
+    for low, high, size in ((box[1], box[3], image.shape[0]), (box[0], box[2], image.shape[1])):
+        margin = grown * (high - low)
+        slices.append(slice(max(0, math.floor(low - margin)), min(size, math.ceil(high + margin))))
+    return slices[0], slices[1]
+
+
+def process_state(cpu: bool = False) -> PartialState:
+    """This process among those that `accelerate launch` started, or alone. The first call decides about `cpu`."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError(f"{error}; to add masks: pip install accelerate") from error
+    # Who is done first waits for the others, and their share may take hours.
+    return PartialState(cpu=cpu, timeout=timedelta(weeks=1))
+
+
+def load_teacher(
+    name: str,
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    detector: str | os.PathLike | None = None,
+    threshold: float | None = None,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> MaskTeacher:
+    """Load one of `TEACHERS`.
+
+    Args:
+        name: `sam`, `sam3`, `grounded-sam` or `grabcut`.
+        checkpoint: of SAM, a `.pth` file; of SAM 3, a folder or Hub id; GrabCut has none.
+        detector: folder or Hub id of the detector of `grounded-sam`.
+        threshold: the least score of an instance (`sam3`) or a box (`grounded-sam`); the teacher's own default if None.
+        device: `cpu`, `cuda` or `auto`, the best there is; on several GPUs each process has its own.
+        dtype: of the models.
+
+    Raises:
+        ValueError: for an unknown name or device, an option of another teacher, no checkpoint where one is needed, or that of
+            another model.
+        OSError: if a checkpoint is missing.
+        ImportError: if a package is missing.
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"there is no mask teacher {name!r}; there are {', '.join(TEACHERS)}")
+    if checkpoint is None and name != "grabcut":
+        raise ValueError(f"{name} needs a checkpoint (--checkpoint); only grabcut has no weights and goes without")
+    if checkpoint is not None and name == "grabcut":
+        raise ValueError(f"grabcut has no weights, and takes no checkpoint; leave {checkpoint} out")
+    if (detector is not None) != (name == "grounded-sam"):
+        raise ValueError(f"a detector goes with grounded-sam and with no other teacher; got {name} with {detector}")
+    if name in ("sam", "grabcut") and threshold is not None:
+        raise ValueError(f"threshold is for phrases, and {name} starts from boxes; refuse bad masks with min_score")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, but must be auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; use cpu or auto")
+    state = process_state(cpu=device == "cpu")
+    if checkpoint is None:
+        return GrabCutTeacher()
+    where = state.device if device == "auto" else torch.device(device, state.local_process_index * (device == "cuda"))
+    options: dict[str, Any] = {"device": where, "dtype": dtype}
+    if name == "sam":
+        return SamTeacher(checkpoint, **options)
+    if threshold is not None:
+        options["threshold"] = threshold
+    if name == "sam3":
+        return Sam3Teacher(checkpoint, **options)
+    options["detector"] = detector
+    return GroundedSamTeacher(SamTeacher(checkpoint, device=where, dtype=dtype), **options)

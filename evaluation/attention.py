@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a phrase looks: its cross-attention maps, on the image."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..files import new_folder
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
+from ..plots import draw_heatmaps
+from ..processing.processing_agevlm import AgeVlmProcessor
+from .benchmark import GREEDY, render_question
+
+# More rows of heat maps than this are too many for one figure.
+_ROWS_DRAWN = 12
+
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+def find_phrase(text: str, phrase: str) -> tuple[int, int]:
+    """Characters `(start, end)` of the last place in `text` that reads `phrase`, whatever its case.
+
+    Raises:
+        ValueError: if `text` does not contain it.
+    """
+    # Not by lower case, which has another length for some letters.
+    places = [match.start() for match in re.finditer(f"(?={re.escape(phrase)})", text, re.IGNORECASE)]
+    if not places or not phrase:
+        raise ValueError(f"The phrase '{phrase}' does not occur in the text '{text}': choose words of it.")
+    return places[-1], places[-1] + len(phrase)
+
+
+@torch.no_grad()
+def phrase_maps(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    text: str,
+    image: Image.Image,
+    spans: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """Cross-attention maps of phrases in a text with one image, laid on the image.
+
+    Args:
+        text: with its image token, as the chat template renders it.
+        image: the image as it is, before any resizing.
+        spans: characters `(start, end)` of each phrase in `text`.
+
+    Returns:
+        float32 `(blocks, phrases, rows, columns)`: attention on the visual tokens that show some of the image, the
+        padding cut away. Sums to 1 over rows and columns for a phrase after the image.
+
+    Raises:
+        ValueError: if a span lies outside the text.
+    """
+    inputs, offsets, features = _read(model, processor, text, image)
+    map_queries = processor.get_map_queries(offsets, [list(spans)], text=[text])
+    return _maps(model, processor, inputs, features, map_queries, image)
+
+
+def _read(
+    model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, text: str, image: Image.Image
+) -> tuple[BatchFeature, torch.Tensor, AgeVlmImageFeatures]:
+    """Tokens of a rendered text, their characters `(1, S, 2)`, and the features of its image."""
+    inputs = processor(
+        images=image,
+        text=text,
+        add_special_tokens=False,  # the chat template has written them
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
+    offsets = inputs.pop("offset_mapping")
+    inputs = inputs.to(model.device)
+    features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("pixel_attention_mask", None))
+    return inputs, offsets, features
+
+
+def _maps(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    inputs: BatchFeature,
+    features: AgeVlmImageFeatures,
+    map_queries: torch.Tensor,
+    image: Image.Image,
+) -> np.ndarray:
+    """`(blocks, phrases, rows, columns)` of one text and its image."""
+    outputs = model.model(
+        **inputs, mm_encoder_outputs={"image": features}, map_queries=map_queries.to(model.device), use_cache=False
+    )
+    return crop_to_image(outputs.cross_attention_maps[:, 0], features, processor, image.size)
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words of a question or of its answer (`source`), from character `start` to `end` of it."""
+
+    text: str
+    source: str
+    start: int
+    end: int
+
+
+def choose_phrases(question: str, answer: str, wanted: Sequence[str] | None = None) -> list[Phrase]:
+    """Where phrases stand: in the answer or, if they do not, in the question, at the last place there ([`find_phrase`]).
+
+    By default these are all words of the answer, each as often as it occurs.
+
+    Raises:
+        ValueError: if a phrase occurs in neither, or the answer has no words.
+    """
+    if wanted is None:
+        words = [Phrase(word[0], "answer", *word.span()) for word in _WORD.finditer(answer)]
+        if not words:
+            raise ValueError(f"The answer '{answer}' has no words: name words of the question instead (--phrase).")
+        return words
+    phrases = []
+    for text in wanted:
+        for source, whole in (("answer", answer), ("question", question)):
+            try:
+                start, end = find_phrase(whole, text)
+            except ValueError:
+                continue
+            phrases.append(Phrase(whole[start:end], source, start, end))
+            break
+        else:
+            raise ValueError(
+                f"The phrase '{text}' occurs neither in the question '{question}' nor in the answer '{answer}': "
+                "choose words of them."
+            )
+    return phrases
+
+
+@dataclass
+class Attention:
+    """Where phrases of a question and its answer look in an image; made by [`attend`].
+
+    `maps` is float32 `(blocks, phrases, rows, columns)`, `cell` the width and height in pixels of the image that one
+    of its cells covers; cells at the right and at the bottom may reach beyond the image. `tokens` are those that make
+    up each phrase, as text.
+    """
+
+    image: Image.Image
+    question: str
+    answer: str
+    phrases: list[Phrase]
+    tokens: list[list[str]]
+    blocks: list[str]
+    maps: np.ndarray
+    cell: tuple[float, float]
+
+    def strongest(self, attention: np.ndarray) -> dict[str, Any]:
+        """The strongest cell of a map `(rows, columns)`: where it is in the map, how much of the attention it holds, and
+        its `box` `[left, top, right, bottom]` in pixels of the image."""
+        row, column = (int(i) for i in np.unravel_index(attention.argmax(), attention.shape))
+        width, height = self.cell
+        right = min((column + 1) * width, self.image.width)
+        bottom = min((row + 1) * height, self.image.height)
+        box = [round(float(side), 2) for side in (column * width, row * height, right, bottom)]
+        return {"row": row, "column": column, "attention": float(attention[row, column]), "box": box}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the image, for JSON: of each phrase the map of every block, and last their average."""
+        phrases = []
+        for number, (phrase, tokens) in enumerate(zip(self.phrases, self.tokens, strict=True)):
+            maps = [*self.maps[:, number], self.maps[:, number].mean(0)]
+            phrases.append(
+                {
+                    "phrase": phrase.text,
+                    "in": phrase.source,
+                    "start": phrase.start,
+                    "end": phrase.end,
+                    "tokens": tokens,
+                    "maps": [
+                        {
+                            "block": block,
+                            "strongest": self.strongest(attention),
+                            "map": attention.astype(float).round(8).tolist(),
+                        }
+                        for block, attention in zip([*self.blocks, "average"], maps, strict=True)
+                    ],
+                }
+            )
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "image_size": {"width": self.image.width, "height": self.image.height},
+            "grid": {"rows": self.maps.shape[2], "columns": self.maps.shape[3]},
+            "cell": {"width": self.cell[0], "height": self.cell[1]},
+            "phrases": phrases,
+        }
+
+    def draw(self, path: str | Path) -> None:
+        """Writes a PNG: a row for each phrase, a column for each block and one for the average. Of more than 12 phrases,
+        only the first are drawn."""
+        shown = self.maps[:, :_ROWS_DRAWN].swapaxes(0, 1)
+        caption = f"{self.question}\n{self.answer.strip()}"
+        if len(self.phrases) > len(shown):
+            caption += f"\n(the first {len(shown)} of {len(self.phrases)} phrases; attention.json has all)"
+        draw_heatmaps(
+            self.image,
+            np.concatenate([shown, shown.mean(1, keepdims=True)], axis=1),
+            [*self.blocks, "average"],
+            path,
+            caption,
+            labels=[f"{phrase.text} ({phrase.source})" for phrase in self.phrases[:_ROWS_DRAWN]],
+            cell=self.cell,
+        )
+
+    def save(self, folder: str | Path, **settings: Any) -> None:
+        """Writes `attention.png` ([`draw`]) and `attention.json` (`settings` and [`to_dict`]) to a new folder, which
+        appears when both are written.
+
+        Raises:
+            FileExistsError: if `folder` exists and is not an empty folder.
+            ImportError: if matplotlib is not installed.
+        """
+        with new_folder(folder) as partial:
+            self.draw(partial / "attention.png")
+            text = json.dumps({**settings, **self.to_dict()}, ensure_ascii=False)
+            (partial / "attention.json").write_text(text + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def attend(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    image: Image.Image,
+    question: str,
+    answer: str | None = None,
+    phrases: Sequence[str] | None = None,
+    *,
+    predicting: bool = False,
+    max_new_tokens: int = 64,
+) -> Attention:
+    """Where phrases of a question about an image, and of its answer, look.
+
+    A phrase's map is the mean over the tokens that it is made of, in question and answer alike, each read at its own
+    position: the token is the query. So it says what the model looks at once it has read the token, and it is what
+    guidance trains. What the model looks at while it chooses a token is read one position earlier (`predicting`).
+
+    Args:
+        image: the image as it is, before any resizing.
+        answer: by default, the model's own (greedy decoding); maps are then of the very tokens that were generated.
+        phrases: words of the answer or the question; all words of the answer by default (see [`choose_phrases`]).
+        predicting: read phrases of the answer at the tokens before theirs, which predict them.
+        max_new_tokens: longest answer of the model, in tokens.
+
+    Raises:
+        ValueError: if the model has no cross-attention, a phrase does not occur or has no token, or there are no phrases.
+    """
+    check_cross_attention(model.config, type(model).__name__)
+    prompt = render_question(processor, question)
+    inputs, offsets, features = _read(model, processor, prompt, image)
+    if answer is None:
+        sequence = model.generate(
+            **inputs,
+            **GREEDY,
+            mm_encoder_outputs={"image": features},
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        answer, answer_offsets = decode_with_offsets(processor.tokenizer, sequence[0, offsets.shape[1] :].tolist())
+    else:
+        encoded = processor.tokenizer(
+            answer, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
+        )
+        sequence = torch.cat([inputs["input_ids"], encoded["input_ids"].to(model.device)], dim=-1)
+        answer_offsets = encoded["offset_mapping"][0]
+
+    chosen = choose_phrases(question, answer, phrases)
+    starts = {"question": find_phrase(prompt, question)[0], "answer": len(prompt)}
+    spans = [(starts[phrase.source] + phrase.start, starts[phrase.source] + phrase.end) for phrase in chosen]
+    offsets = torch.cat([offsets, answer_offsets[None] + len(prompt)], dim=1)
+    map_queries = processor.get_map_queries(offsets, [spans], text=[prompt + answer])
+    ids = sequence[0].tolist()
+    tokens = [[processor.tokenizer.decode(ids[i]) for i in query.nonzero()[:, 0]] for query in map_queries[0]]
+    if [] in tokens:
+        phrase = chosen[tokens.index([])]
+        raise ValueError(f"The phrase '{phrase.text}' of the {phrase.source} has no token: choose words.")
+    if predicting:
+        of_answer = torch.tensor([phrase.source == "answer" for phrase in chosen])
+        map_queries[0, of_answer] = map_queries[0, of_answer].roll(-1, dims=-1)
+    inputs = BatchFeature({"input_ids": sequence, "attention_mask": torch.ones_like(sequence)})
+    return Attention(
+        image=image,
+        question=question,
+        answer=answer,
+        phrases=chosen,
+        tokens=tokens,
+        blocks=block_titles(model),
+        maps=_maps(model, processor, inputs, features, map_queries, image),
+        cell=cell_size(features, processor, image.size),
+    )
+
+
+def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, torch.Tensor]:
+    """The text of generated tokens, without special ones, and the characters `(start, end)` of each, `(len(ids), 2)`.
+
+    To tokenise the text again would not always give the tokens that were generated. A token that is a part of a character
+    has that character; a special one none, its `start` is its `end`.
+    """
+    text = ""
+    offsets: list[tuple[int, int]] = []
+    for number in range(1, len(ids) + 1):
+        longer = tokenizer.decode(ids[:number], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if longer.endswith("\ufffd") and number < len(ids):
+            continue  # the rest of the character is to come
+        offsets += [(len(text), len(longer))] * (number - len(offsets))
+        text = longer
+    return text, torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
+
+
+def crop_to_image(
+    maps: torch.Tensor, features: AgeVlmImageFeatures, processor: AgeVlmProcessor, image_size: tuple[int, int]
+) -> np.ndarray:
+    """Maps `(..., num_visual_tokens)` of one image as `(..., rows, columns)`, without the tokens that show only padding.
+
+    `image_size` is the image's `(width, height)` in pixels, as PIL gives it.
+    """
+    rows, columns = _grid(features)
+    size = processor.image_processor.size
+    height, width = processor.image_processor.get_resized_size(image_size[1], image_size[0])
+    maps = maps.unflatten(-1, (rows, columns))
+    # The image stands at the top left; a cell that it only touches is still looked at.
+    maps = maps[..., : -(-height * rows // size["height"]), : -(-width * columns // size["width"])]
+    return maps.float().cpu().numpy()
+
+
+def cell_size(
+    features: AgeVlmImageFeatures, processor: AgeVlmProcessor, image_size: tuple[int, int]
+) -> tuple[float, float]:
+    """Width and height, in pixels of an image of `image_size` `(width, height)`, of what a visual token stands for."""
+    rows, columns = _grid(features)
+    size = processor.image_processor.size
+    height, width = processor.image_processor.get_resized_size(image_size[1], image_size[0])
+    return size["width"] / columns * image_size[0] / width, size["height"] / rows * image_size[1] / height
+
+
+def _grid(features: AgeVlmImageFeatures) -> tuple[int, int]:
+    if features.grid is None:
+        raise ValueError("The image features do not say their grid: keep what `get_image_features` returns.")
+    return features.grid
+
+
+def block_titles(model: AgeVlmForConditionalGeneration) -> list[str]:
+    """A name for each cross-attention block, by the Llama layer that it stands before."""
+    return [f"before layer {layer}" for layer in cross_attention_layers(model.config)]
+
+
+def cross_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """The Llama layers before which a model of this configuration has cross-attention; none in models of other kinds."""
+    return getattr(config.get_text_config(), "cross_attention_llama_layers", [])
+
+
+def check_cross_attention(config: PreTrainedConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: if a model of this configuration has no cross-attention that could be shown; calls it `name`.
+    """
+    if not cross_attention_layers(config):
+        raise ValueError(
+            f"{name} is a model of the type {config.model_type} and has no cross-attention maps to show: "
+            "choose an AGE-VLM, such as `agevlm build` makes."
+        )

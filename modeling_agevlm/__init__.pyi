@@ -1,0 +1,7 @@
+from .configuration_agevlm import AgeVlmConfig as AgeVlmConfig
+from .configuration_agevlm import AgeVlmTextConfig as AgeVlmTextConfig
+from .modeling_agevlm import AgeVlmForConditionalGeneration as AgeVlmForConditionalGeneration
+from .modeling_agevlm import AgeVlmImageFeatures as AgeVlmImageFeatures
+from .modeling_agevlm import AgeVlmModel as AgeVlmModel
+from .modeling_agevlm import AgeVlmPreTrainedModel as AgeVlmPreTrainedModel
+from .modeling_agevlm import AgeVlmTextModel as AgeVlmTextModel

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parts on disk to one checkpoint that every Auto class, `pipeline` and the command line use."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import IMAGE, tiny_tokenizer
+from tiny_models import open_gates, tiny_llama, tiny_vision
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    ConvNextImageProcessor,
+    LlamaForCausalLM,
+    pipeline,
+)
+
+import agevlm
+from agevlm import cli
+from agevlm.build import build_checkpoint, find_image_token, load_timm
+
+TIMM = "test_convnext"
+SIZE = 64
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory) -> Path:
+    """A Llama with its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def timm_weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vision") / "weights.safetensors"
+    save_file(timm.create_model(TIMM).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(text_dir, timm_weights, tmp_path_factory) -> Path:
+    """An assembled checkpoint whose image matters (open gates)."""
+    folder = tmp_path_factory.mktemp("built") / "checkpoint"
+    model, _ = build_checkpoint(str(text_dir), load_timm(TIMM, timm_weights), folder, image_size=SIZE)
+    open_gates(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def messages(picture: Path) -> list[dict]:
+    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "What is in this image?"}]
+    return [{"role": "user", "content": content}]
+
+
+def test_built_checkpoint_is_the_llama_with_its_processor(text_dir, timm_weights, tmp_path, picture):
+    model, _ = build_checkpoint(str(text_dir), load_timm(TIMM, timm_weights), tmp_path / "out", image_size=SIZE)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(loaded) is agevlm.AgeVlmForConditionalGeneration
+    assert (processor.image_token, processor.image_token_id) == (IMAGE, loaded.config.image_token_id)
+    inputs = processor.apply_chat_template(
+        messages(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(text_dir)(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).logits
+        assert torch.equal(loaded(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("model_args", [{}, {"features_only": True, "out_indices": [2]}])
+def test_timm_weights_arrive(timm_weights, model_args):
+    whole = timm.create_model(TIMM).eval()
+    whole.load_state_dict(timm.models.load_state_dict(str(timm_weights)))
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        features = load_timm(TIMM, timm_weights, **model_args)(pixels).last_hidden_state
+        if model_args:
+            (features,) = features
+            (expected,) = whole.forward_intermediates(pixels, indices=[2], intermediates_only=True)
+        else:
+            expected = whole.forward_features(pixels)
+    torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "content", "error", "message"),
+    [
+        ("no_such_net", None, ValueError, "no model 'no_such_net'"),
+        (TIMM, None, FileNotFoundError, "no weight file"),
+        (TIMM, b"rubbish", ValueError, "does not hold the weights"),
+        ("test_vit", "convnext", ValueError, "does not hold the weights"),
+    ],
+)
+def test_bad_timm_weights(architecture, content, error, message, timm_weights, tmp_path):
+    path = tmp_path / "weights.pth"
+    if content == "convnext":
+        path = timm_weights
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=message):
+        load_timm(architecture, path)
+
+
+def test_image_token_is_found_or_asked_for():
+    tokenizer = tiny_tokenizer()
+    assert find_image_token(tokenizer) == IMAGE
+    assert find_image_token(tokenizer, "<|start_header_id|>") == "<|start_header_id|>"
+    with pytest.raises(ValueError, match=r"'<image>' is not one of them.*<\|reserved_special_token_0\|>"):
+        find_image_token(tokenizer, "<image>")
+
+
+def test_image_statistics_are_the_vision_models_own(text_dir, tmp_path):
+    vision = tmp_path / "vision"
+    tiny_vision().save_pretrained(vision)
+    ConvNextImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(vision)
+    _, processor = build_checkpoint(str(text_dir), str(vision), tmp_path / "out")
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert list(processor.image_processor.image_std) == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("change", ["existing", "no text", "not a llama", "no vision", "image token", "layers"])
+def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tmp_path):
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    out = tmp_path / "out"
+    text, vision, kwargs, expected = str(text_dir), load_timm(TIMM, timm_weights), {}, (ValueError, "")
+    if change == "existing":
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"precious")
+        expected = (FileExistsError, "already exists")
+    elif change == "no text":
+        text, expected = str(tmp_path / "missing"), (OSError, "missing")
+    elif change == "not a llama":
+        text = str(tmp_path / "qwen")
+        config = Qwen2Config(
+            vocab_size=99, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+            intermediate_size=16,
+        )  # fmt: skip
+        Qwen2ForCausalLM(config).save_pretrained(text)
+        tiny_tokenizer().save_pretrained(text)
+        expected = (ValueError, "'qwen2'")
+    elif change == "no vision":
+        vision, expected = str(tmp_path / "missing"), (OSError, "missing")
+    elif change == "image token":
+        kwargs, expected = {"image_token": "<nope>"}, (ValueError, "<nope>")
+    elif change == "layers":
+        kwargs, expected = {"cross_attention_layers": [3, 4]}, (StrictDataclassError, r"\[3, 4\]")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(expected[0], match=expected[1]):
+        build_checkpoint(text, vision, out, **kwargs)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == before
+
+
+def test_auto_classes(checkpoint):
+    assert type(AutoConfig.from_pretrained(checkpoint)) is agevlm.AgeVlmConfig
+    assert type(AutoModel.from_pretrained(checkpoint)) is agevlm.AgeVlmModel
+    assert type(AutoModelForImageTextToText.from_pretrained(checkpoint)) is agevlm.AgeVlmForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(checkpoint)) is agevlm.AgeVlmProcessor
+    assert type(AutoImageProcessor.from_pretrained(checkpoint)) is agevlm.AgeVlmImageProcessor
+
+
+def test_pipeline_answers_as_generate_does(checkpoint, picture):
+    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+    (output,) = pipe(text=messages(picture), max_new_tokens=8, do_sample=False, return_full_text=False)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    inputs = processor.apply_chat_template(
+        messages(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert output["generated_text"] == answer
+
+
+REMOTE = """
+import importlib.util, sys
+assert importlib.util.find_spec("agevlm") is None
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+)
+folder, picture, out = sys.argv[1:]
+load = dict(trust_remote_code=True)
+names = [
+    type(auto.from_pretrained(folder, **load)).__name__
+    for auto in (AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor)
+]
+assert names == ["AgeVlmConfig", "AgeVlmModel", "AgeVlmProcessor", "AgeVlmImageProcessor"], names
+processor = AutoProcessor.from_pretrained(folder, **load)
+model = AutoModelForImageTextToText.from_pretrained(folder, **load)
+content = [{"type": "image", "path": picture}, {"type": "text", "text": "What is in this image?"}]
+messages = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+answer = pipeline("image-text-to-text", model=folder, **load)(
+    text=messages, max_new_tokens=8, do_sample=False, return_full_text=False
+)[0]["generated_text"]
+torch.save({"tokens": tokens, "answer": answer}, out)
+"""
+
+
+def test_remote_code_in_a_second_environment(checkpoint, picture, tmp_path):
+    """A new virtual environment with this one's libraries, but not this package."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    # Folders named in a .pth file are searched, but their own .pth files, such as an editable install's, are not read.
+    (Path(site) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    (tmp_path / "script.py").write_text(textwrap.dedent(REMOTE))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [python, tmp_path / "script.py", checkpoint, picture, tmp_path / "out.pt"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    remote = torch.load(tmp_path / "out.pt")
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    inputs = processor.apply_chat_template(
+        messages(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(remote["tokens"], tokens)
+    assert remote["answer"] == processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import agevlm\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules",
+        "import agevlm; from transformers import AutoConfig",
+        "from transformers import AutoConfig; import agevlm",
+        "import agevlm; from transformers import LlamaForCausalLM, AutoConfig",  # half-way through a file ours builds on
+        "from agevlm import AgeVlmModel; from transformers import AutoConfig",  # half-way through ours
+        "from agevlm.processing.processing_agevlm import AgeVlmProcessor; from transformers import AutoConfig",
+        "import agevlm; from transformers.models.auto.configuration_auto import AutoConfig",
+    ],
+)
+def test_import_order(code):
+    check = "" if "assert" in code else "\nassert AutoConfig.for_model('agevlm').model_type == 'agevlm'"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}{check}"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# --- the command line ---
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Exit code and what was printed."""
+    monkeypatch.setattr(sys, "argv", ["agevlm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        sys.exit(cli.main())
+    captured = capsys.readouterr()
+    return exit_info.value.code or 0, captured.out + captured.err
+
+
+def test_command_line_builds_and_asks(monkeypatch, capsys, text_dir, timm_weights, picture, tmp_path):
+    built, heatmap = tmp_path / "built", tmp_path / "heatmap.png"
+    code, printed = run(
+        monkeypatch, capsys, "build", "--text", text_dir, "--vision", TIMM, "--vision-weights", timm_weights,
+        "--vision-args", '{"features_only": true, "out_indices": [3]}', "--out", built, "--image-size", SIZE,
+        "--cross-attention-layers", "1,4", "--visual-position-embedding", "--image-mean", "0.5,0.5,0.5",
+    )  # fmt: skip
+    assert code == 0, printed
+    config = AutoConfig.from_pretrained(built)
+    assert config.text_config.cross_attention_llama_layers == [1, 3]
+    assert config.visual_position_embedding
+    assert list(AutoProcessor.from_pretrained(built).image_processor.image_mean) == [0.5, 0.5, 0.5]
+
+    question = "Is there a dog in the image?"
+    code, printed = run(
+        monkeypatch, capsys, "ask", "--model", built, "--image", picture, question, "--phrase", "dog",
+        "--heatmap", heatmap, "--max-new-tokens", 5,
+    )  # fmt: skip
+    assert code == 0, printed
+    processor = AutoProcessor.from_pretrained(built)
+    llama = LlamaForCausalLM.from_pretrained(text_dir)  # the gates are shut: the answer is the Llama's own
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+    suppress = [processor.image_token_id]
+    tokens = llama.generate(**inputs, max_new_tokens=5, do_sample=False, suppress_tokens=suppress)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert " ".join(answer.split()) in " ".join(printed.split())
+    with Image.open(heatmap) as image:
+        assert image.width > image.height > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "--model", "nowhere/at/all", "--image", "{picture}", "Is it?"], "nowhere/at/all"),
+        (["ask", "--model", "{checkpoint}", "--image", "missing.png", "Is it?"], "missing.png"),
+        (["ask", "--model", "{checkpoint}", "--image", "{broken}", "Is it?"], "broken.png"),
+        (["ask", "--model", "{checkpoint}", "--image", "{picture}", " "], "question is empty"),
+        (["ask", "--model", "{checkpoint}", "--image", "{picture}", "Is it?", "--phrase", "it"], "--heatmap"),
+        (
+            ["ask", "--model", "{checkpoint}", "--image", "{picture}", "Is it?", "--phrase", "cat", "--heatmap", "x.png"],
+            "'cat' does not occur",
+        ),
+        (
+            ["ask", "--model", "{checkpoint}", "--image", "{picture}", "Is it?", "--heatmap", "{tmp}/no/x.png"],
+            "there is no folder",
+        ),
+        (["build", "--text", "{text}", "--vision", "{tmp}/no", "--out", "{tmp}/out"], "{tmp}/no"),
+        (["build", "--text", "{text}", "--vision", "x", "--out", "{checkpoint}"], "already exists"),
+        (["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--dtype", "int8"], "--dtype"),
+        (["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--vision-args", "{{"], "not JSON"),
+        (
+            ["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--cross-attention-layers", "1;2"],
+            "--cross-attention-layers",
+        ),
+        (["scenes", "--cutouts", "{tmp}/no", "--backgrounds", "{tmp}", "--out", "{tmp}/out"], "{tmp}/no"),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(
+    arguments, message, monkeypatch, capsys, checkpoint, text_dir, picture, tmp_path
+):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:500])
+    places = {"checkpoint": checkpoint, "text": text_dir, "picture": picture, "broken": broken, "tmp": tmp_path}
+    code, printed = run(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert message.format(**places) in "".join(printed.splitlines())
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()

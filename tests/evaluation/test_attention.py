@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where words of a question and its answer look: the maps, their places in the image, the command."""
+
+import copy
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_benchmark import llava
+from tiny import IMAGE, tiny_tokenizer
+from tiny_models import GRID, open_gates, tiny_llama, tiny_vision
+from tokenizers import processors
+
+from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli
+from agevlm.evaluation import attention as attention_maps
+from agevlm.evaluation.attention import (
+    attend,
+    block_titles,
+    choose_phrases,
+    decode_with_offsets,
+    find_phrase,
+    phrase_maps,
+)
+from agevlm.evaluation.benchmark import Question, render_question, reply_greedily
+from agevlm.evaluation.scenes import SceneQuestion, answer_questions
+from agevlm.plots import draw_heatmaps
+from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
+
+SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
+QUESTION = "Is there a dog, or is the Dog not there?"
+
+
+def build(chat_template=DEFAULT_CHAT_TEMPLATE):
+    """A model that says nothing but letters and spaces, so that tokens can be told from the text without a tokenizer."""
+    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    processor = AgeVlmProcessor(
+        AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
+    )
+    llama = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model = AgeVlmForConditionalGeneration.from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
+    model.generation_config.suppress_tokens = [
+        token for token in range(len(tokenizer)) if not re.fullmatch(" ?[A-Za-z]+", tokenizer.decode([token]))
+    ]
+    return open_gates(model), processor
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, parts):
+    """The model as a checkpoint, and a LLaVA."""
+    place = tmp_path_factory.mktemp("models")
+    for part in parts:
+        part.save_pretrained(place / "age_vlm")
+    for part in llava():
+        part.save_pretrained(place / "llava")
+    picture().save(place / "picture.png")
+    return place
+
+
+def picture(width: int = SIZE, height: int = SIZE) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt_ids(processor, question) -> list[int]:
+    """As Transformers tokenises a conversation."""
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return inputs["input_ids"][0]
+
+
+@torch.no_grad()
+def greedy(model, processor, ids: list[int], length: int) -> list[int]:
+    """`ids` and what follows, a token at a time and without a cache."""
+    pixels = processor.image_processor(picture(), return_tensors="pt")
+    for _ in range(length):
+        logits = model(input_ids=torch.tensor([ids]), **pixels).logits[0, -1]
+        logits[model.generation_config.suppress_tokens] = -torch.inf
+        ids = [*ids, int(logits.argmax())]
+    return ids
+
+
+@torch.no_grad()
+def eager_maps(model, processor, ids: list[int]) -> np.ndarray:
+    """Attention of each token `(blocks, tokens, rows, columns)`: eager attention's own weights, the mean of the heads."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    pixels = processor.image_processor(picture(), return_tensors="pt")
+    weights = model(input_ids=torch.tensor([ids]), output_attentions=True, **pixels).cross_attentions
+    return torch.stack(weights).mean(2)[:, 0].unflatten(-1, GRID).numpy()
+
+
+def places(processor, ids: list[int], span: tuple[int, int]) -> list[int]:
+    """Which of the tokens hold some of the characters of a text that `ids` spell, one after another."""
+    ends = np.cumsum([len(processor.tokenizer.decode([token])) for token in ids])
+    starts = [0, *ends[:-1]]
+    return [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < span[1] and end > span[0]]
+
+
+# --- maps ---
+
+
+@pytest.mark.parametrize("predicting", [False, True])
+def test_maps_of_generated_words_are_the_attention_of_their_tokens(parts, predicting):
+    model, processor = parts
+    asked = prompt_ids(processor, QUESTION)
+    ids = greedy(model, processor, asked, 12)
+    answer = processor.tokenizer.decode(ids[len(asked) :])
+    weights = eager_maps(model, processor, ids)
+
+    attention = attend(model, processor, picture(), QUESTION, predicting=predicting, max_new_tokens=12)
+    assert attention.answer == answer
+    words = answer.split()
+    assert [phrase.text for phrase in attention.phrases] == words
+    assert attention.maps.shape == (len(block_titles(model)), len(words), *GRID)
+    end, lengths = 0, set()
+    for number, word in enumerate(words):
+        start = answer.index(word, end)
+        end = start + len(word)
+        rows = [len(asked) + i for i in places(processor, ids[len(asked) :], (start, end))]
+        assert attention.tokens[number] == [processor.tokenizer.decode([ids[row]]) for row in rows]
+        rows = [row - predicting for row in rows]
+        np.testing.assert_allclose(attention.maps[:, number], weights[:, rows].mean(1), atol=1e-5)
+        lengths.add(len(rows))
+    assert len(words) > 2
+    assert max(lengths) > 1, "a word of several tokens is averaged"
+    differences = np.abs(np.diff(weights[:, len(asked) :], axis=1)).max((0, 2, 3))
+    assert (differences > 1e-3).all(), "each token looks elsewhere, so that a shift would show"
+
+
+def test_maps_are_of_the_tokens_that_were_generated_and_not_of_those_their_text_would_have(parts, monkeypatch):
+    model, processor = parts
+    tokenizer = processor.tokenizer
+    asked = prompt_ids(processor, QUESTION)
+    said = [token for letter in "dogcat" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    assert len(tokenizer("dogcat", add_special_tokens=False)["input_ids"]) < len(said) == 6
+    monkeypatch.setattr(model, "generate", lambda **kwargs: torch.tensor([[*asked, *said]]))
+    attention = attend(model, processor, picture(), QUESTION, phrases=["cat"])
+    assert attention.tokens == [["c", "a", "t"]]
+    weights = eager_maps(model, processor, [*asked, *said])[:, -3:].mean(1)
+    np.testing.assert_allclose(attention.maps[:, 0], weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("answer", [None, "A dog is there"])
+def test_maps_of_the_question_are_those_of_its_tokens_whatever_the_answer(parts, answer):
+    model, processor = parts
+    asked = prompt_ids(processor, QUESTION)
+    text = render_question(processor, QUESTION)
+    phrase = "or is the Dog"
+    rows = places(processor, asked, find_phrase(text, phrase))
+    expected = eager_maps(model, processor, asked)[:, rows].mean(1)
+    for predicting in (False, True):  # nothing predicts a question
+        options = {"phrases": [phrase], "predicting": predicting, "max_new_tokens": 3}
+        attention = attend(model, processor, picture(), QUESTION, answer, **options)
+        assert [phrase.source for phrase in attention.phrases] == ["question"]
+        np.testing.assert_allclose(attention.maps[:, 0], expected, atol=1e-5)
+    again = phrase_maps(model, processor, text, picture(), [find_phrase(text, phrase)])
+    np.testing.assert_allclose(again[:, 0], expected, atol=1e-5)
+
+
+def test_maps_of_a_given_answer(parts):
+    model, processor = parts
+    answer = "A dog is there"
+    asked = prompt_ids(processor, QUESTION)
+    ids = [*asked, *processor.tokenizer(answer, add_special_tokens=False)["input_ids"]]
+    attention = attend(model, processor, picture(), QUESTION, answer)
+    weights = eager_maps(model, processor, ids)[:, len(asked) :]
+    for number, word in enumerate(("A", "dog", "is", "there")):
+        start = answer.index(word)
+        rows = places(processor, ids[len(asked) :], (start, start + len(word)))
+        np.testing.assert_allclose(attention.maps[:, number], weights[:, rows].mean(1), atol=1e-5)
+
+
+def without_bos(template: str) -> str:
+    return template.replace("{{ bos_token or '' }}", "")
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, without_bos(DEFAULT_CHAT_TEMPLATE)])
+@pytest.mark.parametrize("way", ["attend", "phrase_maps", "answer_questions", "reply_greedily"])
+def test_the_special_tokens_are_those_that_the_chat_template_writes(template, way):
+    """The tokenizer would add a BOS token, as Llama 3's does, to the one that the template has written or not."""
+    model, processor = build(template)
+    tokenizer = processor.tokenizer
+    text = render_question(processor, QUESTION)
+    assert text.count(tokenizer.bos_token) == (template == DEFAULT_CHAT_TEMPLATE)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    if way == "attend":
+        attend(model, processor, picture(), QUESTION, max_new_tokens=2)
+    elif way == "phrase_maps":
+        phrase_maps(model, processor, text, picture(), [find_phrase(text, "dog")])
+    elif way == "answer_questions":
+        asked = SceneQuestion(0, "existence", QUESTION, "Yes", spans=[find_phrase(QUESTION, "dog")])
+        answer_questions(model, processor, [asked], {0: picture()}, max_new_tokens=2, progress=None)
+    else:
+        reply_greedily(model, processor, [Question("q", picture, QUESTION)], 2)
+    prompts = [ids for ids in seen if len(ids) > 1]  # in generation, the later tokens come alone
+    assert prompts
+    for ids in prompts:
+        written = tokenizer.decode(ids)
+        assert written.startswith(text)
+        assert written.count(tokenizer.bos_token) == text.count(tokenizer.bos_token)
+
+
+# --- phrases ---
+
+
+def test_phrases_are_looked_for_in_the_answer_and_then_in_the_question():
+    question, answer = "Is the dog a dog?", "The dog is not a DOG, there's no sofa-bed."
+    chosen = choose_phrases(question, answer, ["dog", "the dog", "Is the", "a dog?", "."])
+    found = [(phrase.source, phrase.start, phrase.text) for phrase in chosen]
+    assert found == [
+        ("answer", 17, "DOG"),  # the last place, as it is written there
+        ("answer", 0, "The dog"),
+        ("question", 0, "Is the"),
+        ("question", 11, "a dog?"),
+        ("answer", 41, "."),
+    ]
+    words = ["The", "dog", "is", "not", "a", "DOG", "there's", "no", "sofa-bed"]
+    assert [phrase.text for phrase in choose_phrases(question, answer)] == words
+    for phrase in choose_phrases(question, answer):
+        assert answer[phrase.start : phrase.end] == phrase.text
+    for phrase in ("cat", ""):
+        with pytest.raises(ValueError, match=f"'{phrase}' occurs neither in the question .* choose words"):
+            choose_phrases(question, answer, [phrase])
+    for empty in ("", " ?!"):
+        with pytest.raises(ValueError, match="has no words: name words of the question"):
+            choose_phrases(question, empty)
+
+
+def test_letters_that_change_their_length_move_no_phrase():
+    assert len("İ".lower()) == 2
+    assert find_phrase("İİ dog", "Dog") == (3, 6)
+    assert find_phrase("a.a dog? a(", "a(") == (9, 11)
+
+
+def test_a_phrase_without_a_token(parts):
+    model, processor = parts
+    trimmed = copy.deepcopy(processor)  # offsets without the space before a word, as some tokenizers have them
+    trimmed.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    with pytest.raises(ValueError, match="' ' of the question has no token: choose words"):
+        attend(model, trimmed, picture(), "Is there a dog?", "Yes", [" "])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["A brown dog and a white cat.", "  two  spaces\n", "naïve café: 犬と猫 🦄🦄!", "", "🦄"],
+)
+def test_offsets_of_tokens_are_the_tokenizers_own(text):
+    tokenizer = tiny_tokenizer()
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    decoded, offsets = decode_with_offsets(tokenizer, encoded["input_ids"])
+    assert decoded == text
+    assert [tuple(pair) for pair in offsets.tolist()] == encoded["offset_mapping"]
+
+
+def test_special_tokens_have_no_characters():
+    tokenizer = tiny_tokenizer()
+    words = tokenizer("dog cat", add_special_tokens=False, return_offsets_mapping=True)
+    ids = [tokenizer.bos_token_id, *words["input_ids"], tokenizer.eos_token_id, tokenizer.eos_token_id]
+    text, offsets = decode_with_offsets(tokenizer, ids)
+    assert text == "dog cat"
+    assert [tuple(pair) for pair in offsets.tolist()] == [(0, 0), *words["offset_mapping"], (7, 7), (7, 7)]
+
+
+def test_a_character_that_was_not_generated_to_its_end():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("dog 🦄", add_special_tokens=False)["input_ids"]
+    text, offsets = decode_with_offsets(tokenizer, ids[:-1])
+    assert text == "dog \ufffd"
+    assert offsets[-1].tolist() == [4, 5]
+    assert offsets.shape == (len(ids) - 1, 2)
+
+
+# --- places in the image ---
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (50, 33), (33, 50), (200, 61), (9, 70)])
+def test_cells_are_where_the_image_processor_puts_their_pixels(parts, width, height):
+    """White pixels in a cell's box, and nowhere else, arrive in that cell."""
+    model, processor = parts
+    attention = attend(model, processor, picture(width, height), QUESTION, "Yes")
+    rows, columns = attention.maps.shape[2:]
+    scale = 8  # in a larger copy, so that the box can be cut to the pixel
+    dark = Image.new("RGB", (scale * width, scale * height))
+    black = processor.image_processor(dark, return_tensors="pt")["pixel_values"]
+    for row in range(rows):
+        for column in range(columns):
+            peak = np.zeros((rows, columns))
+            peak[row, column] = 0.5
+            strongest = attention.strongest(peak)
+            assert (strongest["row"], strongest["column"], strongest["attention"]) == (row, column, 0.5)
+            left, top, right, bottom = strongest["box"]
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+            image = dark.copy()
+            image.paste("white", [round(scale * side) for side in (left, top, right, bottom)])
+            pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+            light = torch.nn.functional.adaptive_avg_pool2d((pixels - black).mean(1), GRID)[0]
+            assert light.argmax() == row * GRID[1] + column
+            assert light[row, column] > 0.85 * light.sum()  # the rest is resampling at the border
+    boxes = [attention.strongest(np.eye(1, rows * columns, i).reshape(rows, columns)) for i in (0, rows * columns - 1)]
+    assert boxes[0]["box"][:2] == [0, 0]
+    assert boxes[1]["box"][2:] == [width, height]  # the cells cover all of the image
+
+
+def test_everything_is_in_the_json(parts):
+    model, processor = parts
+    attention = attend(model, processor, picture(60, 30), QUESTION, "A dog is there", ["dog", "or is"])
+    content = json.loads(json.dumps(attention.to_dict()))
+    assert content["image_size"] == {"width": 60, "height": 30}
+    assert content["grid"] == {"rows": 2, "columns": 4}
+    assert content["cell"] == {"width": 15, "height": 15}
+    for number, (text, source, whole) in enumerate(
+        [("dog", "answer", "A dog is there"), ("or is", "question", QUESTION)]
+    ):
+        phrase = content["phrases"][number]
+        assert (phrase["phrase"], phrase["in"]) == (text, source)
+        assert content[source][phrase["start"] : phrase["end"]] == whole[phrase["start"] : phrase["end"]] == text
+        assert "".join(phrase["tokens"]).strip() == text
+        *blocks, average = phrase["maps"]
+        assert [entry["block"] for entry in phrase["maps"]] == [*block_titles(model), "average"]
+        maps = np.array([entry["map"] for entry in blocks])
+        np.testing.assert_allclose(maps, attention.maps[:, number], atol=1e-7)
+        np.testing.assert_allclose(average["map"], maps.mean(0), atol=1e-7)
+        for entry in phrase["maps"]:
+            cells, strongest = np.array(entry["map"]), entry["strongest"]
+            assert strongest["attention"] == pytest.approx(cells.max(), abs=1e-7)
+            x, y = 15 * strongest["column"], 15 * strongest["row"]
+            assert strongest["box"] == [x, y, x + 15, y + 15]
+            assert cells[strongest["row"], strongest["column"]] == cells.max()
+
+
+# --- figures ---
+
+
+def panels(monkeypatch):
+    """The figures that are drawn from now on: each a table of (title, label that is drawn)."""
+    import matplotlib.figure
+
+    drawn = []
+    save = matplotlib.figure.Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        drawn.append(figure)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "height"), [(1, 60, 30), (3, 30, 60), (4, 32, 32), (12, 20, 90), (30, 90, 20)]
+)
+def test_a_figure_has_a_row_a_phrase_and_nothing_overlaps(parts, tmp_path, monkeypatch, count, width, height):
+    model, processor = parts
+    words = ["there", "extraordinarily", "$5", "a_b^c", "dog"]
+    answer = " ".join(words[i % len(words)] for i in range(count))
+    wanted = None if count > 4 else words[:count]
+    attention = attend(model, processor, picture(width, height), QUESTION * 3, answer, wanted)
+    drawn = panels(monkeypatch)
+    attention.draw(tmp_path / "attention.png")
+    (figure,) = drawn
+    columns = len(block_titles(model)) + 2  # the image, the blocks, their average
+    assert len(figure.axes) == min(len(attention.phrases), 12) * columns
+    labels = [axis.get_title().replace("\n", " ") for axis in figure.axes[::columns]]
+    assert labels == [f"{phrase.text} ({phrase.source})" for phrase in attention.phrases[:12]]
+    titles = [axis.get_title().split("\n")[0] for axis in figure.axes[1:columns]]
+    assert titles == [*block_titles(model), "average"]
+    if len(attention.phrases) > 12:
+        assert f"the first 12 of {len(attention.phrases)} phrases" in figure.get_suptitle()
+
+    renderer = figure.canvas.get_renderer()
+    texts = [axis.title for axis in figure.axes] + [figure._suptitle]
+    boxes = [artist.get_window_extent(renderer) for artist in [*texts, *figure.axes]]
+    for i, box in enumerate(boxes):
+        assert box.width * box.height > 100
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+        for other in boxes[:i]:
+            apart = box.x0 >= other.x1 or other.x0 >= box.x1 or box.y0 >= other.y1 or other.y0 >= box.y1
+            assert apart, (box, other)
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.width <= 1800
+        assert image.height <= 3000
+
+
+def test_the_strongest_cell_is_framed_where_it_lies_in_the_image(tmp_path, monkeypatch):
+    drawn = panels(monkeypatch)
+    maps = np.zeros((1, 2, 3, 4))
+    maps[0, 0, 2, 1] = maps[0, 1, 0, 3] = 1
+    draw_heatmaps(picture(40, 25), maps, ["a", "b"], tmp_path / "x.png", labels=["dog"], cell=(10, 10))
+    frames = [axis.patches[0].get_bbox().extents.tolist() for axis in drawn[0].axes[1:]]
+    assert frames == [[10, 20, 20, 30], [30, 0, 40, 10]]
+    for axis in drawn[0].axes:  # the last row of cells reaches beyond the image
+        assert (axis.get_xlim(), axis.get_ylim()) == ((0, 40), (25, 0))
+    assert drawn[0].axes[1].images[1].get_extent() == [0, 40, 30, 0]
+
+
+def test_without_matplotlib(parts, tmp_path, monkeypatch):
+    model, processor = parts
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    attention = attend(model, processor, picture(), QUESTION, "Yes")
+    with pytest.raises(ImportError, match="pip install 'agevlm"):
+        attention.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the commands ---
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Exit code and what was printed."""
+    monkeypatch.setattr(sys, "argv", ["agevlm", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as exit_info:
+        sys.exit(cli.main())
+    captured = capsys.readouterr()
+    return exit_info.value.code or 0, captured.out + captured.err
+
+
+@pytest.mark.parametrize("predicting", [False, True])
+def test_command(monkeypatch, capsys, tmp_path, folders, parts, predicting):
+    model, processor = parts
+    image, out = folders / "picture.png", tmp_path / "new" / "out"
+    code, printed = run(
+        monkeypatch, capsys, "attention", "--model", folders / "age_vlm", "--image", image, f" {QUESTION} ",
+        "--max-new-tokens", 9, "--out", out, *["--predicting"] * predicting,
+    )  # fmt: skip
+    assert code == 0, printed
+    expected = attend(model, processor, picture(), QUESTION, predicting=predicting, max_new_tokens=9)
+    content = json.loads((out / "attention.json").read_text())
+    assert content == {
+        "model": str(folders / "age_vlm"),
+        "image": str(image),
+        "generated": True,
+        "predicting": predicting,
+        **expected.to_dict(),
+    }
+    assert expected.answer.strip() in printed
+    assert sorted(file.name for file in out.iterdir()) == ["attention.json", "attention.png"]
+    expected.draw(tmp_path / "expected.png")
+    assert (out / "attention.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+def test_command_with_phrases_of_question_and_answer(monkeypatch, capsys, tmp_path, folders):
+    code, printed = run(
+        monkeypatch, capsys, "attention", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION,
+        "--answer", "Yes, a dog.", "--phrase", "DOG", "--phrase", "not there", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, printed
+    content = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert (content["answer"], content["generated"]) == ("Yes, a dog.", False)
+    found = [(phrase["phrase"], phrase["in"], phrase["start"]) for phrase in content["phrases"]]
+    assert found == [("dog", "answer", 7), ("not there", "question", QUESTION.index("not there"))]
+
+
+def test_ask_draws_the_maps_of_the_question(monkeypatch, capsys, tmp_path, folders, parts):
+    model, processor = parts
+    code, printed = run(
+        monkeypatch, capsys, "ask", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION,
+        "--phrase", "dog", "--heatmap", tmp_path / "heatmap.png", "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert code == 0, printed
+    attention = attend(model, processor, picture(), QUESTION, max_new_tokens=4)
+    assert attention.answer.strip() in printed
+    text = render_question(processor, QUESTION)
+    place = text.index("Dog")  # the last one
+    maps = phrase_maps(model, processor, text, picture(), [(place, place + 3)])[:, 0]
+    caption = f"{QUESTION}  {attention.answer.strip()}    [dog]"
+    draw_heatmaps(picture(), maps, block_titles(model), tmp_path / "expected.png", caption)
+    assert (tmp_path / "heatmap.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys, tmp_path, folders):
+    command = ["ask", "--model", folders / "llava", "--image", folders / "picture.png", "Is there a dog?"]
+    code, printed = run(monkeypatch, capsys, *command, "--max-new-tokens", 4)
+    assert code == 0, printed
+    model, processor = llava()
+    (expected,) = reply_greedily(model, processor, [Question("q", picture, "Is there a dog?")], 4)
+    assert "".join(expected["answer"].split()) in "".join(printed.split())
+    code, printed = run(monkeypatch, capsys, *command, "--heatmap", tmp_path / "x.png")
+    assert code == 2
+    assert "has no cross-attention maps to show: choose an AGE-VLM" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--phrase": "cat"}, "'cat' occurs neither in the question"),
+        ({"--phrase": "cat", "--answer": "A dog."}, "nor in the answer 'A dog.': choose words of them"),
+        ({"--answer": " "}, "has no words: name words of the question instead (--phrase)"),
+        ({"--model": "{models}/llava"}, "a model of the type llava and has no cross-attention maps to show"),
+        ({"--model": "{models}/nowhere"}, "nowhere"),
+        ({"--image": "{models}/nowhere.png"}, "nowhere.png"),
+        ({"--image": "{models}/age_vlm/config.json"}, "Cannot read image"),
+        ({"--out": "{models}/age_vlm"}, "already exists; choose another output folder"),
+        ({"question": " "}, "The question is empty"),
+    ],
+)
+def test_mistakes_on_the_command_line(monkeypatch, capsys, tmp_path, folders, changes, message):
+    options = {
+        "question": QUESTION,
+        "--model": "{models}/age_vlm",
+        "--image": "{models}/picture.png",
+        "--out": str(tmp_path / "out"),
+        "--max-new-tokens": "2",
+        **changes,
+    }
+    before = sorted(folders.rglob("*"))
+    command = [options.pop("question"), *(part for option in options.items() for part in option)]
+    code, printed = run(monkeypatch, capsys, "attention", *(part.format(models=folders) for part in command))
+    assert code == 2, printed
+    assert message.format(models=folders) in printed.replace("\n", " ")
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_nothing(monkeypatch, capsys, tmp_path, folders):
+    def draw(self, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(attention_maps.Attention, "draw", draw)
+    code, printed = run(
+        monkeypatch, capsys, "attention", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION,
+        "--answer", "Yes", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "No space left" in printed
+    assert not list(tmp_path.iterdir())

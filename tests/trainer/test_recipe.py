@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`agevlm train` with every recipe of examples/recipes, from start to end on tiny parts; mistakes, overrides, several processes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import tiny_llama
+from tiny_training import dataset, rows, tiny_processor, tiny_trainable
+
+from agevlm import cli
+from agevlm.data.mixture import DataPart, read_mixture
+from agevlm.plots import draw_training
+from agevlm.processing.rows import message_text
+from agevlm.trainer.recipe import load_recipe, training_arguments
+from agevlm.trainer.stages import PRESETS, group_parameters
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "examples" / "recipes" / "age_vlm_1b").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+# What no machine of the tests has: eight GPUs, time, and cores for workers.
+SMALL = [
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=4",
+    "training.gradient_accumulation_steps=1",
+    "training.dataloader_num_workers=0",
+    "training.logging_steps=1",
+    "training.save_steps=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A freshly assembled model with its processor, and data sets of every form, in one folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_trainable(gate=0.0).bfloat16().save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    dataset(12).save_to_disk(folder / "rows")
+
+    made = [row for row in rows(12) if len(row["images"]) < 2]
+    (folder / "images").mkdir()
+    entries = []
+    for i, row in enumerate(made):
+        question, answer = map(message_text, row["messages"])
+        entries.append(
+            {"id": str(i), "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        )
+        if row["images"]:
+            row["images"][0].save(folder / "images" / f"{i}.png")
+            entries[i] |= {"image": f"{i}.png"}
+            entries[i]["conversations"][0]["value"] = f"<image>\n{question}"
+    (folder / "llava.json").write_text(json.dumps(entries))
+
+    columns = {
+        "id": [entry["id"] for entry in entries],
+        "conversations": [entry["conversations"] for entry in entries],
+        "image": [row["images"][0] if row["images"] else None for row in made],
+    }
+    turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+    features = {"id": datasets.Value("string"), "conversations": datasets.List(turn), "image": datasets.Image()}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder / "llava_hub")
+
+    # As on the Hub: several configurations, of which one must be named.
+    texts = [dict(zip(("user", "assistant"), map(message_text, row["messages"]), strict=True)) for row in made]
+    cauldron = {"images": [row["images"] for row in made], "texts": [[{**text, "source": "here"}] for text in texts]}
+    turn = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
+    features = datasets.Features(images=datasets.List(datasets.Image()), texts=datasets.List(turn))
+    (folder / "cauldron").mkdir()
+    datasets.Dataset.from_dict(cauldron, features=features).to_parquet(folder / "cauldron" / "vqav2.parquet")
+    names = "".join(f"- config_name: {name}\n  data_files: vqav2.parquet\n" for name in ("vqav2", "other"))
+    (folder / "cauldron" / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    return folder
+
+
+def paths(recipe: Path, parts: Path) -> list[str]:
+    """Overrides that lead each part of a recipe's data to the tiny data set of the same form."""
+    overrides = []
+    for i, part in enumerate(load_recipe(recipe).data):
+        name = {"rows": "rows", "cauldron": "cauldron"}.get(part.format, "llava.json" if part.images else "llava_hub")
+        overrides.append(f"data.{i}.path={parts / name}")
+        if part.images:
+            overrides.append(f"data.{i}.images={parts / 'images'}")
+    return overrides
+
+
+def run(*arguments: str | Path) -> None:
+    """`agevlm train …`, in this process."""
+    sys_argv, sys.argv = sys.argv, ["agevlm", "train", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    finally:
+        sys.argv = sys_argv
+
+
+def fails(capsys, *arguments: str | Path) -> str:
+    """What `agevlm train …` says when it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    message = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2
+    assert "Traceback" not in message
+    return message
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def recipe(parts, tmp_path):
+    """A small recipe in a file."""
+    values = {
+        "model": str(parts / "model"),
+        "model_args": {"dtype": "float32"},
+        "data": [{"path": str(parts / "rows")}],
+        "training": {"output_dir": str(tmp_path / "out"), "stage": "guide", "max_steps": 2, "use_cpu": True},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+# --- the four stages ---
+
+
+def test_the_four_stages(parts, tmp_path, capsys):
+    """One after the other, as they stand but for sizes and places: what shall train does, and nothing else."""
+    assert [path.stem for path in RECIPES] == ["1_align", "2_adapt_vision", "3_guide", "4_instruct"]
+    before = parts / "model"
+    for path in RECIPES:
+        loaded = load_recipe(path)
+        assert path.stem[2:] == loaded.training["stage"]
+        after = tmp_path / path.stem
+        run(path, *paths(path, parts), *SMALL, f"model={before}", f"training.output_dir={after}")
+        summary = capsys.readouterr().out
+        assert f"Stage {loaded.training['stage']}" in summary
+        assert "lm_loss" in summary
+
+        groups = group_parameters(tiny_trainable())
+        trained = {name for group in PRESETS[loaded.training["stage"]] for name in groups[group]}
+        old, new = weights(before), weights(after)
+        assert old.keys() == new.keys()
+        assert trained <= new.keys()
+        for name, tensor in new.items():
+            start = old[name].bfloat16().to(tensor.dtype)  # as the stage has loaded it
+            assert torch.equal(tensor, start) == (name not in trained), name
+            if name in trained or "vision_tower" not in name:
+                assert tensor.dtype == (torch.float32 if name in trained else torch.bfloat16), name
+
+        record = json.loads((after / "training.json").read_text())
+        logged = [entry for entry in record["log_history"] if "lm_loss" in entry]
+        assert [entry["step"] for entry in logged] == [1, 2]
+        assert record["recipe"]["training"]["output_dir"] == str(after)
+        assert any("guidance_loss" in entry for entry in logged) == (loaded.training["stage"] == "guide")
+        assert Image.open(after / "training.png").width == 400 * (4 if loaded.training["stage"] == "guide" else 1)
+        assert not (after / ".unfinished").exists()
+        before = after
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_follow_each_other(path):
+    """Each starts from the former's output, and its size is said for 8 GPUs."""
+    recipe, number = load_recipe(path), RECIPES.index(path)
+    former = load_recipe(RECIPES[number - 1]).training["output_dir"] if number else "outputs/age-vlm-1b/0_assembled"
+    assert recipe.model == former
+    args = training_arguments(recipe)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == (256, 256, 128, 128)[number]
+    if recipe.training["stage"] == "guide":
+        masked, other = recipe.data
+        assert masked.rows / (masked.rows + other.rows) == 0.1
+
+
+# --- recipes as files ---
+
+
+def test_numbers_and_booleans_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: m\ndata: [{path: d}]\n"
+        "training: {output_dir: o, stage: align, learning_rate: 1e-4, weight_decay: 0.0001, bf16: true, save_strategy: no}\n"
+    )
+    training = load_recipe(
+        path, ["training.adam_epsilon=1E-8", "training.max_grad_norm=.5", "training.warmup_steps=1.5e+2"]
+    ).training
+    assert (training["learning_rate"], training["weight_decay"]) == (0.0001, 0.0001)
+    assert (training["adam_epsilon"], training["max_grad_norm"], training["warmup_steps"]) == (1e-8, 0.5, 150.0)
+    assert training["save_strategy"] == "no"
+    args = training_arguments(load_recipe(path))
+    assert (args.learning_rate, args.save_strategy, args.bf16) == (0.0001, "no", True)
+    assert args.use_cpu == (not torch.accelerator.is_available())
+
+
+def test_overrides(recipe):
+    changed = load_recipe(
+        recipe,
+        [
+            "model=other/model",
+            "model_args.dtype=bfloat16",
+            "data.0.path=there=here",
+            "data.0.rows=7",
+            "eval_data=[{path: a}, {path: b, split: test}]",
+            "training.group_learning_rates.adapter=1e-3",
+            "training.guided_layers=[1, 3]",
+            "training.stage=[adapter]",
+        ],
+    )
+    assert (changed.model, changed.model_args.dtype) == ("other/model", "bfloat16")
+    assert changed.data == [DataPart("there=here", rows=7)]
+    assert changed.eval_data == [DataPart("a"), DataPart("b", split="test")]
+    assert changed.training["group_learning_rates"] == {"adapter": 0.001}
+    assert (changed.training["guided_layers"], changed.training["stage"]) == ([1, 3], ["adapter"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["modle=x"], ["no 'modle'", "did you mean 'model'", "model, data, training, model_args, eval_data"]),
+        (["data.0.spilt=train"], ["no 'data.0.spilt'", "did you mean 'split'", "path, name, split, format, images, rows"]),
+        (["training.lerning_rate=1"], ["no 'training.lerning_rate'", "did you mean 'learning_rate'", "guided_fraction"]),
+        (["training.zzz=1"], ["no 'training.zzz'. Known are"]),
+        (["model_args.device=cpu"], ["no 'model_args.device'", "dtype, attn_implementation"]),
+        (["data.3.path=x"], ["data has the entries 0 to 0, no '3'"]),
+        (["data.first.path=x"], ["data has the entries 0 to 0, no 'first'"]),
+        (["model.path=x"], ["there is no 'path'"]),
+        (["model"], ["'model' is no override: write key=value"]),
+        (["training.stage=[a"], ["training.stage=[a is not YAML"]),
+        (["model=3"], ["model must be text, got 3"]),
+        (["data=x"], ["data must be a list, got 'x'"]),
+        (["data=[x]"], ["data.0 must be a mapping, got 'x'"]),
+        (["data=[]"], ["has no data"]),
+        (["data=[{split: train}]"], ["data.0 has no path"]),
+        (["data.0.rows=many"], ["data.0.rows must be a whole number or null, got 'many'"]),
+        (["data.0.rows=0"], ["rows must be at least 1, got 0"]),
+        (["data.0.format=coco"], ["data.0.format must be rows or llava or grit or cauldron, got 'coco'"]),
+        (["model_args.dtype=int8"], ["model_args.dtype must be auto or float32 or bfloat16 or float16, got 'int8'"]),
+        (["training=3"], ["training must be a mapping, got 3"]),
+        (["training.learning_rate=fast"], ["training.learning_rate must be a number, got 'fast'"]),
+        (["training.bf16=1"], ["training.bf16 must be true or false, got 1"]),
+        (["training.guided_layers=2"], ["training.guided_layers must be a list of a whole number or null, got 2"]),
+        (["training.output_dir=null"], ["no training.output_dir"]),
+        (["training.stage=null"], ["no training.stage"]),
+        (["training.stage=aling"], ["no preset 'aling'", "align, adapt_vision, guide, instruct"]),
+        (["training.lr_scheduler_type=cosin"], ["cosin is not", "cosine"]),
+        (["eval_data=[{path: a}]"], ["set training.eval_strategy"]),
+        (["model=nowhere/at/all"], ["no model nowhere/at/all", "agevlm build"]),
+        (["data.0.path=no_such.json"], ["no such file or folder: no_such.json"]),
+        (["data.0.images=here"], ["`images` names the folder", "format rows"]),
+        (["data.0.format=grit"], ["`images` names the folder", "format grit"]),
+        (["data.0.format=llava"], ["has no column 'conversations'", "images, messages, grounding", "cauldron texts"]),
+        (["data.0.name=default"], ["with `name` goes `split`"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_mistakes_are_named(recipe, overrides, expected, capsys, tmp_path):
+    message = fails(capsys, recipe, *overrides)
+    for part in expected:
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "There is no recipe"),
+        ("a: [", "is not YAML"),
+        ("- a\n- b\n", "must be a mapping with model, data and training"),
+        ("", "must be a mapping with model, data and training"),
+        ("model: m\n", "The recipe has no data and no training"),
+        (b"\xff\xfe\x00", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, capsys, text, expected):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert expected in fails(capsys, path)
+
+
+def test_another_architecture_is_refused_before_its_weights_are_read(recipe, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").write_bytes(b"no weights")
+    message = fails(capsys, recipe, f"model={tmp_path / 'llama'}")
+    assert "has the model_type 'llama'" in message
+    assert "agevlm build" in message
+    assert not (tmp_path / "out").exists()
+
+
+# --- data ---
+
+
+def test_mixture_of_all_forms(parts):
+    """Rows of each form come out as the same conversations; nothing is lost on the way."""
+    mixture = read_mixture(
+        [
+            DataPart(str(parts / "rows")),
+            DataPart(str(parts / "llava.json"), format="llava", images=str(parts / "images")),
+            DataPart(str(parts / "llava_hub"), format="llava"),
+            DataPart(str(parts / "cauldron"), name="vqav2", split="train", format="cauldron"),
+        ]
+    )
+    expected = rows(12)
+    single = [row for row in expected if len(row["images"]) < 2]
+    assert len(mixture) == 12 + 3 * len(single)
+    for i, row in enumerate(mixture):
+        source = expected[i] if i < 12 else single[(i - 12) % len(single)]
+        images = row["images"] or ([row["image"]] if row["image"] else [])
+        assert len(images) == len(source["images"])
+        for image, same in zip(images, source["images"], strict=True):
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(same))
+        assert [m["role"] for m in row["messages"]] == [m["role"] for m in source["messages"]]
+        assert list(map(message_text, row["messages"])) == list(map(message_text, source["messages"]))
+        shown = [part["type"] for message in row["messages"] for part in message["content"]]
+        assert shown == ["image"] * len(images) + ["text", "text"]
+        assert (row["grounding"] or []) == (source["grounding"] if i < 12 else [])
+
+
+def test_rows_of_trl_are_taken_as_they_are_used(tmp_path):
+    """Messages with plain strings, or with keys of their own; one image; integers of another width."""
+    image = rows(1)[0]["images"][0]
+    content = [{"index": None, "text": "What?", "type": "text"}, {"index": 0, "text": None, "type": "image"}]
+    for name, message in (("parts", content), ("strings", "What?")):
+        messages = [{"role": "user", "content": message}]
+        grounding = [{"message": 0, "start": 0, "end": 4, "image": 0, "box": None, "mask": None, "score": None}]
+        made = {"image": [image], "messages": [messages], "grounding": [grounding], "other": [1]}
+        datasets.Dataset.from_dict(made).save_to_disk(tmp_path / name)
+    first, second = read_mixture([DataPart(str(tmp_path / "parts")), DataPart(str(tmp_path / "strings"))])
+    text, shown = {"type": "text", "text": "What?"}, {"type": "image", "text": None}
+    assert first["messages"] == [{"role": "user", "content": [text, shown]}]
+    assert second["messages"] == [{"role": "user", "content": [shown, text]}]
+    assert first["grounding"][0]["end"] == 4
+    assert "other" not in first
+
+
+def test_rows_are_drawn_with_the_seed(parts):
+    def drawn(number, seed):
+        mixture = read_mixture(
+            [DataPart(str(parts / "rows"), rows=number), DataPart(str(parts / "llava_hub"), format="llava")], seed
+        )
+        return [message_text(row["messages"][1]) + str(row["grounding"]) for row in mixture]
+
+    every = drawn(None, 0)
+    assert drawn(100, 0) == every
+    few = drawn(4, 0)
+    assert few[4:] == every[12:]
+    assert set(few[:4]) < set(every[:12])
+    assert few == drawn(4, 0) != drawn(4, 1)
+
+
+def test_a_conversation_that_does_not_fit_is_named(parts, tmp_path):
+    whole = datasets.load_from_disk(parts / "llava_hub")
+    for name, value, expected in (
+        ("more", "<image><image> What?", "the messages show 2 images, but the row has 1"),
+        ("null", None, "row 1"),
+    ):
+        turns = [{"from": "human", "value": value}]
+        broken = [whole[0], {**whole[2], "conversations": turns}]
+        datasets.Dataset.from_list(broken, features=whole.features).save_to_disk(tmp_path / name)
+        with pytest.raises(ValueError, match="row 1: no conversation of the format llava") as error:
+            read_mixture([DataPart(str(tmp_path / name), format="llava")])
+        assert expected in str(error.value)
+
+
+def test_names_of_images_are_no_images(parts, tmp_path):
+    """As `datasets` reads LLaVA's own files from the Hub."""
+    named = [{"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}]
+    datasets.Dataset.from_list(named).save_to_disk(tmp_path / "named")
+    with pytest.raises(ValueError, match=r"column image does not hold images.*name its .json file as `path`"):
+        read_mixture([DataPart(str(tmp_path / "named"), format="llava")])
+
+
+# --- runs ---
+
+
+def test_resumes_as_if_never_stopped_and_overwrites_nothing(recipe, tmp_path, capsys):
+    settings = ["training.max_steps=4", "training.save_steps=2", "training.per_device_train_batch_size=2"]
+    assert "no checkpoint" in fails(capsys, recipe, *settings, "--resume")
+    run(recipe, *settings)
+    out, stopped = tmp_path / "out", tmp_path / "stopped"
+    message = fails(capsys, recipe, *settings)
+    assert "checkpoint-4 of a former run" in message
+    assert "--resume" in message
+
+    shutil.copytree(out / "checkpoint-2", stopped / "checkpoint-2")
+    (stopped / ".unfinished").mkdir()  # what a killed run may leave
+    assert "checkpoint-2" in fails(capsys, recipe, *settings, f"training.output_dir={stopped}")
+    run(recipe, *settings, f"training.output_dir={stopped}", "--resume")
+    whole, resumed = weights(out), weights(stopped)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    steps = [entry["step"] for entry in json.loads((stopped / "training.json").read_text())["log_history"]]
+    assert max(steps) == 4
+
+    shutil.rmtree(out / "checkpoint-2")
+    shutil.rmtree(out / "checkpoint-4")
+    saved = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert "a model of a former run: delete it" in fails(capsys, recipe, *settings)
+    assert saved == {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+
+
+def test_evaluates_and_draws(recipe, parts, tmp_path, capsys, monkeypatch):
+    run(
+        recipe,
+        f"eval_data=[{{path: {parts / 'rows'}, rows: 4}}]",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+    )
+    assert "eval_pointing_accuracy" in capsys.readouterr().out
+    assert (tmp_path / "out" / "training.png").is_file()
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    run(recipe, f"training.output_dir={tmp_path / 'plain'}")
+    assert "No training.png, which needs matplotlib: pip install 'agevlm[eval]'" in capsys.readouterr().out
+    assert (tmp_path / "plain" / "training.json").is_file()
+    assert not (tmp_path / "plain" / "training.png").exists()
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    draw_training([{"loss": 1.0, "step": 1}], tmp_path / "training.png")
+    assert not (tmp_path / "training.png").exists()
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))  # raises for unknown keys, but not for those of the parts
+    known = vars(launch_command_parser().parse_args(["script"]))
+    for part in (config.fsdp_config, config.deepspeed_config):
+        assert part.keys() <= known.keys()
+    kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}
+    assert config.distributed_type == kinds.get(path.stem, DistributedType.DEEPSPEED)
+    assert config.mixed_precision == "bf16"
+    if path.stem == "fsdp2":
+        layer = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        assert layer in {type(module).__name__ for module in tiny_trainable().modules()}
+
+
+# Accelerate shards models on accelerators only, by the kind of its processes; PyTorch does on CPUs as well.
+SHARD_ON_CPU = """
+from accelerate import DistributedType, PartialState
+from torch.distributed.fsdp import FSDPModule
+from agevlm import cli
+from agevlm.trainer import recipes, trainer
+
+def training_arguments(recipe, made=recipes.training_arguments):
+    args = made(recipe)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+class Trainer(trainer.AgeVlmTrainer):
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        assert isinstance(self.model_wrapped, FSDPModule)
+        return result
+
+recipes.training_arguments, trainer.AgeVlmTrainer = training_arguments, Trainer
+cli.main()
+"""
+
+
+def test_two_processes_train_as_one(parts, tmp_path):
+    """The recipe of stage 3 under the accelerate configurations, beside one process with as many rows a step.
+
+    One row a batch, so that some batches have no image: what trains must get a gradient from those too.
+    """
+    recipe = next(path for path in RECIPES if path.stem == "3_guide")
+    # Float32, and no Adam, which makes steps of noise about 0.
+    common = [
+        recipe, f"model={parts / 'model'}", *paths(recipe, parts), *SMALL, "training.max_steps=3", "training.optim=sgd",
+        "training.bf16=false", "model_args.dtype=float32", "training.learning_rate=1e-2", "training.lr_scheduler_type=constant",
+        "training.initial_gate=0.5", "training.per_device_train_batch_size=1", "training.group_learning_rates=null",
+    ]  # fmt: skip
+    run(*common, "training.gradient_accumulation_steps=4", f"training.output_dir={tmp_path / 'one'}")
+    expected, start = weights(tmp_path / "one"), weights(parts / "model")
+    steps = [(tensor - start[key].float()).norm() for key, tensor in expected.items() if ".gate" not in key]
+    assert sum(step > 1e-4 for step in steps) > 40, "the steps are long enough to compare"
+
+    bin_folder = Path(sys.executable).parent
+    (tmp_path / "shard_on_cpu.py").write_text(SHARD_ON_CPU)
+    for name, script in (("ddp", bin_folder / "agevlm"), ("fsdp2", tmp_path / "shard_on_cpu.py")):
+        command = [
+            bin_folder / "accelerate", "launch", "--config_file", ROOT / "examples" / "accelerate" / f"{name}.yaml",
+            "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no",
+            script, "train", *common, "training.gradient_accumulation_steps=2", f"training.output_dir={tmp_path / name}",
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-5000:]
+        assert len(re.findall(r"saved in", done.stdout)) == 1, "one process reports"
+        actual = weights(tmp_path / name)
+        assert actual.keys() == expected.keys()
+        for key, tensor in expected.items():
+            step = (tensor - start[key].float()).norm()
+            assert (actual[key] - tensor).norm() <= 0.01 * step + 1e-6, (name, key)
