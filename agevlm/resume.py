@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resume or refuse: work that was stopped goes on with the settings that it was begun with, and with no others.
+
+One engine for answers of benchmarks, masks of teachers, cached features, runs of experiments and stages of training.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """A short digest (16 hexadecimal digits) of values that JSON can hold."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return sha.hexdigest()[:16]
+
+
+def fingerprint(model: "nn.Module") -> str:
+    """A digest (16 hexadecimal digits) of all weights and buffers of a model: their names, types, shapes and every value.
+
+    It reads all weights once, which takes about a second per gigabyte.
+    """
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return sha.hexdigest()[:16]
+
+
+def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two settings, as `seed was 0 and is 1; data.rows was 10 and is 20`; empty where nothing does.
+
+    Nested mappings are compared key by key, named with dots.
+    """
+    before, now = (_flatten(json.loads(json.dumps(settings, default=str))) for settings in (kept, wanted))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+
+
+def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
+    """Compares `settings` with those that the work beside `file` was begun with, or begins it.
+
+    Args:
+        file: the JSON file of the settings. Where it does not exist, it is written, whole or not at all.
+        settings: all that the result depends on, and nothing else; values that JSON can hold.
+
+    Returns:
+        True where work was begun with the same settings and can be resumed, False where it begins now.
+
+    Raises:
+        FileExistsError: where work was begun with other settings; names each one and the fix.
+        ValueError: where the file is not a file of settings.
+    """
+    file = Path(file)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        partial.replace(file)
+        return False
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        refuse_changes(kept, settings, file.parent)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of settings ({error}); {_FIX.format(place=file.parent)}") from error
+    return True
+
+
+def refuse_changes(kept: Mapping[str, Any], wanted: Mapping[str, Any], place: str | os.PathLike) -> None:
+    """
+    Args:
+        kept: the settings that the work in `place` was begun with.
+        wanted: the settings of this run.
+        place: the file or folder that holds the work, for the message.
+
+    Raises:
+        FileExistsError: if they differ; names each difference and the fix.
+    """
+    if changes := differences(kept, wanted):
+        raise FileExistsError(f"{place} holds work of other settings ({changes}); {_FIX.format(place=place)}")
+
+
+_FIX = "resume it with its own settings, choose another output folder, or delete {place} to start over"
+
+
+def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict) or (not settings and prefix):
+        return {prefix.rstrip("."): settings}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat
