@@ -1,4 +1,5 @@
 from .build import build_checkpoint as build_checkpoint
+from .build import from_parts as from_parts
 from .build import load_timm as load_timm
 from .data.check import check_dataset as check_dataset
 from .data.masks import add_masks as add_masks

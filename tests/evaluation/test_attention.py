@@ -15,7 +15,7 @@ from tiny import IMAGE, tiny_tokenizer
 from tiny_models import GRID, open_gates, tiny_llama, tiny_vision
 from tokenizers import processors
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, cli, from_parts
 from agevlm.evaluation import attention as attention_maps
 from agevlm.evaluation.attention import (
     attend,
@@ -41,7 +41,7 @@ def build(chat_template=DEFAULT_CHAT_TEMPLATE):
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     llama = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    model = AgeVlmForConditionalGeneration.from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
+    model = from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
     model.generation_config.suppress_tokens = [
         token for token in range(len(tokenizer)) if not re.fullmatch(" ?[A-Za-z]+", tokenizer.decode([token]))
     ]

@@ -22,7 +22,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, cli, from_parts
 from agevlm.evaluation import benchmark as answering
 from agevlm.evaluation.benchmark import Question, answer, load_model
 from agevlm.evaluation.cv_bench import CvBenchQuestion, parse_choice, read_cv_bench, score_cv_bench
@@ -43,7 +43,7 @@ def age_vlm(seed=0):
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     llama = tiny_llama(seed, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    model = AgeVlmForConditionalGeneration.from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
+    model = from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
     return open_gates(model), processor
 
 

@@ -29,7 +29,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
 from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple, _options
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
@@ -73,7 +73,7 @@ def checkpoint(tmp_path_factory) -> Path:
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     torch.manual_seed(0)
-    model = AgeVlmForConditionalGeneration.from_parts(
+    model = from_parts(
         tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024),
         tiny_vision(),
         image_token_id=processor.image_token_id,

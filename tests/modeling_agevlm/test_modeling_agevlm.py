@@ -41,7 +41,14 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmTextConfig, AgeVlmTextModel
+from agevlm import (
+    AgeVlmConfig,
+    AgeVlmForConditionalGeneration,
+    AgeVlmModel,
+    AgeVlmTextConfig,
+    AgeVlmTextModel,
+    from_parts,
+)
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmImageFeatures, MapSelection, sincos_2d
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -135,9 +142,7 @@ def assert_equals_llama(assembled, llama) -> None:
 @torch.no_grad()
 def test_assembled_from_instances_equals_llama(vision, sink, dtype, tied):
     llama, tower = tiny_llama(tie_word_embeddings=tied).to(dtype), tiny_vision(vision)
-    assembled = AgeVlmForConditionalGeneration.from_parts(
-        llama, tower, image_token_id=IMAGE, cross_attention_sink=sink
-    )
+    assembled = from_parts(llama, tower, image_token_id=IMAGE, cross_attention_sink=sink)
     assert_equals_llama(assembled, llama)
     for block in blocks(assembled):
         assert (block.sink is not None) == sink
@@ -156,9 +161,7 @@ def test_assembled_from_instances_equals_llama(vision, sink, dtype, tied):
 def test_assembled_from_paths_equals_llama(vision, dtype, tmp_path):
     tiny_llama(tie_word_embeddings=dtype == torch.bfloat16).to(dtype).save_pretrained(tmp_path / "llama")
     tiny_vision(vision).save_pretrained(tmp_path / "vision")
-    assembled = AgeVlmForConditionalGeneration.from_parts(
-        str(tmp_path / "llama"), str(tmp_path / "vision"), image_token_id=IMAGE
-    )
+    assembled = from_parts(str(tmp_path / "llama"), str(tmp_path / "vision"), image_token_id=IMAGE)
     assert assembled.dtype == dtype
     assert_equals_llama(assembled, LlamaForCausalLM.from_pretrained(tmp_path / "llama"))
     expected = tiny_age_vlm(vision=vision).model._vision_tokens(images(1))[0]
@@ -170,16 +173,14 @@ def test_assembled_from_paths_equals_llama(vision, dtype, tmp_path):
 def test_assembled_from_gguf_equals_llama(tied, tmp_path):
     llama = tiny_llama(tie_word_embeddings=tied, rms_norm_eps=1e-5)
     write_gguf(llama, tmp_path / "llama.gguf")
-    assembled = AgeVlmForConditionalGeneration.from_parts(
-        str(tmp_path / "llama.gguf"), tiny_vision(), image_token_id=IMAGE
-    )
+    assembled = from_parts(str(tmp_path / "llama.gguf"), tiny_vision(), image_token_id=IMAGE)
     assert_equals_llama(assembled, llama)
 
 
 def test_parts_keep_their_own_generation_config():
     llama = tiny_llama()
     llama.generation_config.suppress_tokens = [7]
-    assembled = AgeVlmForConditionalGeneration.from_parts(llama, tiny_vision(), image_token_id=IMAGE)
+    assembled = from_parts(llama, tiny_vision(), image_token_id=IMAGE)
     assert llama.generation_config.suppress_tokens == [7]
     assert sorted(assembled.generation_config.suppress_tokens) == [7, IMAGE]
 
@@ -190,12 +191,12 @@ def test_other_text_models_are_refused(as_path, tmp_path):
     qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, **sizes))
     qwen.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="qwen2"):
-        AgeVlmForConditionalGeneration.from_parts(str(tmp_path) if as_path else qwen, tiny_vision())
+        from_parts(str(tmp_path) if as_path else qwen, tiny_vision())
 
 
 def test_missing_part_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        AgeVlmForConditionalGeneration.from_parts(str(tmp_path / "nowhere"), tiny_vision())
+        from_parts(str(tmp_path / "nowhere"), tiny_vision())
 
 
 # ---------------------------------------------------------------------------------------- who sees what
@@ -711,7 +712,7 @@ def test_saved_and_loaded_again(tied, sink, shards, tmp_path):
 @torch.no_grad()
 def test_text_model_keeps_its_dtype_beside_a_tower_of_another(tmp_path):
     llama = tiny_llama().to(torch.bfloat16)
-    AgeVlmForConditionalGeneration.from_parts(llama, tiny_vision(), image_token_id=IMAGE).save_pretrained(tmp_path)
+    from_parts(llama, tiny_vision(), image_token_id=IMAGE).save_pretrained(tmp_path)
     llama.save_pretrained(tmp_path / "llama")
     loaded = AgeVlmForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.lm_head.weight.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import tiny_llama, tiny_vision
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
 from agevlm.data.features import image_features, scene_images
 from agevlm.data.scene_builder import build_scenes
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
@@ -42,7 +42,7 @@ def parts():
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     torch.manual_seed(0)
-    model = AgeVlmForConditionalGeneration.from_parts(
+    model = from_parts(
         tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id),
         tiny_vision(),
         image_token_id=processor.image_token_id,

@@ -6,7 +6,7 @@ import torch
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import tiny_llama, tiny_vision
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
 from agevlm.data.features import image_features
 from agevlm.evaluation.scenes import render_question
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
@@ -30,9 +30,7 @@ def parts():
     )
     torch.manual_seed(0)
     llama = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    age_vlm = AgeVlmForConditionalGeneration.from_parts(
-        llama, tiny_vision(), image_token_id=processor.image_token_id, visual_position_embedding=True
-    )
+    age_vlm = from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id, visual_position_embedding=True)
     return ConcatenationForConditionalGeneration.from_age_vlm(age_vlm), processor, llama
 
 

@@ -25,7 +25,7 @@ from tiny import IMAGE, tiny_tokenizer
 from tiny_models import tiny_llama, tiny_vision
 from typer.testing import CliRunner
 
-from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli
+from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, cli, from_parts
 from agevlm.data.scene_builder import build_scenes
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmImageFeatures
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
@@ -103,7 +103,7 @@ def setting(tmp_path_factory):
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     torch.manual_seed(0)
-    model = AgeVlmForConditionalGeneration.from_parts(
+    model = from_parts(
         tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id),
         tiny_vision(),
         image_token_id=processor.image_token_id,

@@ -33,7 +33,7 @@ from transformers import (
 )
 from trl import TrlParser
 
-from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
+from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor, from_parts
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.rows import row_features
@@ -244,9 +244,7 @@ def with_tower(name: str, **llama) -> AgeVlmForConditionalGeneration:
     vision.eval()
     processor = tiny_processor()
     tokens = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    model = AgeVlmForConditionalGeneration.from_parts(
-        tiny_llama(**tokens, **llama), vision, image_token_id=processor.image_token_id
-    )
+    model = from_parts(tiny_llama(**tokens, **llama), vision, image_token_id=processor.image_token_id)
     return open_gates(model)
 
 
