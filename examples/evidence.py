@@ -22,7 +22,6 @@ import datasets
 import torch
 import transformers
 from datasets import DatasetDict, load_from_disk
-from fetch_photographs import fetch
 from parts import assemble
 from rich.console import Console
 
@@ -30,6 +29,7 @@ from agevlm.data.masks import add_masks
 from agevlm.data.scene_builder import build_scenes, load_cutouts
 from agevlm.data.teachers import load_teacher
 from agevlm.files import new_folder
+from research.assets.debian import fetch
 from research.curriculum import Curriculum
 from research.mask_quality import boxes_from_masks, mask_quality
 from research.report import check_claims, write_report

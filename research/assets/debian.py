@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photographic cut-outs and backgrounds for grounded scenes, from two packages of Debian.
 
-`tuxpaint-stamps-default` holds cut-out photographs of animals, food, tools, vehicles and more, `gcompris-qt-data`
-photographs of places. Neither is on PyPI; `examples/fetch_photographs.py` downloads, unpacks and exports both.
+    python -m research.assets.debian photographs
+
+writes `photographs/cutouts` from `tuxpaint-stamps-default` (photographs of animals, food, tools, vehicles and more) and
+`photographs/backgrounds` from `gcompris-qt-data` (photographs of places), the inputs of `agevlm scenes`. Neither package is
+on PyPI. Debian and systems based on it download them with apt, without installing them. On other systems download them by
+hand and name their folder with `--packages`.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +27,9 @@ from agevlm.files import new_folder
 
 PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data")
 
-# The photographic stamps by class, as paths below `stamps/` without their suffix. The package's captions name each stamp ("A
-# pair of cherries.", "Eat your broccoli!"); these are their nouns, chosen so that a question about one class never has a
-# second right answer: no class is a kind of another, and stamps of which that could be said are left out.
+# The photographic stamps by class, as paths below `stamps/` without their suffix. The classes are nouns in the package's
+# captions ("A pair of cherries.", "Eat your broccoli!"). No class is a kind of another, so that a question about a class has
+# one right answer; ambiguous stamps are left out.
 STAMPS = {
     "airplane": ["vehicles/flight/planes/747"],
     "almond": ["food/nuts/almond"],
@@ -216,7 +222,7 @@ STAMPS = {
     "zebra": ["animals/mammals/equines/zebra"],
 }
 
-# The photographs of places, by the Qt resource file that holds them. None shows an object of the classes above.
+# The photographs of places, by the Qt resource file that holds them. None shows an object of a class above.
 PHOTOGRAPHS = {
     "clickgame": ["sea1", "sea2", "sea3", "sea4", "sea5", "sea6"],
     "details": [
@@ -258,7 +264,7 @@ def unpack_package(deb: str | Path, output_dir: str | Path) -> Path:
         output_dir: folder to write; it appears only when complete.
 
     Returns:
-        `output_dir`, whose `usr/share` holds the package's data.
+        `output_dir`. The package's data are in its `usr/share`.
 
     Raises:
         FileExistsError: if `output_dir` exists and is not an empty folder.
@@ -269,7 +275,7 @@ def unpack_package(deb: str | Path, output_dir: str | Path) -> Path:
         raise FileNotFoundError(f"no such file: {deb}")
     program = shutil.which("dpkg-deb")
     if program is None:
-        raise FileNotFoundError("dpkg-deb is not installed: install the package dpkg of your system")
+        raise FileNotFoundError("dpkg-deb is not installed; install your system's package dpkg")
     with new_folder(output_dir) as partial:
         done = subprocess.run([program, "--extract", str(deb), str(partial)], capture_output=True, text=True)
         if done.returncode:
@@ -280,12 +286,12 @@ def unpack_package(deb: str | Path, output_dir: str | Path) -> Path:
 def read_resources(file: str | Path) -> Iterator[tuple[str, bytes]]:
     """The files in a compiled Qt resource file (`.rcc`, format versions 1 to 3), as paths and contents.
 
-    The format is that of Qt's `rcc` tool: a header with the offsets of three tables, big-endian; a tree of nodes, folders with
-    their number of children and the first child's index, files with their place in the data; the data, each file
-    behind its length; and the names in UTF-16.
+    Qt's `rcc` tool writes, in big-endian numbers: a header with the offsets of three tables; a tree of nodes (a folder has its
+    number of children and the index of the first one, a file has its offset in the data); the data, in which each file
+    follows its length; and the names in UTF-16.
 
     Raises:
-        ValueError: if it is not such a file, or a file in it is compressed in another way than zlib's.
+        ValueError: if the file is not of this format, or a file in it is compressed by another method than zlib.
     """
     content = Path(file).read_bytes()
     if content[:4] != b"qres":
@@ -298,7 +304,7 @@ def read_resources(file: str | Path) -> Iterator[tuple[str, bytes]]:
         path = parent
         if node:
             (length,) = struct.unpack_from(">H", content, names + name_at)
-            start = names + name_at + 6  # the length, and the name's hash
+            start = names + name_at + 6  # after the length and the name's hash
             path = f"{parent}/{content[start : start + 2 * length].decode('utf-16-be')}"
         if flags & 2:  # a folder
             children, first = struct.unpack_from(">2I", content, tree + node * node_size + 6)
@@ -311,7 +317,7 @@ def read_resources(file: str | Path) -> Iterator[tuple[str, bytes]]:
         packed = content[start : start + length]
         if flags & 4:
             raise ValueError(f"{path} in {file} is compressed with zstd, which is not supported")
-        yield path, zlib.decompress(packed[4:]) if flags & 1 else packed  # 4 bytes tell the length unpacked
+        yield path, zlib.decompress(packed[4:]) if flags & 1 else packed  # after 4 bytes with the unpacked length
 
     try:
         yield from walk(0, "")
@@ -323,7 +329,7 @@ def export_stamps(package: str | Path, output_dir: str | Path) -> dict[str, list
     """Write the photographic stamps as cut-outs for `build_scenes`: RGBA PNG files, `<class>/<number>.png`.
 
     Args:
-        package: where `tuxpaint-stamps-default` was unpacked.
+        package: the folder in which `tuxpaint-stamps-default` was unpacked.
         output_dir: folder to write; it appears only when complete. Its `ATTRIBUTION.md` holds the package's terms.
 
     Returns:
@@ -341,11 +347,11 @@ def export_stamps(package: str | Path, output_dir: str | Path) -> dict[str, list
             for number, stamp in enumerate(stamps):
                 source = root / f"{stamp}.png"
                 if not source.is_file():
-                    raise FileNotFoundError(f"{source} is missing: another version of the package is unpacked there")
+                    raise FileNotFoundError(f"{source} is missing; unpack the package's current version")
                 with Image.open(source) as image:
                     image.convert("RGBA").save(partial / name / f"{number}.png")
                 files.setdefault(name, []).append(Path(output_dir) / name / f"{number}.png")
-        _attribute(partial, Path(package), "Objects: stamps of Tux Paint", PACKAGES[0])
+        _write_attribution(partial, Path(package), "Objects: stamps of Tux Paint", PACKAGES[0])
     return files
 
 
@@ -353,7 +359,7 @@ def export_places(package: str | Path, output_dir: str | Path) -> list[Path]:
     """Write the photographs of places as backgrounds for `build_scenes`: RGB PNG files, `<name>.png`.
 
     Args:
-        package: where `gcompris-qt-data` was unpacked.
+        package: the folder in which `gcompris-qt-data` was unpacked.
         output_dir: folder to write; it appears only when complete. Its `ATTRIBUTION.md` holds the package's terms.
 
     Returns:
@@ -370,27 +376,92 @@ def export_places(package: str | Path, output_dir: str | Path) -> list[Path]:
         for resource, names in PHOTOGRAPHS.items():
             source = root / f"{resource}.rcc"
             if not source.is_file():
-                raise FileNotFoundError(f"{source} is missing: another version of the package is unpacked there")
+                raise FileNotFoundError(f"{source} is missing; unpack the package's current version")
             contents = {
                 Path(path).stem.removesuffix("_background"): content for path, content in read_resources(source)
             }
             for name in names:
                 if name not in contents:
-                    raise FileNotFoundError(
-                        f"{source} holds no {name}: another version of the package is unpacked there"
-                    )
-                # Some places stand in two resource files.
+                    raise FileNotFoundError(f"{source} holds no {name}; unpack the package's current version")
+                # Two resource files have some places in common.
                 target = f"{resource}_{name}.png"
                 with Image.open(io.BytesIO(contents[name])) as image:
                     image.convert("RGB").save(partial / target)
                 written.append(Path(output_dir) / target)
-        _attribute(partial, Path(package), "Backgrounds: photographs in GCompris", PACKAGES[1])
+        _write_attribution(partial, Path(package), "Backgrounds: photographs in GCompris", PACKAGES[1])
     return sorted(written)
 
 
-def _attribute(folder: Path, package: Path, heading: str, name: str) -> None:
+def _write_attribution(folder: Path, package: Path, heading: str, name: str) -> None:
     terms = package / "usr/share/doc" / name / "copyright"
     text = terms.read_text(encoding="utf-8") if terms.is_file() else ""
     (folder / "ATTRIBUTION.md").write_text(
         f"{heading}, from Debian's package {name}. Its terms:\n\n{text}", encoding="utf-8"
     )
+
+
+def find_packages(folder: Path) -> list[Path]:
+    """The latest `.deb` file in a folder of each of `PACKAGES`, in their order.
+
+    Raises:
+        FileNotFoundError: if a package is missing.
+    """
+    files = [sorted(folder.glob(f"{name}_*.deb")) for name in PACKAGES]
+    missing = [name for name, found in zip(PACKAGES, files, strict=True) if not found]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no .deb file of {', '.join(missing)}; download it into this folder")
+    return [found[-1] for found in files]
+
+
+def fetch(output_dir: Path, packages: Path | None = None) -> Path:
+    """Download, unpack and export what is not in `output_dir` yet.
+
+    Args:
+        output_dir: folder for `cutouts` and `backgrounds`. Each of them appears only when complete.
+        packages: folder with the two `.deb` files; by default they are downloaded with apt (205 MB).
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        FileNotFoundError: if there is no apt, a `.deb` file is missing, or a file in it is missing.
+        OSError: if the download fails.
+    """
+    cutouts, backgrounds = output_dir / "cutouts", output_dir / "backgrounds"
+    if cutouts.is_dir() and backgrounds.is_dir():
+        return output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir) as temporary:
+        work = Path(temporary)
+        if packages is None:
+            if shutil.which("apt-get") is None:
+                raise FileNotFoundError(
+                    f"apt-get is not installed; download Debian's packages {' and '.join(PACKAGES)} (.deb files) and name"
+                    " their folder with --packages"
+                )
+            print(f"Downloading {' and '.join(PACKAGES)} (205 MB)", flush=True)
+            if subprocess.run(["apt-get", "download", "-q", *PACKAGES], cwd=work).returncode:
+                raise OSError("apt-get could not download the packages; try `sudo apt-get update` first")
+        stamps, places = find_packages(packages or work)
+        print("Unpacking", flush=True)
+        for export, deb, target in ((export_stamps, stamps, cutouts), (export_places, places, backgrounds)):
+            if not target.is_dir():
+                export(unpack_package(deb, work / target.name), target)
+    return output_dir
+
+
+def main() -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Write photographic cut-outs and backgrounds for `agevlm scenes`.")
+    parser.add_argument("output_dir", type=Path, help="folder for `cutouts` and `backgrounds`")
+    parser.add_argument("--packages", type=Path, help="folder with the two .deb files, instead of a download")
+    args = parser.parse_args()
+    try:
+        fetch(args.output_dir, args.packages)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"Saved {args.output_dir / 'cutouts'} and {args.output_dir / 'backgrounds'}.")
+
+
+if __name__ == "__main__":
+    main()

