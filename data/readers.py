@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of grounding data: what others have written, as rows of the format of `agevlm.processing.rows`."""
+"""Readers of every format of data: rows (`agevlm.processing.rows`), LLaVA, GRIT and The Cauldron, all as rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import new_folder
 from ..processing.rows import import_datasets, place_images, quiet_datasets, row_features
@@ -18,28 +18,80 @@ from ..processing.rows import import_datasets, place_images, quiet_datasets, row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DESCRIBE = "Describe this image."
-"""What the user says in rows of `read_grit`, whose captions answer it."""
+Format = Literal["rows", "llava", "grit", "cauldron"]
 
+DESCRIBE = "Describe this image."
+"""The user's message in rows of `read_grit`, which the caption answers."""
+
+# The column of a data set that holds the conversations.
+_CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
 _LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE = "<image>"
-# Boxes in parts of the image may stick out by this much, which is rounding; more is a mistake, such as pixels.
+# Relative coordinates of boxes may leave the image by this much, a rounding error. More is a mistake, such as pixels.
 _BOX_TOLERANCE = 1e-3
 
 
+def read_dataset(
+    path: str | os.PathLike,
+    format: Format = "rows",
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    images: str | os.PathLike | None = None,
+    columns: Collection[str] = (),
+) -> Dataset:
+    """Read data of any format as rows to train on.
+
+    Only conversations are converted. Images stay as they are stored and are decoded when a batch needs them.
+
+    Args:
+        path: a LLaVA or GRIT file (see `read_llava` and `read_grit`), or a data set (see `read_rows`).
+        format: the conversations of a data set are in the column `messages` (`rows`), `conversations` (`llava`) or
+            `texts` (`cauldron`). `grit` is a format of files only.
+        name: the configuration of a data set on the Hub that has several; requires `split`.
+        split: may be left out if the data set has one split only.
+        images: the folder of the images of a LLaVA or GRIT file; only of a file.
+        columns: names of further columns to keep.
+
+    Returns:
+        rows with the columns `messages`, `images` or `image` if there are any, `grounding` if there is any, and `columns`.
+
+    Raises:
+        OSError: if there is no such data set, file or folder.
+        ValueError: if the data are not of this format, the arguments do not fit together, or a column is missing.
+        ImportError: if `datasets` is not installed.
+    """
+    is_file = format in ("llava", "grit") and Path(path).suffix in (".json", ".jsonl")
+    if is_file != (images is not None) or (format == "grit" and not is_file):
+        raise ValueError(
+            f"{path}: `images` is the folder of the images of a .json or .jsonl file of format llava or grit, and is "
+            f"required for such a file only; got format {format} and images {images}"
+        )
+    if images is not None:
+        dataset = (read_llava if format == "llava" else read_grit)(path, images)
+        format = "rows"
+    elif name is None:
+        dataset = read_rows(path, split)
+    elif split is not None:
+        dataset = import_datasets().load_dataset(os.fspath(path), name, split=split)
+    else:
+        raise ValueError(f"{path}: `name` requires `split`; add it")
+    return _as_rows(dataset, format, os.fspath(path), columns)
+
+
 def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
-    """Open a data set, wherever it is.
+    """Open a data set on disk or on the Hub with all of its columns.
 
     Args:
         path: a folder that `save_to_disk` wrote or another one that `datasets.load_dataset` reads, a `.json`, `.jsonl`
             or `.parquet` file of rows, or the id of a data set on the Hub. Paths of images in a JSON file are relative
             to its folder; such a file is read into memory.
-        split: the name of the split; a file, or a folder of one data set, is the split `train` unless it says otherwise.
-            May be left out where there is only one.
+        split: the name of the split. A data set without a name of its split has the split `train`. May be left out if
+            there is one split only.
 
     Raises:
-        FileNotFoundError: if there is nothing of this name, here or on the Hub.
-        ValueError: if there is no such split or several to choose from, or a file is not one of rows.
+        FileNotFoundError: if there is no such data set, on disk or on the Hub.
+        ValueError: if there is no such split, several splits and no `split`, or a file has no rows of the format.
         ImportError: if `datasets` is not installed.
     """
     datasets = import_datasets()
@@ -56,7 +108,7 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
         elif place.suffix == ".parquet" and place.is_file():
             loaded = datasets.Dataset.from_parquet(name)
         elif place.is_file():
-            raise ValueError(f"{path} is none of .json, .jsonl or .parquet; convert it to one of them")
+            raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")
         elif place.suffix not in (".json", ".jsonl", ".parquet") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
             loaded = datasets.load_dataset(name)
         else:
@@ -84,9 +136,9 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
 
 
 def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a `.json` (a list) or `.jsonl` file as they are, for `check_dataset`, which then can name what is
-    wrong with rows that no data set could hold. Only relative paths of images are changed: they are taken from the
-    file's folder.
+    """The rows of a `.json` (a list) or `.jsonl` file, unchanged but for the relative paths of images, which become
+    absolute: they start from the file's folder. So `check_dataset` can name the mistakes in rows that no data set could
+    hold.
 
     Raises:
         OSError: if the file cannot be read.
@@ -94,7 +146,7 @@ def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = Path(path)
 
-    def located(image: Any) -> Any:
+    def with_absolute_path(image: Any) -> Any:
         if isinstance(image, str):
             image = {"path": image, "bytes": None}
         if isinstance(image, dict) and isinstance(image.get("path"), str) and "://" not in image["path"]:
@@ -102,7 +154,7 @@ def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         return image
 
     return [
-        entry | {"images": [located(image) for image in entry["images"]]}
+        entry | {"images": [with_absolute_path(image) for image in entry["images"]]}
         if isinstance(entry.get("images"), list)
         else entry
         for entry in _entries(path)
@@ -117,8 +169,8 @@ def read_llava(path: str | os.PathLike, image_folder: str | os.PathLike, *, prog
         {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                         {"from": "gpt", "value": "A dog."}]}
 
-    Each `<image>` becomes an image part in its place, without the line breaks beside it. `image` may be a list, and is
-    left out where there is only text. No phrase is grounded.
+    Each `<image>` becomes an image part in its place, and the line breaks beside it are removed. `image` may be a list.
+    An entry without images has no `image`. No phrase is grounded.
 
     Args:
         path: the file.
@@ -126,12 +178,12 @@ def read_llava(path: str | os.PathLike, image_folder: str | os.PathLike, *, prog
         progress: show a progress bar.
 
     Returns:
-        rows with the columns of `row_features`, and `id`. Images are held by their paths: `save_to_disk` and
-        `push_to_hub` put them into what they write.
+        rows with the columns of `row_features`, and `id`. Images are stored as paths; `save_to_disk` and `push_to_hub`
+        write the images themselves.
 
     Raises:
         FileNotFoundError: if the file or the folder is missing.
-        ValueError: if an entry is not of this format, or its images are missing; says which and what to do.
+        ValueError: if an entry is not of this format, or its images are missing; names the entry and the fix.
         ImportError: if `datasets` is not installed.
     """
     return _read(path, image_folder, _llava_row, progress)
@@ -144,11 +196,11 @@ def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progr
 
         {"key": "0001", "caption": "a dog in a field", "ref_exps": [[0, 5, 0.1, 0.2, 0.6, 0.9, 0.97]]}
 
-    An entry of `ref_exps` is the first character of a phrase and the one after its last, a box `x0, y0, x1, y1` in parts
-    of the image's width and height, and a confidence, which is not kept: `score` is a mask's. The image is the file
-    named by `image` or `file_name`, or `<key>.jpg`; boxes become pixels of that file, whatever size it was downloaded
-    in. The row is `DESCRIBE` and the caption. A phrase with several boxes has an entry of `grounding` for each; masks
-    made from them are joined at training.
+    An entry of `ref_exps` holds a phrase's first character and the character after its last one, a box `x0, y0, x1, y1`
+    relative to the image's width and height, and a confidence. The confidence is dropped, because `score` belongs to a
+    mask. The image is the file `image`, `file_name` or `<key>.jpg`. Boxes become pixels of this file at its own size. The
+    messages are `DESCRIBE` and the caption. A phrase with several boxes has an entry of `grounding` for each; training
+    joins the masks that teachers make from them.
 
     Arguments, result and errors are those of `read_llava`; `id` is the key.
     """
@@ -163,7 +215,7 @@ def convert(
     format: str,
     progress: bool = True,
 ) -> Dataset:
-    """Convert a file to a data set on disk that holds its images, for `read_rows` or `datasets.load_from_disk`.
+    """Convert a file to a data set on disk that contains its images, for `read_rows` or `datasets.load_from_disk`.
 
     Args:
         path: the file.
@@ -173,11 +225,11 @@ def convert(
         progress: show progress bars.
 
     Returns:
-        the data set, as read back from `output_dir`.
+        the data set, read from `output_dir`.
 
     Raises:
         FileExistsError: if `output_dir` exists and is not an empty folder.
-        ValueError: if the format is unknown, and as `read_llava`.
+        ValueError: if the format is unknown, or as for `read_llava`.
     """
     readers = {"llava": read_llava, "grit": read_grit}
     if format not in readers:
@@ -209,8 +261,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
             values.append(json.loads(line))
         except json.JSONDecodeError as error:
             where = str(path) if number is None else f"{path}, line {number},"
-            mend = "; a file of one object a line must be named .jsonl" if error.msg == "Extra data" else ""
-            raise ValueError(f"{where} is not JSON: {error}{mend}") from error
+            fix = "; a file of one object a line must be named .jsonl" if error.msg == "Extra data" else ""
+            raise ValueError(f"{where} is not JSON: {error}{fix}") from error
     if path.suffix == ".json":
         values = values[0]
     if not isinstance(values, list):
@@ -221,7 +273,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} has no entries")
     for number, value in enumerate(values):
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, entry {number}: is not an object; write {{…}}")
+            raise ValueError(f"{path}, entry {number} is not an object; write {{…}}")
     return values
 
 
@@ -231,7 +283,7 @@ def _read(
     to_row: Callable[[dict[str, Any], Path], dict[str, Any]],
     progress: bool,
 ) -> Dataset:
-    """A data set of the rows that `to_row` makes of the entries of a file and the folder of its images."""
+    """A data set of the rows that `to_row` makes from the entries of a file and the folder of its images."""
     datasets = import_datasets()
     from rich.progress import track
 
@@ -249,13 +301,13 @@ def _read(
             yield row | {"id": None if row["id"] is None else str(row["id"])}
 
     features = datasets.Features({**row_features(), "id": datasets.Value("string")})
-    # In memory, which is small as images are paths. `from_generator` would leave a copy in the cache, and find it again
-    # after the files have changed.
+    # In memory: with images as paths the rows are small. `from_generator` would write a copy to the cache, and read it
+    # again after the files have changed.
     return datasets.Dataset.from_list(list(rows()), features=features)
 
 
 def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
-    """A data set of rows from JSON: the format's columns as they must be, others as `datasets` understands them."""
+    """A data set of rows from JSON. `row_features` types the columns of the format, `datasets` infers the others."""
     import pyarrow as pa
     from datasets import Dataset, Features
 
@@ -274,14 +326,14 @@ def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
         return Dataset.from_dict(columns, features=features)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, pa.ArrowException) as error:
         raise ValueError(
-            f"{name} has rows that do not fit the row format: {error}; `agevlm data check {name}` says which"
+            f"{name} has rows that do not fit the row format: {error}; `agevlm data check {name}` lists them"
         ) from error
 
 
 def _image_file(image_folder: Path, name: Any) -> dict[str, Any]:
-    """An image as `datasets` stores one that it has not read."""
+    """An image file as `datasets` stores it before it is read."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"the image is named {name!r}; write its path in the folder of images")
+        raise ValueError(f"the image is {name!r}; write its path in the folder of images")
     file = image_folder.absolute() / name
     if not file.is_file():
         raise ValueError(f"there is no image {file}; add it or remove the entry")
@@ -296,36 +348,32 @@ def _llava_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
     images = [_image_file(image_folder, name) for name in (images if isinstance(images, list) else [images])]
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise ValueError('it has no conversations; write a list of {"from": "human", "value": …}')
-    messages = llava_messages(turns)
+        raise ValueError('conversations is missing; write a list of {"from": "human", "value": …}')
+    messages = _llava_messages(turns)
     shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     if shown != len(images):
         raise ValueError(
-            f"{shown} {_IMAGE} in its conversations, but {len(images)} in `image`; write {_IMAGE} once for each"
+            f"conversations has {shown} {_IMAGE}, but `image` has {len(images)}; write {_IMAGE} once for each image"
         )
     return {"images": images, "messages": messages, "grounding": [], "id": entry.get("id")}
 
 
-def llava_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages of LLaVA's `conversations`.
-
-    Raises:
-        ValueError: for a turn that is not of that form.
-    """
+def _llava_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of LLaVA's `conversations`."""
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
         role = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(value, str) or role not in tuple(_LLAVA_ROLES):
             raise ValueError(
-                f'conversations[{i}] is not {{"from": …, "value": …}} with a text of {", ".join(_LLAVA_ROLES)}; mend it'
+                f'conversations[{i}] must be {{"from": …, "value": …}}: one of {", ".join(_LLAVA_ROLES)}, and a text'
             )
         messages.append({"role": _LLAVA_ROLES[role], "content": _llava_content(value)})
     return messages
 
 
 def _llava_content(value: str) -> list[dict[str, Any]]:
-    """Content parts of a text with `<image>` in it; every line break next to one of these goes."""
+    """Content parts of a text with `<image>` in it, without the line breaks next to an image."""
     content: list[dict[str, Any]] = []
     texts = value.split(_IMAGE)
     for i, text in enumerate(texts):
@@ -342,9 +390,9 @@ def _llava_content(value: str) -> list[dict[str, Any]]:
 def _grit_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
     caption, phrases = entry.get("caption"), entry.get("ref_exps")
     if not isinstance(caption, str) or not caption.strip():
-        raise ValueError("it has no caption; add one or remove the entry")
+        raise ValueError("caption is missing; add it or remove the entry")
     if not isinstance(phrases, list):
-        raise ValueError("it has no ref_exps; write a list of [start, end, x0, y0, x1, y1, score]")
+        raise ValueError("ref_exps is missing; write a list of [start, end, x0, y0, x1, y1, score]")
     image = _image_file(image_folder, entry.get("image") or entry.get("file_name") or f"{entry.get('key')}.jpg")
     size = _upright_size(image["path"])
     grounding = []
@@ -361,22 +409,22 @@ def _grit_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
 
 
 def _grit_phrase(phrase: Any, caption: str, size: tuple[int, int]) -> dict[str, Any]:
-    """The entry of `grounding` of an entry of `ref_exps`; offsets may be floats."""
+    """The entry of `grounding` for an entry of `ref_exps`, whose offsets may be floats."""
     numbers = phrase if isinstance(phrase, list) else []
     if len(numbers) not in (6, 7) or not all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers):
         raise ValueError(f"is {phrase!r}; write [start, end, x0, y0, x1, y1, score]")
     start, end, *box = numbers[:6]
     if not (start == int(start) and end == int(end) and 0 <= start < end <= len(caption)):
         raise ValueError(
-            f"has the span {start} to {end}, but the caption has {len(caption)} characters; mend the span"
+            f"has the span {start} to {end}, but the caption has {len(caption)} characters; correct the span"
         )
     start, end = int(start), int(end)
     text = caption[start:end]
     if not text.strip():
-        raise ValueError(f"has the span {start} to {end}, where the caption is blank; mend the span")
+        raise ValueError(f"has the span {start} to {end}, where the caption is blank; correct the span")
     x0, y0, x1, y1 = (min(max(part, 0.0), 1.0) for part in box)
     if max(-min(box), max(box) - 1) > _BOX_TOLERANCE or x0 >= x1 or y0 >= y1:
-        raise ValueError(f"has the box {box}; write x0 < x1 and y0 < y1 in parts of the image's sides, from 0 to 1")
+        raise ValueError(f"has the box {box}; write x0 < x1 and y0 < y1, relative to the image's sides, from 0 to 1")
     return {
         "message": 1,
         "start": start + len(text) - len(text.lstrip()),
@@ -389,7 +437,7 @@ def _grit_phrase(phrase: Any, caption: str, size: tuple[int, int]) -> dict[str, 
 
 
 def _upright_size(path: str) -> tuple[int, int]:
-    """Width and height of an image file as `datasets` decodes it, turned upright; only its header is read."""
+    """Width and height of an upright image file. Only its header is read: decoding all of GRIT would take hours."""
     from PIL import ExifTags, Image
 
     try:
@@ -398,6 +446,83 @@ def _upright_size(path: str) -> tuple[int, int]:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except Exception as error:  # decoders of damaged files raise almost anything
         raise ValueError(
-            f"{path} is no readable image ({type(error).__name__}); replace it or remove the entry"
+            f"{path} is not a readable image ({type(error).__name__}); replace it or remove the entry"
         ) from error
     return (height, width) if turned else (width, height)
+
+
+# --- data sets to rows ---
+
+
+def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) -> Dataset:
+    """A data set of any format as rows. Columns are put side by side, so that images are not copied."""
+    from datasets import Features, Image, concatenate_datasets
+
+    source = _CONVERSATIONS[format]
+    if source not in dataset.column_names:
+        raise ValueError(
+            f"{path} has no column '{source}', which the format {format} requires, but {', '.join(dataset.column_names)}; "
+            f"the formats' columns: {', '.join(f'{name} {column}' for name, column in _CONVERSATIONS.items())}"
+        )
+    if missing := set(kept) - set(dataset.column_names):
+        raise ValueError(
+            f"{path} has no column {', '.join(sorted(missing))}, but the columns {', '.join(dataset.column_names)}"
+        )
+    features = row_features()
+    image = next((name for name in ("images", "image") if name in dataset.column_names), None)
+    if image and not isinstance(getattr(dataset.features[image], "feature", dataset.features[image]), Image):
+        raise ValueError(
+            f"{path}: its column {image} does not hold images, but {dataset.features[image]}; if these are names of files, "
+            "download the data set, and give its .json file as `path` and the folder of its images as `images`"
+        )
+    columns = [dataset.select_columns(image)] if image else []
+    messages = dataset.select_columns(source)
+    if format != "rows" or messages.features["messages"] != features["messages"]:
+        counts = _count_images(dataset, image)
+
+        def to_messages(conversation: Any, number: int) -> dict[str, Any]:
+            try:
+                placed = place_images(_messages(conversation, format), counts[number])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, row {number} is not a conversation of the format {format}: {error}"
+                ) from error
+            contents = [[{"type": p["type"], "text": p.get("text")} for p in m["content"]] for m in placed]
+            return {"messages": [{"role": m["role"], "content": c} for m, c in zip(placed, contents, strict=True)]}
+
+        messages = messages.map(
+            to_messages,
+            with_indices=True,
+            input_columns=[source],
+            remove_columns=[source],
+            features=Features(messages=features["messages"]),
+            desc=f"Conversations of {path}",
+        )
+    columns.append(messages)
+    if "grounding" in dataset.column_names:
+        grounding = dataset.select_columns("grounding")
+        same = grounding.features["grounding"] == features["grounding"]
+        columns.append(grounding if same else grounding.cast(Features(grounding=features["grounding"])))
+    if kept:
+        columns.append(dataset.select_columns(list(kept)))
+    return concatenate_datasets(columns, axis=1)
+
+
+def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:
+    """Messages of one conversation."""
+    if format == "llava":
+        return _llava_messages(conversation)
+    if format == "cauldron":
+        return [{"role": role, "content": turn[role]} for turn in conversation for role in ("user", "assistant")]
+    return conversation
+
+
+def _count_images(dataset: Dataset, column: str | None) -> list[int]:
+    """The number of images of each row, without decoding any."""
+    import pyarrow.compute as pc
+
+    if column is None:
+        return [0] * len(dataset)
+    stored = dataset.select_columns(column).with_format("arrow")[:][column]
+    counts = pc.list_value_length(stored) if column == "images" else pc.is_valid(stored).cast("int32")
+    return pc.fill_null(counts, 0).to_pylist()

@@ -266,10 +266,10 @@ def test_overrides(recipe):
         (["eval_data=[{path: a}]"], ["set training.eval_strategy"]),
         (["model=nowhere/at/all"], ["no model nowhere/at/all", "agevlm build"]),
         (["data.0.path=no_such.json"], ["no such file or folder: no_such.json"]),
-        (["data.0.images=here"], ["`images` names the folder", "format rows"]),
-        (["data.0.format=grit"], ["`images` names the folder", "format grit"]),
+        (["data.0.images=here"], ["`images` is the folder", "format rows"]),
+        (["data.0.format=grit"], ["`images` is the folder", "format grit"]),
         (["data.0.format=llava"], ["has no column 'conversations'", "images, messages, grounding", "cauldron texts"]),
-        (["data.0.name=default"], ["with `name` goes `split`"]),
+        (["data.0.name=default"], ["`name` requires `split`"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )  # fmt: skip
@@ -377,7 +377,7 @@ def test_a_conversation_that_does_not_fit_is_named(parts, tmp_path):
         turns = [{"from": "human", "value": value}]
         broken = [whole[0], {**whole[2], "conversations": turns}]
         datasets.Dataset.from_list(broken, features=whole.features).save_to_disk(tmp_path / name)
-        with pytest.raises(ValueError, match="row 1: no conversation of the format llava") as error:
+        with pytest.raises(ValueError, match="row 1 is not a conversation of the format llava") as error:
             read_mixture([DataPart(str(tmp_path / name), format="llava")])
         assert expected in str(error.value)
 
@@ -386,7 +386,7 @@ def test_names_of_images_are_no_images(parts, tmp_path):
     """As `datasets` reads LLaVA's own files from the Hub."""
     named = [{"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}]
     datasets.Dataset.from_list(named).save_to_disk(tmp_path / "named")
-    with pytest.raises(ValueError, match=r"column image does not hold images.*name its .json file as `path`"):
+    with pytest.raises(ValueError, match=r"column image does not hold images.*give its .json file as `path`"):
         read_mixture([DataPart(str(tmp_path / "named"), format="llava")])
 
 
