@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -225,6 +225,8 @@ class AgeVlmDataCollator:
             choice is the same in every epoch, process and resumed run.
         guide_absent: also guide phrases that name nothing in the image, for models whose blocks have a sink to look at.
         seed: of that draw.
+        features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
+            batch then has `mm_encoder_outputs` in place of `pixel_values` and `pixel_attention_mask`.
 
     Raises:
         ValueError: when called with a row that does not hold together; the message says how.
@@ -238,20 +240,23 @@ class AgeVlmDataCollator:
     guided_fraction: float = 1.0
     guide_absent: bool = False
     seed: int = 0
+    features: Callable[[list], Any] | None = None
 
     def __post_init__(self):
         if not 0 <= self.guided_fraction <= 1:
             raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images = [row_images(row) for row in rows]
         rendered = [
             render_conversation(self.processor, place_images(row_messages(row), len(shown)))
             for row, shown in zip(rows, images, strict=True)
         ]
         texts = [conversation.text for conversation in rendered]
-        inputs = self.processor(
-            images=images if any(images) else None,
+        encode: Callable = self.processor.tokenizer
+        if self.features is None:
+            encode = partial(self.processor, images=images if any(images) else None)
+        inputs = encode(
             text=texts,
             padding=True,
             padding_side="right",
@@ -262,7 +267,9 @@ class AgeVlmDataCollator:
             return_offsets_mapping=True,
             return_tensors="pt",
         )
-        batch = dict(inputs)
+        batch = {name: tensor for name, tensor in inputs.items() if name not in self.processor.unused_input_names}
+        if self.features is not None and any(images):
+            batch["mm_encoder_outputs"] = {"image": self.features([image for row in images for image in row])}
         offsets, attended = batch.pop("offset_mapping"), batch["attention_mask"].bool()
         learn = torch.zeros_like(attended)
         for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
