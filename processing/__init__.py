@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image processor, processor and grounding data."""
+"""From images and conversations to model inputs: image processors, processor, row format and collator."""
 
 import lazy_loader
 

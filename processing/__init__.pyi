@@ -1,5 +1,6 @@
 from .collator import AgeVlmDataCollator as AgeVlmDataCollator
 from .collator import mask_coverage as mask_coverage
+from .collator import render_conversation as render_conversation
 from .image_processing_agevlm import AgeVlmImageProcessor as AgeVlmImageProcessor
 from .image_processing_agevlm import AgeVlmImageProcessorPil as AgeVlmImageProcessorPil
 from .image_processing_agevlm import load_image as load_image
@@ -9,3 +10,4 @@ from .rows import mask_to_rle as mask_to_rle
 from .rows import message_text as message_text
 from .rows import place_images as place_images
 from .rows import row_features as row_features
+from .rows import row_messages as row_messages

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows to batches: conversations with images and grounded phrases to model inputs, labels and guidance targets.
+"""From rows to batches: conversations with images and grounded phrases become model inputs, labels and guidance targets.
 
-The rows are those of [`agevlm.processing.rows`]: TRL's conversational vision format, with `grounding` where there
-is any.
+[`agevlm.processing.rows`] describes the rows: TRL's conversational vision format, with optional `grounding`.
 """
 
 import hashlib
@@ -21,34 +20,34 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
 from .processing_agevlm import AgeVlmProcessor
-from .rows import mask_from_rle, message_text, place_images
+from .rows import mask_from_rle, message_text, place_images, row_messages
 
 _CHECK = "`agevlm data check` lists all such rows of a data set."
 
 
 def mask_coverage(mask: np.ndarray, grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin) -> torch.Tensor:
-    """How much of each visual token's cell a mask covers, through exactly the geometry the image went through.
+    """The share of each visual token's cell that a mask covers, with exactly the geometry that the image was resized with.
 
     Args:
-        mask: bool `(height, width)`, of the image before any processing.
+        mask: bool `(height, width)`, of the size of the unprocessed image.
         grid: rows and columns of the visual tokens.
-        image_processor: the one that makes `pixel_values` of the image.
+        image_processor: it makes `pixel_values` of the image.
 
     Returns:
         float32 `(rows * columns,)`, each in [0, 1].
     """
     size = image_processor.size
     height, width = image_processor.get_resized_size(*mask.shape)
-    rows = _shares_of_cells(mask.shape[0], height, size["height"], grid[0])
-    columns = _shares_of_cells(mask.shape[1], width, size["width"], grid[1])
+    rows = _cell_shares(mask.shape[0], height, size["height"], grid[0])
+    columns = _cell_shares(mask.shape[1], width, size["width"], grid[1])
     return (rows @ torch.from_numpy(mask.astype(np.float32)) @ columns.T).clamp(max=1).flatten()
 
 
-@lru_cache(maxsize=64)  # few sizes of images are all that most data sets have
-def _shares_of_cells(pixels: int, length: int, target: int, cells: int) -> torch.Tensor:
-    """`(cells, pixels)`: how much of each cell each pixel covers, along one side of an image. Its `pixels` are resized
-    to `length`, at the beginning of a `target` that is divided into `cells`."""
-    # Exact, because in integers: in units of 1 / (pixels * cells) of a resized pixel.
+@lru_cache(maxsize=64)  # most data sets have images of few sizes
+def _cell_shares(pixels: int, length: int, target: int, cells: int) -> torch.Tensor:
+    """`(cells, pixels)`: the share of each cell that each pixel covers, along one side of an image. The side's `pixels` are
+    resized to `length`, which is the beginning of a `target` of `cells` equal cells."""
+    # In integers, so exact. The unit is 1 / (pixels * cells) of a resized pixel.
     cell, pixel = target * pixels, length * cells
     cell_starts, pixel_starts = torch.arange(cells)[:, None] * cell, torch.arange(pixels) * pixel
     overlap = torch.minimum(cell_starts + cell, pixel_starts + pixel) - torch.maximum(cell_starts, pixel_starts)
@@ -59,8 +58,8 @@ def _shares_of_cells(pixels: int, length: int, target: int, cells: int) -> torch
 class RenderedConversation:
     """A conversation as its chat template writes it.
 
-    `answers` are the characters `(start, end)` of the assistant's turns in `text`. `messages` are what `render` has
-    made `text` of; their contents are lists of parts.
+    `answers` are the characters `(start, end)` of the assistant's turns in `text`. `render` wrote `text` from `messages`,
+    whose contents are lists of parts.
     """
 
     text: str
@@ -69,21 +68,24 @@ class RenderedConversation:
     render: Callable[[list[dict]], str]
 
     def locate(self, message: int, start: int, end: int) -> tuple[int, int]:
-        """Characters in `text` of a span of a message's text, without the white space at its ends.
+        """Find a span of a message's text in `text`.
+
+        Returns:
+            its first character in `text` and the character after its last one, without white space at the ends.
 
         Raises:
-            ValueError: if the message does not exist, the span is empty, reversed, outside its text or only white
-                space, or the chat template changes the message's text.
+            ValueError: if the message does not exist, the span is empty, reversed, outside the message's text or only
+                white space, or the chat template changes the message's text.
         """
         if not 0 <= message < len(self.messages):
             raise ValueError(
                 f"A grounded phrase is in message {message} of a row with {len(self.messages)} messages. {_CHECK}"
             )
-        said = message_text(self.messages[message])
-        phrase = said[max(start, 0) : end]
-        if not (0 <= start < end <= len(said) and phrase.strip()):
+        text = message_text(self.messages[message])
+        phrase = text[max(start, 0) : end]
+        if not (0 <= start < end <= len(text) and phrase.strip()):
             raise ValueError(
-                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(said)}, "
+                f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(text)}, "
                 f"the length of that message's text, and not only white space. {_CHECK}"
             )
         first = self._places[message][end - len(phrase.lstrip())]
@@ -91,31 +93,31 @@ class RenderedConversation:
         if first is None or last is None:
             raise ValueError(
                 f"The chat template changes the text of message {message}, so the grounded phrase {phrase!r} cannot "
-                "be found in it. Use a template that writes contents as they are (it may trim them), or leave out "
-                "grounding in such messages."
+                "be found in it. Use a template that writes contents unchanged (it may trim them), or remove the grounding "
+                "of such messages."
             )
         return first, last + 1
 
     @cached_property
     def _places(self) -> list[list[int | None]]:
-        """For each character of each message's text its place in `text`; None for white space at the ends of text
-        parts, and for parts that the template changes, repeats or leaves out."""
-        # Found by rendering once more, with a character that occurs nowhere else at both ends of each text part. It
-        # stands inside the white space there, which many templates trim.
+        """The place in `text` of each character of each message's text. None for white space at the ends of text
+        parts, and for parts that the template changes, repeats or omits."""
+        # The conversation is rendered again, with a mark at both ends of each text part: a character that occurs nowhere
+        # else. Marks are put inside the white space at the ends, which many templates trim.
         unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in self.text)
-        marks: dict[str, tuple[int, int, str]] = {}  # message, first character in the message's text, what is marked
+        marks: dict[str, tuple[int, int, str]] = {}  # message, first character in the message's text, marked text
         messages = []
         for i, message in enumerate(self.messages):
             content, length = [], 0
             for part in message["content"]:
-                said = part["text"] if part["type"] == "text" else ""
-                if core := said.strip():
-                    before, _, after = said.partition(core)
+                part_text = part["text"] if part["type"] == "text" else ""
+                if core := part_text.strip():
+                    before, _, after = part_text.partition(core)
                     mark = next(unused)
                     marks[mark] = i, length + len(before), core
                     part = {**part, "text": before + mark + core + mark + after}
                 content.append(part)
-                length += len(said)
+                length += len(part_text)
             messages.append({**message, "content": content})
         text = self.render(messages)
         found: dict[str, list[int]] = {mark: [] for mark in marks}
@@ -123,7 +125,7 @@ class RenderedConversation:
             found[match[0]].append(match.start() - count)
 
         places: list[list[int | None]] = [[None] * len(message_text(message)) for message in self.messages]
-        # The lengths are compared, not the texts: a template may write the time.
+        # Lengths are compared rather than texts, because a template may write the time.
         if len(text) - sum(map(len, found.values())) == len(self.text):
             for mark, (i, first, core) in marks.items():
                 if len(found[mark]) == 2 and self.text[slice(*found[mark])] == core:
@@ -132,14 +134,14 @@ class RenderedConversation:
 
 
 def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) -> RenderedConversation:
-    """Writes a conversation with the processor's chat template, and says where everything stands in it.
+    """Writes a conversation with the processor's chat template, and finds the assistant's turns in it.
 
-    Assistant turns are what the template marks with `{% generation %}`. In a template without that mark, they are what
-    each adds to the text rendered up to there with a generation prompt, without the white space after its end of turn.
+    The template marks assistant turns with `{% generation %}`. If it has no such mark, a turn is what it adds to the text of
+    all earlier messages with a generation prompt, without the white space after its end of turn.
 
     Args:
         processor: of the model.
-        messages: contents are lists of parts, as `place_images` makes them.
+        messages: their contents are lists of parts; see `place_images`.
 
     Raises:
         ValueError: if there is no chat template, or it has no marks and changes the text of earlier turns.
@@ -168,29 +170,29 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
                 continue
             try:
                 prompt, turn = render(messages[:i], prompt=True)[0], render(messages[: i + 1])[0]
-            except TemplateError:  # it cannot do with only a part of the conversation
+            except TemplateError:  # the template refuses a part of the conversation
                 return None
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 return None
-            if turn[len(prompt) :].strip() != message_text(message).strip():  # else white space is what ends the turn
+            if turn[len(prompt) :].strip() != message_text(message).strip():  # else white space ends the turn
                 turn = turn.rstrip()
             answers.append((len(prompt), len(turn)))
         return text, answers
 
-    # Twice, because a template may write the date, and midnight be between two renderings.
+    # Tried twice, because a template may write the date, which can change between two renderings.
     rendered = render(messages) if marked else render_turns() or render_turns()
     if rendered is None:
         raise ValueError(
-            "The chat template writes a turn otherwise once others follow, so the assistant's part cannot be "
-            "told: mark it in the template with {% generation %} and {% endgeneration %}."
+            "The chat template changes earlier turns when others follow, so the assistant's turns cannot be found. "
+            "Mark them in the template with {% generation %} and {% endgeneration %}."
         )
     return RenderedConversation(*rendered, list(messages), lambda marked_messages: render(marked_messages)[0])
 
 
 @dataclass
 class GuidedPhrase:
-    """A phrase whose attention is guided: its characters in the rendered text, and its target
-    `(images of the row * T,)` for `T` visual tokens an image. `absent` says that it names nothing in them."""
+    """A phrase whose attention is guided: its characters in the rendered text, and its target, float32
+    `(images of the row * T,)` for `T` visual tokens an image. `absent`: the images show nothing that it names."""
 
     span: tuple[int, int]
     target: torch.Tensor
@@ -199,37 +201,37 @@ class GuidedPhrase:
 
 @dataclass
 class AgeVlmDataCollator:
-    """Turns rows into a batch for AGE-VLM: model inputs, labels and, for grounded rows, what guidance needs.
+    """Turns rows into a batch for AGE-VLM: model inputs, labels and, for grounded rows, the inputs of guidance.
 
     Rows have `messages` (or `prompt` and `completion`), `images` (one, many or none) and optionally `grounding`, see
     [`agevlm.processing.rows`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
-    right; `pixel_values` and perhaps `pixel_attention_mask` of all images in order; and where phrases are to be guided
+    right; `pixel_values` and, if the processor makes it, `pixel_attention_mask` of all images in order; and if phrases are guided
 
     - `map_queries`: bool `(B, P, S)`, the tokens of each phrase;
-    - `map_targets`: float32 `(B, P, V)`, how much of each visual token's cell the phrase's mask covers, all zero where
-      a row has fewer phrases;
-    - `num_dropped_phrases`: `(1,)`, how many had to be left out: truncated, before their image, or with an empty mask.
+    - `map_targets`: float32 `(B, P, V)`, the share of each visual token's cell that the phrase's mask covers, all zero for
+      the missing phrases of rows that have fewer;
+    - `num_dropped_phrases`: `(1,)`, the number of dropped phrases: truncated, before their image, or with an empty mask.
 
-    Entries of `grounding` with the same span are one phrase, which may look at all that their masks cover in images
-    before it. Entries without a mask are no part of guidance. An empty mask without a score says that the phrase names
-    nothing in the image; one with a score, that a mask teacher was not sure.
+    Entries of `grounding` with the same span are one phrase. Its target is the union of their masks in the images before it.
+    Guidance ignores entries without a mask. An empty mask without a score means that the image shows nothing that the phrase
+    names; an empty mask with a score, that a mask teacher was not sure.
 
     Args:
         processor: of the model.
-        grid: rows and columns of an image's visual tokens; [`visual_grid`] finds them. None for no guidance.
-        max_length: tokens that a text is cut to; all are kept by default.
-        assistant_only_loss: learn the assistant's turns only; otherwise all of the text. Of rows with `prompt` and
-            `completion`, the assistant's turns in the completion are learnt.
+        grid: rows and columns of an image's visual tokens; see [`agevlm.trainer.visual_grid`]. None for no guidance.
+        max_length: texts are truncated to so many tokens; by default they are not truncated.
+        assistant_only_loss: learn the assistant's turns only, otherwise all of the text. In rows with `prompt` and
+            `completion`, only the assistant's turns of the completion are learned.
         pad_to_multiple_of: pad texts to a multiple of this.
-        guided_fraction: share of the grounded rows whose masks are used, drawn by their content and `seed`; so the
-            choice is the same in every epoch, process and resumed run.
-        guide_absent: also guide phrases that name nothing in the image, for models whose blocks have a sink to look at.
-        seed: of that draw.
+        guided_fraction: share of the grounded rows whose masks are used. The rows are chosen by their content and `seed`, so
+            the choice is the same in every epoch, process and resumed run.
+        guide_absent: also guide phrases that name nothing in the image, for models with an attention sink.
+        seed: of that choice.
         features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
             batch then has `mm_encoder_outputs` in place of `pixel_values` and `pixel_attention_mask`.
 
     Raises:
-        ValueError: when called with a row that does not hold together; the message says how.
+        ValueError: when called with an inconsistent row; the message names the mistake.
     """
 
     processor: AgeVlmProcessor
@@ -244,13 +246,13 @@ class AgeVlmDataCollator:
 
     def __post_init__(self):
         if not 0 <= self.guided_fraction <= 1:
-            raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
+            raise ValueError(f"guided_fraction must be a share of the rows, from 0 to 1, got {self.guided_fraction}.")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images = [row_images(row) for row in rows]
         rendered = [
-            render_conversation(self.processor, place_images(row_messages(row), len(shown)))
-            for row, shown in zip(rows, images, strict=True)
+            render_conversation(self.processor, place_images(row_messages(row), len(pictures)))
+            for row, pictures in zip(rows, images, strict=True)
         ]
         texts = [conversation.text for conversation in rendered]
         encode: Callable = self.processor.tokenizer
@@ -274,16 +276,16 @@ class AgeVlmDataCollator:
         learn = torch.zeros_like(attended)
         for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
             first, last = offsets[i].unbind(-1)
-            for start, end in self._learnt_spans(row, conversation):
-                # All tokens between, even empty ones: that is how trimmed offsets show white space.
+            for start, end in self._learned_spans(row, conversation):
+                # All tokens between, even empty ones: trimmed offsets show white space as empty tokens.
                 learn[i] |= (first < end) & (last > start)
         batch["labels"] = batch["input_ids"].masked_fill(~(learn & attended), -100)
         phrases = [self.guided_phrases(*row) for row in zip(rows, images, rendered, strict=True)]
         batch.update(self.guidance_inputs(phrases, offsets, attended, texts))
         return batch
 
-    def _learnt_spans(self, row: dict, conversation: RenderedConversation) -> list[tuple[int, int]]:
-        """Characters to learn."""
+    def _learned_spans(self, row: dict, conversation: RenderedConversation) -> list[tuple[int, int]]:
+        """The characters that the language-modeling loss covers."""
         answers = conversation.answers
         if row.get("messages") is None and row.get("completion") is not None:
             number = sum(message["role"] == "assistant" for message in row["completion"])
@@ -291,12 +293,12 @@ class AgeVlmDataCollator:
         return answers if self.assistant_only_loss else [(0, len(conversation.text))]
 
     def guided_phrases(self, row: dict, images: list, conversation: RenderedConversation) -> list[GuidedPhrase]:
-        """The phrases of a row that have masks, if the row is one of those to be guided."""
+        """The phrases of a row that have masks; none if the row is not guided (`guided_fraction`)."""
         grounding = [entry for entry in row.get("grounding") or () if entry.get("mask") is not None]
         if self.grid is None or not grounding or not self._is_guided(grounding):
             return []
-        decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same thing
-        masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # of each phrase, in each image
+        decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same object
+        masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # by span and image
         absent: dict[tuple[int, int], bool] = {}
         for entry in grounding:
             span, image = conversation.locate(entry["message"], entry["start"], entry["end"]), entry["image"]
@@ -328,9 +330,11 @@ class AgeVlmDataCollator:
         return phrases
 
     def _is_guided(self, grounding: list[dict]) -> bool:
-        # Boxes and scores are left out: they come rounded from Arrow.
-        drawn = [[entry[key] for key in ("message", "start", "end", "image", "mask")] for entry in grounding]
-        digest = hashlib.sha256(json.dumps([self.seed, drawn], sort_keys=True, default=str).encode()).digest()
+        if self.guided_fraction == 1:
+            return True
+        # Without boxes and scores, which Arrow rounds.
+        content = [[entry[key] for key in ("message", "start", "end", "image", "mask")] for entry in grounding]
+        digest = hashlib.sha256(json.dumps([self.seed, content], sort_keys=True, default=str).encode()).digest()
         return int.from_bytes(digest[:4], "big") / 2**32 < self.guided_fraction
 
     def guidance_inputs(
@@ -340,7 +344,7 @@ class AgeVlmDataCollator:
         attended: torch.Tensor,
         texts: Sequence[str],
     ) -> dict[str, torch.Tensor]:
-        """`map_queries`, `map_targets` and `num_dropped_phrases` of a batch; empty where it has no grounded phrase.
+        """`map_queries`, `map_targets` and `num_dropped_phrases` of a batch; nothing if it has no grounded phrase.
 
         Args:
             phrases: of each row.
@@ -353,15 +357,15 @@ class AgeVlmDataCollator:
         queries = self.processor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
         token, size = self.processor.image_token, self.grid[0] * self.grid[1]
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        for named, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
+        for row_phrases, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
             kept.append([])
-            for phrase, query in zip(named, row_queries, strict=False):
+            for phrase, query in zip(row_phrases, row_queries, strict=False):
                 start, end = phrase.span
-                found = row_offsets[query]
-                whole = len(found) > 0 and found[:, 0].min() <= start and found[:, 1].max() >= end
-                target, seen = phrase.target.clone(), text.count(token, 0, start)
-                target[seen * size :] = 0  # images after the phrase, which it cannot see
-                if whole and (target.any() or (phrase.absent and self.guide_absent and seen)):
+                tokens = row_offsets[query]
+                complete = len(tokens) > 0 and tokens[:, 0].min() <= start and tokens[:, 1].max() >= end
+                target, visible_images = phrase.target.clone(), text.count(token, 0, start)
+                target[visible_images * size :] = 0  # the phrase cannot attend to images after it
+                if complete and (target.any() or (phrase.absent and self.guide_absent and visible_images)):
                     kept[-1].append((query, target))
         dropped = sum(map(len, phrases)) - sum(map(len, kept))
         batch = {"num_dropped_phrases": torch.tensor([dropped])}
@@ -378,29 +382,6 @@ class AgeVlmDataCollator:
 
 
 def row_images(row: dict[str, Any]) -> list:
-    """The images of a row: `images`, or the single `image`, or none. Paths are read."""
+    """The images of a row: `images`, or the single `image`, or none. Paths are opened with `load_image`."""
     images = [row["image"]] if row.get("image") is not None else row.get("images") or []
     return [load_image(image) if isinstance(image, (str, os.PathLike)) else image for image in images]
-
-
-def row_messages(row: dict[str, Any]) -> list[dict]:
-    """The conversation of a row: `messages`, or `prompt` followed by `completion` (or `chosen`).
-
-    Raises:
-        ValueError: if the row has neither, or they are not lists of messages.
-    """
-    # Data sets that mix kinds of rows have None in the columns of the others.
-    after = next((row[name] for name in ("completion", "chosen") if row.get(name) is not None), None)
-    if row.get("messages") is not None:
-        messages = row["messages"]
-    elif row.get("prompt") is not None and after is not None:
-        messages = row["prompt"] + after if isinstance(row["prompt"], list) and isinstance(after, list) else None
-    else:
-        given = sorted(name for name, value in row.items() if value is not None)
-        raise ValueError(f"A row needs `messages`, or `prompt` and `completion`; this one has {given}.")
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(
-            "A row's conversation must be a list of messages, each with a `role` and a `content`: see the README's "
-            "section on grounding data."
-        )
-    return list(messages)

@@ -43,8 +43,8 @@ def flatten_images(images: Any) -> list[Any]:
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def load_image(source: str | os.PathLike) -> PIL.Image.Image:
-    """Reads an image file, URL or base64 string into an upright PIL image that keeps its own mode.
+def load_image(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+    """Reads an image file, its bytes, a URL or a base64 string into an upright PIL image that keeps its own mode.
 
     Transformers' loaders drop the alpha channel of files while its processors composite that of PIL images on white;
     keeping the mode until the conversion gives a file and the PIL image opened from it the same pixels.
@@ -55,7 +55,9 @@ def load_image(source: str | os.PathLike) -> PIL.Image.Image:
     source = os.fspath(source)
     file: Any = source
     try:
-        if source.startswith(("http://", "https://")):
+        if isinstance(source, bytes):
+            file = BytesIO(source)
+        elif source.startswith(("http://", "https://")):
             response = get_session().get(source, follow_redirects=True)
             response.raise_for_status()
             file = BytesIO(response.content)
@@ -76,8 +78,10 @@ def load_image(source: str | os.PathLike) -> PIL.Image.Image:
 _BOMB_MEND = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."
 
 
-def _shorten(text: str, length: int = 120) -> str:
-    return repr(text if len(text) <= length else text[:length] + "...")
+def _shorten(source: str | bytes, length: int = 120) -> str:
+    if isinstance(source, bytes):
+        return f"of {len(source)} bytes"
+    return repr(source if len(source) <= length else source[:length] + "...")
 
 
 def _decode(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grounding data: the row format, its check, and masks.
+"""The row format of all training data, grounded or not: columns, spans of phrases, and masks as COCO RLE.
 
-One row is a conversation about images in TRL's vision format, with the phrases that name something in an image:
+A row is a conversation about images in TRL's vision format. `grounding` lists the phrases that name something in an image:
 
     images     list of images
     messages   list of {"role": str, "content": list of {"type": "text" | "image", "text": str | None}}
     grounding  list of {"message": int, "start": int, "end": int, "image": int,
                         "box": [x0, y0, x1, y1] | None, "mask": COCO RLE | None, "score": float | None}
 
-`message` is the index of a message, `start` and `end` the characters of the phrase in that message's text
-(`message_text`), `image` the index of the image it names something in. `box` is in pixels of that image, `mask` is the
-COCO RLE of what the phrase names, of the image's size, and `score` the mask teacher's own estimate of its quality.
-Guidance uses phrases that have a mask; boxes are what mask teachers start from. Entries for the same phrase and image
-are joined (union of their masks) at training. An empty mask without a score says that the phrase names nothing in the
-image, which guidance uses where the model has an attention sink; an empty mask with a score is a teacher's doubt, and dropped.
+- `message`: the index of the message that contains the phrase.
+- `start`, `end`: the phrase's characters in that message's text (see `message_text`); `end` is one past the last character.
+- `image`: the index of the image that shows what the phrase names.
+- `box`: in pixels of that image. Mask teachers start from boxes.
+- `mask`: the pixels of what the phrase names, COCO RLE of the image's size. Guidance uses phrases that have a mask.
+- `score`: the mask teacher's own estimate of the mask's quality, from 0 to 1.
 
-Preference data has `prompt`, `chosen` and `rejected` (lists of messages, TRL's format) in place of `messages`; all images
-are shown in the prompt, and `message` counts through prompt and chosen answer.
+Training joins the entries of the same phrase and image: the union of their masks. An empty mask without a score means that
+the image shows nothing that the phrase names; guidance uses such phrases if the model has an attention sink. An empty mask
+with a score means that the teacher was not sure; guidance drops such phrases.
+
+Preference data has `prompt`, `chosen` and `rejected` (lists of messages, TRL's format) in place of `messages`. The prompt
+shows all images, and `message` counts through the prompt and the chosen answer.
 """
 
 from __future__ import annotations
@@ -33,16 +37,14 @@ if TYPE_CHECKING:
 
 
 ROLES = ("system", "user", "assistant", "tool")
-
-
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def import_datasets() -> ModuleType:
-    """The library `datasets`, which is imported only when needed.
+    """The library `datasets`, imported when it is needed.
 
     Raises:
-        ImportError: if it is not installed, saying how to install it.
+        ImportError: if it is not installed; names the command that installs it.
     """
     try:
         import datasets
@@ -53,7 +55,7 @@ def import_datasets() -> ModuleType:
 
 @contextlib.contextmanager
 def quiet_datasets(datasets) -> Iterator[None]:
-    """Without the progress bars of `datasets`, which would cut through ours."""
+    """Hides the progress bars of `datasets`, which would interrupt the caller's own."""
     if datasets.utils.are_progress_bars_disabled():
         yield
         return
@@ -65,7 +67,7 @@ def quiet_datasets(datasets) -> Iterator[None]:
 
 
 def row_features() -> Features:
-    """The columns of a grounding data set, for `datasets`."""
+    """The columns of a data set of rows, for `datasets`."""
     from datasets import Features, Image, List, Value
 
     return Features(
@@ -90,21 +92,21 @@ def row_features() -> Features:
 
 
 def message_text(message: dict[str, Any]) -> str:
-    """The text of a message: its string content, or its text parts joined as they are (image parts count nothing)."""
-    content = message.get("content") or ""  # a message that only calls tools may have none
+    """The text of a message: its string content, or its text parts joined without a separator. Image parts have no text."""
+    content = message.get("content") or ""  # a message that only calls tools may have no content
     if isinstance(content, str):
         return content
     return "".join(part["text"] or "" for part in content if part["type"] == "text")
 
 
 def place_images(messages: Sequence[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Messages whose contents are all lists of parts, with an image part for each image.
+    """Messages whose contents are lists of parts, with an image part for each image.
 
-    String contents become one text part. Where no message has an image part, the images go in front of the first user
-    message, as TRL puts them. Spans of phrases hold before and after.
+    A string content becomes one text part. If no message has an image part, all images go to the beginning of the first
+    user message, as in TRL. Spans of phrases stay valid. The given messages are not changed.
 
     Raises:
-        ValueError: if the messages show another number of images, or none and there is no user message.
+        ValueError: if the messages have another number of image parts, or have none and there is no user message.
     """
     placed = []
     for message in messages:
@@ -123,6 +125,29 @@ def place_images(messages: Sequence[dict[str, Any]], num_images: int) -> list[di
     return placed
 
 
+def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation of a row: `messages`, or `prompt` followed by `completion` or `chosen`.
+
+    Raises:
+        ValueError: if the row has none of them, or they are not lists of messages.
+    """
+    # Rows of a mixed data set have None in the columns of other kinds of rows.
+    answer = next((row[name] for name in ("completion", "chosen") if row.get(name) is not None), None)
+    if row.get("messages") is not None:
+        messages = row["messages"]
+    elif row.get("prompt") is not None and answer is not None:
+        messages = row["prompt"] + answer if isinstance(row["prompt"], list) and isinstance(answer, list) else None
+    else:
+        given = sorted(name for name, value in row.items() if value is not None)
+        raise ValueError(f"A row needs `messages`, or `prompt` and `completion`; this one has {given}.")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(
+            "A row's conversation must be a list of messages, each with a `role` and a `content`; the row format is "
+            "described in `agevlm.processing.rows`."
+        )
+    return list(messages)
+
+
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     """Encode a mask, bool `(height, width)`, as COCO RLE: `{"size": [height, width], "counts": str}`."""
     from pycocotools import mask as coco
@@ -137,7 +162,7 @@ def mask_from_rle(rle: dict[str, Any]) -> np.ndarray:
     Raises:
         ValueError: if `rle` is not of this form, or its runs do not add up to `height * width`.
     """
-    # pycocotools is not used here: it reads and writes out of bounds where the runs do not fit the size.
+    # Not with pycocotools, which reads and writes out of bounds if the runs do not fit the size.
     try:
         height, width = (int(side) for side in rle["size"])
         codes = [byte - 48 for byte in rle["counts"].encode("ascii")]
@@ -151,7 +176,7 @@ def mask_from_rle(rle: dict[str, Any]) -> np.ndarray:
         if not code & 0x20:  # the run's last character; its highest bit is the sign
             if code & 0x10:
                 value -= 1 << shift
-            # from the fourth on, a run is written as its difference to the last run of the same colour
+            # from the fourth on, a run is written as its difference to the last run of the same color
             runs.append(value + runs[-2] if len(runs) > 2 else value)
             value, shift = 0, 0
     legal = all(0 <= code < 64 for code in codes) and not shift and min(height, width, *runs, 0) == 0

@@ -2,11 +2,13 @@
 """Collator: rows to batches, held against decoded tokens, the images' own pixels and the model."""
 
 import copy
+import hashlib
 import importlib.util
 import math
 import random
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +21,10 @@ from transformers import AutoTokenizer
 
 from agevlm import AgeVlmDataCollator, AgeVlmImageProcessor, AgeVlmProcessor
 from agevlm.processing import collator as collator_module
-from agevlm.processing.collator import mask_coverage, place_images, render_conversation, row_images, row_messages
+from agevlm.processing.collator import mask_coverage, render_conversation, row_images
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessorPil
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, add_image_support
-from agevlm.processing.rows import mask_to_rle, message_text
+from agevlm.processing.rows import mask_to_rle, message_text, place_images, row_messages
 from agevlm.trainer.trainer import visual_grid
 
 GRID = (4, 4)
@@ -100,7 +102,7 @@ def real_tokenizer():
 PICTURE = {"type": "image", "text": None}
 
 
-def said(text: str) -> dict:
+def text_part(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
@@ -118,8 +120,8 @@ CONVERSATIONS = {
     ),
     "parts and images": (
         chat(
-            [PICTURE, said("Look at the cat"), PICTURE, said(" and the dog"), PICTURE, said("the cat")],
-            [said("A cat, "), said("the cat "), said("and a sofa.")],
+            [PICTURE, text_part("Look at the cat"), PICTURE, text_part(" and the dog"), PICTURE, text_part("the cat")],
+            [text_part("A cat, "), text_part("the cat "), text_part("and a sofa.")],
         ),
         [(0, "cat", 0), (0, "dog", 0), (0, "cat", 1), (0, "Look", 0), (1, "A cat", 0), (1, "cat", 1), (1, "sofa", 0)],
     ),
@@ -130,7 +132,15 @@ CONVERSATIONS = {
     ),
     "white space": (
         chat(
-            [said(" \n"), PICTURE, said(" the dog "), said("  "), PICTURE, said("\n\nthe cat\t "), said(" \n ")],
+            [
+                text_part(" \n"),
+                PICTURE,
+                text_part(" the dog "),
+                text_part("  "),
+                PICTURE,
+                text_part("\n\nthe cat\t "),
+                text_part(" \n "),
+            ],
             "\n a dog  and\n\n a cat \n",
             "",
             " the dog ",
@@ -158,7 +168,7 @@ def replace_span(message: dict, start: int, end: int, word: str) -> dict:
     for part in message["content"]:
         text = part["text"] or ""
         if length <= start < length + len(text):
-            part = said(text[: start - length] + word + text[end - length :])
+            part = text_part(text[: start - length] + word + text[end - length :])
         content.append(part)
         length += len(text)
     return {**message, "content": content}
@@ -294,15 +304,15 @@ def test_a_template_that_rewrites_earlier_turns_raises():
         "{{ m['content'] }}{% else %}{{ '(old)' }}{% endif %}{{ eos_token }}{% endgeneration %}{% endfor %}"
     )
     example = {"messages": chat("a dog?", "Yes.", "a cat?", "No.")}
-    with pytest.raises(ValueError, match=r"once others follow.*mark it in the template with \{% generation %\}"):
+    with pytest.raises(ValueError, match=r"when others follow.*Mark them in the template with \{% generation %\}"):
         make_collator(MARKS.sub("", template))([example])
     make_collator(template)([example])
     # Likewise one that cannot do without a question.
     answer_first = {"messages": [{"role": "assistant", "content": "Hello."}, *example["messages"]]}
-    with pytest.raises(ValueError, match=r"mark it in the template with \{% generation %\}"):
+    with pytest.raises(ValueError, match=r"Mark them in the template with \{% generation %\}"):
         make_collator(UNMARKED["llama"])([answer_first])
     batch = make_collator(LLAMA_MARKED)([answer_first])
-    assert learnt_texts(tiny_processor(), batch)[0] == [f"Hello.{EOT}", f"Yes.{EOT}", f"No.{EOT}"]
+    assert learned_texts(tiny_processor(), batch)[0] == [f"Hello.{EOT}", f"Yes.{EOT}", f"No.{EOT}"]
 
 
 @pytest.mark.parametrize("template", [LLAMA_MARKED, UNMARKED["llama"]])
@@ -329,7 +339,7 @@ def test_midnight_between_two_renderings_does_no_harm(monkeypatch, template):
 # ---------------------------------------------------------------------------------------- labels
 
 
-def learnt_texts(processor: AgeVlmProcessor, batch: dict) -> list[list[str]]:
+def learned_texts(processor: AgeVlmProcessor, batch: dict) -> list[list[str]]:
     """What is to be learnt of each row, each run of tokens by itself."""
     texts = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -347,12 +357,14 @@ def learnt_texts(processor: AgeVlmProcessor, batch: dict) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_answers_are_learnt_through_their_end_of_turn(template):
+def test_answers_are_learned_through_their_end_of_turn(template):
     collator = make_collator(TEMPLATES[template])
     examples = [
         {"messages": chat("Is there a dog?", "Yes, here.", "Sure?", "No: assistant", system="Be brief.")},
         {
-            "messages": chat([PICTURE, said("What is this?")], [said("A brown dog "), said("and a cat.")]),
+            "messages": chat(
+                [PICTURE, text_part("What is this?")], [text_part("A brown dog "), text_part("and a cat.")]
+            ),
             **one_image(),
         },
         {"messages": chat("Nothing is answered.")},
@@ -360,7 +372,7 @@ def test_answers_are_learnt_through_their_end_of_turn(template):
     batch = collator(examples)
     end = "<|im_end|>" if "smollm" in template else EOT
     expected = [[f"Yes, here.{end}", f"No: assistant{end}"], [f"A brown dog and a cat.{end}"], []]
-    assert learnt_texts(collator.processor, batch) == expected
+    assert learned_texts(collator.processor, batch) == expected
     everything = make_collator(TEMPLATES[template], assistant_only_loss=False)(examples)
     assert torch.equal(
         everything["labels"], everything["input_ids"].masked_fill(everything["attention_mask"] == 0, -100)
@@ -382,7 +394,7 @@ def test_labels_are_the_same_with_and_without_marks(name, conversation):
         assert torch.equal(value, unmarked[key]), key
 
 
-def test_an_end_of_turn_that_is_a_line_break_is_learnt():
+def test_an_end_of_turn_that_is_a_line_break_is_learned():
     """It is all that tells the model to stop."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -390,10 +402,10 @@ def test_an_end_of_turn_that_is_a_line_break_is_learnt():
     )
     collator = make_collator(template)
     batch = collator([{"messages": chat("a dog?", "Yes.", "a cat?", "No.")}])
-    assert learnt_texts(collator.processor, batch) == [[" Yes.\n", " No.\n"]]
+    assert learned_texts(collator.processor, batch) == [[" Yes.\n", " No.\n"]]
 
 
-def test_every_token_of_an_answer_is_learnt_where_offsets_are_trimmed():
+def test_every_token_of_an_answer_is_learned_where_offsets_are_trimmed():
     """White space then has empty offsets: tokens that no character belongs to."""
     processor = tiny_processor()
     processor.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -401,10 +413,10 @@ def test_every_token_of_an_answer_is_learnt_where_offsets_are_trimmed():
     encoded = processor.tokenizer(answer, return_offsets_mapping=True)
     assert any(first == last for first, last in encoded["offset_mapping"])
     batch = AgeVlmDataCollator(processor)([{"messages": chat("  What  is  this?  ", answer)}])
-    assert learnt_texts(processor, batch) == [[f"{answer}{EOT}"]]
+    assert learned_texts(processor, batch) == [[f"{answer}{EOT}"]]
 
 
-def test_of_prompt_and_completion_the_completion_is_learnt():
+def test_of_prompt_and_completion_the_completion_is_learned():
     collator = make_collator()
     prompt, completion = chat("a dog?", "Yes.", "a cat?"), [{"role": "assistant", "content": "No."}]
     more = [*completion, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Quite."}]
@@ -418,7 +430,7 @@ def test_of_prompt_and_completion_the_completion_is_learnt():
         {"prompt": prompt, "chosen": completion, "rejected": more},
     ]
     both = [f"Yes.{EOT}", f"No.{EOT}"]
-    assert learnt_texts(collator.processor, collator(examples)) == [
+    assert learned_texts(collator.processor, collator(examples)) == [
         both[1:], [f"No.{EOT}", f"Quite.{EOT}"], both[1:], both, [], both
     ]  # fmt: skip
     # In whatever messages the rows come, the inputs are those of the whole conversation.
@@ -432,10 +444,10 @@ def test_empty_answers_are_no_error():
     for name, template in {**TEMPLATES, "endless": DEFAULT_CHAT_TEMPLATE.replace("(eos_token or '')", "''")}.items():
         batch = make_collator(template)([{"messages": chat("a dog?", "")}])
         end = ["<|im_end|>"] if "smollm" in name else [] if name == "endless" else [EOT]
-        assert learnt_texts(tiny_processor(), batch) == [end]
+        assert learned_texts(tiny_processor(), batch) == [end]
 
 
-def test_padding_is_on_the_right_and_never_learnt():
+def test_padding_is_on_the_right_and_never_learned():
     processor = tiny_processor()
     processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as many tokenizers have it
     assert processor.tokenizer.padding_side == "left"
@@ -681,7 +693,7 @@ def test_truncated_phrases_are_dropped_and_counted():
 
 
 def test_phrases_before_their_image_are_dropped_and_counted():
-    text = [said("A dog"), PICTURE, said("a cat"), PICTURE, said("a sofa")]
+    text = [text_part("A dog"), PICTURE, text_part("a cat"), PICTURE, text_part("a sofa")]
     joined = "A doga cata sofa"
     named = [("dog", 0, 0), ("cat", 0, 1), ("cat", 1, 2), ("sofa", 1, 3), ("a sofa", 0, 4), ("A", 1, 5)]
     example = square_row(
@@ -747,7 +759,7 @@ def test_phrases_that_name_nothing_in_the_image_are_guided_where_that_is_asked(g
 
 
 def test_phrases_that_name_nothing_are_dropped_before_any_image():
-    text = [said("A dog"), PICTURE, said("no cat")]
+    text = [text_part("A dog"), PICTURE, text_part("no cat")]
     joined, empty = "A dogno cat", np.zeros((32, 32), dtype=bool)
     example = square_row("", "", [entry(0, joined, "dog", 0, empty), entry(0, joined, "cat", 0, empty)])
     example["messages"] = chat(text, "Yes.")
@@ -927,12 +939,37 @@ def test_each_conversation_is_rendered_as_often_as_needed(monkeypatch):
 def small_rows(number: int) -> list[dict]:
     """Rows that differ in their mask alone."""
     rng = np.random.default_rng(0)
-    question, made = "Where is the dog?", []
+    question, rows = "Where is the dog?", []
     for _ in range(number):
         mask = rng.random((6, 6)) < 0.5
         example = square_row(question, "There.", [entry(0, question, "dog", 0, mask)])
-        made.append({**example, "images": [Image.new("RGB", (6, 6))]})
-    return made
+        rows.append({**example, "images": [Image.new("RGB", (6, 6))]})
+    return rows
+
+
+def count_calls(monkeypatch, owner, name: str) -> list:
+    """A list that grows by one entry with each call of a function, which works as before."""
+    calls: list = []
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(args) or function(*args, **kwargs))
+    return calls
+
+
+def test_images_are_placed_once_a_row(monkeypatch):
+    calls = count_calls(monkeypatch, collator_module, "place_images")
+    for fraction in (1.0, 0.5):
+        make_collator(guided_fraction=fraction)([row(0), row(1), {**row(2), "grounding": []}])
+    assert len(calls) == 2 * 3
+
+
+def test_rows_are_hashed_only_if_a_part_of_them_is_guided(monkeypatch):
+    own = SimpleNamespace(sha256=hashlib.sha256)  # libraries hash for reasons of their own
+    monkeypatch.setattr(collator_module, "hashlib", own)
+    calls = count_calls(monkeypatch, own, "sha256")
+    assert "map_targets" in make_collator(guided_fraction=1.0)([row(0), row(1)])
+    assert not calls
+    make_collator(guided_fraction=0.5)([row(0), row(1), {**row(2), "grounding": []}])
+    assert len(calls) == 2
 
 
 def guided(collator: AgeVlmDataCollator, examples: list[dict], size: int = 50) -> list[bool]:

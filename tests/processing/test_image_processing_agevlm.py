@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from tiny import register_processors
 from transformers_tests import load
 
-from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessor, AgeVlmImageProcessorPil
+from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessor, AgeVlmImageProcessorPil, load_image
 
 common = load("test_image_processing_common")
 BACKENDS = {"torchvision": AgeVlmImageProcessor, "pil": AgeVlmImageProcessorPil}
@@ -242,6 +242,21 @@ def test_files_are_turned_upright(processor, tmp_path):
     size = {"size": {"height": 50, "width": 50}, "return_tensors": "pt"}
     upright = processor(image.transpose(Image.Transpose.ROTATE_270), **size)
     assert torch.equal(processor(str(tmp_path / "image.png"), **size).pixel_values, upright.pixel_values)
+
+
+def test_files_and_their_bytes_are_one_image(tmp_path):
+    image = picture(30, 50)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "image.png", exif=exif)
+    data = (tmp_path / "image.png").read_bytes()
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    for source in (tmp_path / "image.png", str(tmp_path / "image.png"), data):
+        loaded = load_image(source)
+        assert loaded.tobytes() == upright.tobytes()
+        assert loaded.size == upright.size
+    with pytest.raises(ValueError, match=r"Cannot read image of \d+ bytes: .*truncated"):
+        load_image(data[: len(data) // 2])
 
 
 def test_urls(processor, monkeypatch):
