@@ -8,8 +8,11 @@ from .data.scene_builder import build_scenes as build_scenes
 from .data.teachers import MaskTeacher as MaskTeacher
 from .data.teachers import load_teacher as load_teacher
 from .evaluation.attention import attend as attend
-from .evaluation.cv_bench import evaluate_cv_bench as evaluate_cv_bench
-from .evaluation.pope import evaluate_pope as evaluate_pope
+from .evaluation.benchmark import evaluate as evaluate
+from .evaluation.benchmark import evaluate_cv_bench as evaluate_cv_bench
+from .evaluation.benchmark import evaluate_pope as evaluate_pope
+from .evaluation.benchmark import evaluate_scenes as evaluate_scenes
+from .evaluation.similarity import measure_similarity as measure_similarity
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig as AgeVlmConfig
 from .modeling_agevlm.configuration_agevlm import AgeVlmTextConfig as AgeVlmTextConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration as AgeVlmForConditionalGeneration
@@ -26,8 +29,8 @@ from .processing.rows import row_features as row_features
 from .trainer.arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
 from .trainer.recipe import load_recipe as load_recipe
 from .trainer.recipe import train as train
-from .trainer.stages import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE
 from .trainer.stages import LORA_TARGET_MODULES as LORA_TARGET_MODULES
+from .trainer.stages import lora_modules_to_save as lora_modules_to_save
 from .trainer.trainer import AgeVlmTrainer as AgeVlmTrainer
 from .trainer.trl_trainers import AgeVlmDPOConfig as AgeVlmDPOConfig
 from .trainer.trl_trainers import AgeVlmDPOTrainer as AgeVlmDPOTrainer

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every figure that the package draws: object-oriented matplotlib, which leaves a notebook's backend alone."""
+"""Every figure that the package draws, with object-oriented matplotlib: it leaves pyplot and a notebook's backend alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import statistics
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,25 +18,54 @@ from .processing.rows import mask_from_rle, message_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from matplotlib.figure import Figure
+
+    LogHistory = Sequence[Mapping[str, Any]]
+
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+"""Colors that people with color vision deficiency can tell apart (Okabe and Ito)."""
+
+HISTOGRAM_BINS = 30
+"""Bins of the histograms of similarities."""
+
+CURVES = ("lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")
+"""The curves of a training run, by the names that `AgeVlmTrainer` logs."""
+
+
+def new_figure(width: float, height: float, **kwargs: Any) -> Figure:
+    """An empty figure of so many inches; `savefig` writes it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{error}; to draw figures: pip install 'agevlm[eval]'") from error
+    return Figure(figsize=(width, height), **{"layout": "constrained", "dpi": 110, **kwargs})
+
+
+def choose_colors(names: Iterable[str], reference: str | None = None) -> dict[str, str]:
+    """A color for each name, the same whenever the names are; black for the reference."""
+    colors = dict(zip((name for name in names if name != reference), itertools.cycle(COLORS), strict=False))
+    return colors if reference is None else {**colors, reference: "black"}
+
+
+# --- images ---
 
 
 def draw_masks(dataset: Dataset, path: str | os.PathLike, rows: int = 6) -> None:
-    """Write a PNG of some rows, evenly spread: an image, its masks in colours, and its phrases with their scores.
+    """Write a PNG of some rows, evenly spread: an image, its masks in colors, and its phrases with their scores.
 
     Args:
-        dataset: with masks; rows without any are passed over.
+        dataset: with masks; rows without any are left out.
         path: of the PNG.
         rows: at most so many.
 
     Raises:
         ValueError: if no row has a mask.
+        ImportError: if matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
     grounding = dataset.select_columns("grounding")
     masked = [i for i, row in enumerate(grounding) if any(e["mask"] for e in row["grounding"] or [])]
     if not masked:
@@ -43,96 +73,57 @@ def draw_masks(dataset: Dataset, path: str | os.PathLike, rows: int = 6) -> None
     chosen = [masked[i] for i in np.linspace(0, len(masked) - 1, min(rows, len(masked))).round().astype(int)]
     columns = min(3, len(chosen))
     lines = math.ceil(len(chosen) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 5 * lines), layout="constrained", squeeze=False
-    )
+    figure = new_figure(4.6 * columns, 5 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, index in zip(axes.flat, chosen, strict=False):
         row = dataset[index]
         shown = next(entry["image"] for entry in row["grounding"] if entry["mask"])
-        entries = [entry for entry in row["grounding"] if entry["image"] == shown]
-        image = row["images"][shown].convert("RGB")
-        image.thumbnail((640, 640))
-        axis.imshow(image)
-        axis.set_title(f"row {index}", fontsize=10, loc="left")
-        legend = []
-        colours = iter([plt.get_cmap("tab10")(i % 10)[:3] for i in range(len(entries))])
-        for entry in entries:
+        phrases = []
+        for entry in (entry for entry in row["grounding"] if entry["image"] == shown):
             phrase = message_text(row["messages"][entry["message"]])[entry["start"] : entry["end"]]
             score = "" if entry["score"] is None else f"  {entry['score']:.2f}"
-            label = textwrap.fill(f"{phrase}{score}{'' if entry['mask'] else '  (no mask)'}", 48).replace("$", r"\$")
-            if not entry["mask"]:
-                legend.append(Patch(facecolor="none", edgecolor="grey", label=label))
-                continue
-            colour = next(colours)
-            legend.append(Patch(color=colour, label=label))
-            small = Image.fromarray(mask_from_rle(entry["mask"])).resize(image.size, Image.Resampling.NEAREST)
-            mask = np.asarray(small)
-            axis.imshow(np.where(mask[..., None], [*colour, 0.45], 0.0))
-            if mask.any() and not mask.all():
-                axis.contour(mask, [0.5], colors=[colour], linewidths=1.5)
-        more = len(legend) - 8
-        if more > 0:
-            legend[8:] = [Patch(facecolor="none", edgecolor="none", label=f"and {more} more")]
-        axis.legend(
-            handles=legend, loc="upper left", bbox_to_anchor=(0, -0.01), frameon=False, fontsize=10, borderaxespad=0
-        )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            mask = mask_from_rle(entry["mask"]) if entry["mask"] else None
+            phrases.append((f"{phrase}{score}{'' if entry['mask'] else '  (no mask)'}", mask))
+        axis.set_title(f"row {index}", fontsize=10, loc="left")
+        _show_masks(axis, row["images"][shown], phrases)
+    figure.savefig(path)
 
 
-HISTOGRAM_BINS = 30
-"""Bins of the histograms of similarities."""
+def _show_masks(axis: Any, image: Image.Image, phrases: Sequence[tuple[str, np.ndarray | None]]) -> None:
+    """An image with the mask of each phrase, bool `(height, width)` or None, and a legend of the phrases."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
 
-CURVES = ("lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")
-"""What `training.png` draws, of the names that `AgeVlmTrainer` logs."""
-
-
-def draw_training(
-    log_history: Sequence[dict[str, Any]], path: str | os.PathLike, stage_ends: Sequence[int] = ()
-) -> None:
-    """Draws the curves of a training run.
-
-    Args:
-        log_history: of a trainer's state.
-        path: the PNG to write.
-        stage_ends: steps at which a dotted line is drawn, for several stages one after another.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = [name for name in CURVES if any({name, f"eval_{name}"} & entry.keys() for entry in log_history)]
-    if not names:
-        return
-    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for key, label in ((name, "training"), (f"eval_{name}", "validation")):
-            points = [(e["step"], e[key]) for e in log_history if key in e and math.isfinite(e[key])]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3, label=label
-                )
-        for step in stage_ends:
-            axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
-        axes.set_title(name.replace("_", " "))
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if "loss" not in name:
-            axes.set_ylim(0, 1)
-        if any(f"eval_{name}" in entry for entry in log_history):
-            axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
+    image = image.convert("RGB")
+    image.thumbnail((640, 640))
+    axis.imshow(image)
+    legend = []
+    colors = itertools.cycle(colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    for text, mask in phrases:
+        label = textwrap.fill(text, 48).replace("$", r"\$")
+        if mask is None:
+            legend.append(Patch(facecolor="none", edgecolor="gray", label=label))
+            continue
+        color = next(colors)
+        legend.append(Patch(color=color, label=label))
+        small = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+        axis.imshow(np.where(small[..., None], [*color, 0.45], 0.0))
+        if small.any() and not small.all():
+            axis.contour(small, [0.5], colors=[color], linewidths=1.5)
+    if (more := len(legend) - 8) > 0:
+        legend[8:] = [Patch(facecolor="none", edgecolor="none", label=f"and {more} more")]
+    axis.legend(
+        handles=legend, loc="upper left", bbox_to_anchor=(0, -0.01), frameon=False, fontsize=10, borderaxespad=0
+    )
 
 
 def draw_heatmaps(
     image: Image.Image,
     maps: np.ndarray,
     titles: Sequence[str],
-    path: str | Path,
+    path: str | os.PathLike,
     caption: str | None = None,
     *,
     labels: Sequence[str] = ("image",),
@@ -140,27 +131,20 @@ def draw_heatmaps(
 ) -> None:
     """Writes a PNG with the image, and the image under each map `(n, rows, columns)`, side by side.
 
-    Each map has its own colour scale, from no attention to its maximum, so that faint maps can be read too. Its strongest
-    cell is framed, and the number above says how much of the attention it holds.
+    Each map has its own color scale, from no attention to its maximum, so that faint maps can be read too. Its strongest
+    cell is framed, and the number above is the attention on that cell.
 
     Args:
         maps: or `(phrases, n, rows, columns)`, for a row of the figure each.
         titles: of the `n` columns.
-        labels: what stands above the image in each row.
-        cell: width and height of a map's cell in pixels of the image (see [`cell_size`]); by default the map covers the
-            image exactly.
+        path: of the PNG.
+        caption: above the figure.
+        labels: the title of the image in each row.
+        cell: width and height of a map's cell in pixels of the image; by default the map covers the image exactly.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError(f"{error}; to draw heat maps: pip install 'agevlm[eval]'") from error
-
     maps = maps if maps.ndim == 4 else maps[None]
     count, columns = len(maps), maps.shape[1] + 1
     # In inches: panels as large as a width of 15 and a height of 18 allow, within what can be read and is worth looking at.
@@ -171,21 +155,21 @@ def draw_heatmaps(
     labels = [textwrap.fill(textwrap.shorten(label, 3 * letters), letters) for label in labels]
     lines = [line for text in (caption or "").splitlines() for line in textwrap.wrap(text, columns * letters)]
     heights = [height + 0.15 * (label.count("\n") + 1) + 0.15 for label in labels]
-    figure = Figure(
-        figsize=(columns * width, sum(heights) + 0.15 + (0.18 * len(lines) + 0.1) * bool(lines)),
-        layout=ConstrainedLayoutEngine(h_pad=0.06),
-    )
-    FigureCanvasAgg(figure)
+    total = sum(heights) + 0.15 + (0.18 * len(lines) + 0.1) * bool(lines)
+    figure = new_figure(columns * width, total)
+    figure.get_layout_engine().set(h_pad=0.06)
+    from matplotlib.patches import Rectangle
+
     cell = cell or (image.width / maps.shape[3], image.height / maps.shape[2])
     extent = (0, cell[0] * maps.shape[3], cell[1] * maps.shape[2], 0)
-    grey = image.convert("L")
+    gray = image.convert("L")
     plain: dict[str, Any] = {"parse_math": False, "fontsize": 9}  # a "$" is no mathematics
     panels = figure.subplots(count, columns, squeeze=False)
     for number, (axes, label, row) in enumerate(zip(panels, labels, maps, strict=True)):
         axes[0].imshow(image)
         axes[0].set_title(label, **plain)
         for axis, attention, title in zip(axes[1:], row, titles, strict=True):
-            axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
             axis.imshow(attention, cmap="inferno", vmin=0, alpha=0.6, interpolation="bilinear", extent=extent)
             y, x = np.unravel_index(attention.argmax(), attention.shape)
             frame = Rectangle((x * cell[0], y * cell[1]), *cell, fill=False, edgecolor="cyan", linewidth=1.2)
@@ -196,23 +180,152 @@ def draw_heatmaps(
             axis.set_axis_off()
     if lines:
         figure.suptitle("\n".join(lines), parse_math=False, fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
-def draw_similarity(found: Any, path: str | os.PathLike, title: str) -> None:
-    """Writes a PNG: the histograms of matching and random pairs over each other."""
-    import matplotlib
+# --- numbers ---
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    edges = np.histogram_bin_edges(np.concatenate([found.matching, found.random]), HISTOGRAM_BINS)
-    for values, name, colour in ((found.matching, "matching", "tab:blue"), (found.random, "random", "tab:orange")):
-        axis.hist(values, edges.tolist(), alpha=0.55, color=colour, label=f"{name} image, mean {values.mean():.3f}")
+def draw_training(
+    logs: LogHistory | Mapping[str, Sequence[LogHistory]],
+    path: str | os.PathLike,
+    stage_ends: Sequence[int] = (),
+    *,
+    names: Sequence[str] = CURVES,
+    colors: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a PNG of training curves, a panel for each name that was logged; nothing where none was.
+
+    Args:
+        logs: the log history of a trainer's state; or, to compare runs, the log histories of each, one a seed, by title. Of
+            several seeds the mean is a thick line and each seed a thin one.
+        path: of the PNG.
+        stage_ends: steps at which a dotted line is drawn, for several stages one after another.
+        names: of the curves; that of a validation, `eval_` and the name, is dashed.
+        colors: of the titles.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    runs = logs if isinstance(logs, Mapping) else {"": [logs]}
+    every = [log for histories in runs.values() for log in histories]
+    names = [name for name in names if any(_points(log, key) for key in (name, f"eval_{name}") for log in every)]
+    if not names:
+        return
+    colors = colors or choose_colors(runs)
+    legend: dict[str, Any] = {}
+    figure = new_figure(4 * len(names), 3.2 + 0.3 * (len(runs) > 1))
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for title, histories in runs.items():
+            for key, style, label in ((name, "-", "training"), (f"eval_{name}", "--", "validation")):
+                curves = [points for log in histories if (points := _points(log, key))]
+                if not curves:
+                    continue
+                line = {"color": colors[title], "linestyle": style}
+                if len(curves) > 1:
+                    for points in curves:
+                        axes.plot(list(points), list(points.values()), **line, alpha=0.3, linewidth=0.7)
+                steps = sorted(set.intersection(*map(set, curves)))
+                means = [statistics.fmean(points[step] for points in curves) for step in steps]
+                marker = "o" if len(steps) < 20 else None
+                (drawn,) = axes.plot(steps, means, **line, marker=marker, markersize=3, linewidth=1.6)
+                legend.setdefault(" ".join(filter(None, (title, label if key != name or not title else ""))), drawn)
+        for step in stage_ends:
+            axes.axvline(step, color="gray", linewidth=0.8, linestyle=":")
+        axes.set_title(name.replace("_", " "))
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if "loss" not in name:
+            axes.set_ylim(0, 1)
+    if len(legend) > 1:
+        figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def draw_similarity(matching: np.ndarray, random: np.ndarray, path: str | os.PathLike, title: str) -> None:
+    """Writes a PNG: the histograms of the similarities of matching and of random pairs, `(n,)` each, over each other.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    figure = new_figure(6, 3.4)
+    axis = figure.subplots()
+    edges = np.histogram_bin_edges(np.concatenate([matching, random]), HISTOGRAM_BINS)
+    for values, name, color in ((matching, "matching", COLORS[0]), (random, "random", COLORS[1])):
+        axis.hist(values, edges.tolist(), alpha=0.55, color=color, label=f"{name} image, mean {values.mean():.3f}")
     axis.set_xlabel("cosine similarity of the text's hidden states to those without an image")
     axis.set_ylabel("texts")
-    axis.set_title(f"{title}\nAUROC {found.auroc:.2f}, overlap {found.overlap:.2f}", fontsize=10)
+    axis.set_title(title, fontsize=10)
     axis.legend(fontsize=9, frameon=False)
-    figure.savefig(Path(path), dpi=110)
-    plt.close(figure)
+    figure.savefig(path)
+
+
+def draw_bars(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], float | None] | None]],
+    path: str | os.PathLike,
+    heading: str,
+    *,
+    titles: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
+    reference: str | None = None,
+) -> None:
+    """Writes a PNG with a panel for each score: a bar for each name with the standard deviation of its values, each value as a
+    dot, and chance as a dashed line.
+
+    Args:
+        panels: by the title of the panel and the name of the bar the values, one a seed, and chance; None where there is
+            no value, or no chance.
+        path: of the PNG.
+        heading: above the figure.
+        titles: of the names, for the legend; the names themselves by default.
+        colors: of the names.
+        reference: the name that is drawn as a line across each panel rather than as a bar.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(max(6.0, 2.9 * columns), 2.2 * lines + 1.1)
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    bars = [name for name in dict.fromkeys(itertools.chain(*panels.values())) if name != reference]
+    titles, colors = titles or {}, colors or choose_colors(bars)
+    chance_line = {"color": "#b00020", "linestyle": "--", "linewidth": 1.2}
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, found) in zip(grid.flat, panels.items(), strict=False):
+        for place, name in enumerate(bars):
+            if (scores := found.get(name)) is None:
+                axes.text(place, 0.02, "none", ha="center", color="gray", fontsize=8)
+                continue
+            values, chance = scores
+            mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+            axes.bar(place, mean, 0.72, yerr=spread, capsize=4, color=colors[name], alpha=0.75, ecolor="black")
+            if len(values) > 1:
+                beside = [place + 0.16 * (i - (len(values) - 1) / 2) for i in range(len(values))]
+                axes.scatter(beside, values, s=9, color="black", zorder=3, linewidths=0)
+            if chance is not None:
+                axes.plot([place - 0.5, place + 0.5], [chance] * 2, **chance_line)
+        if reference is not None and (scores := found.get(reference)) is not None:
+            mean, spread = statistics.fmean(scores[0]), statistics.stdev(scores[0]) if len(scores[0]) > 1 else 0.0
+            axes.axhline(mean, color="black", linewidth=1.2)
+            axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.12, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(-0.6, len(bars) - 0.4), ylim=(0, 1.05), xticks=[])
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    legend: list[Any] = [Patch(color=colors[name], alpha=0.75, label=titles.get(name, name)) for name in bars]
+    if reference is not None:
+        legend.append(Line2D([], [], color="black", linewidth=1.2, label=titles.get(reference, reference)))
+    legend.append(Line2D([], [], **chance_line, label="chance"))  # type: ignore[arg-type]
+    figure.suptitle(heading, fontsize=11)
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(legend)), frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _points(log: LogHistory, key: str) -> dict[int, float]:
+    """The finite values of a log history, by step."""
+    return {entry["step"]: entry[key] for entry in log if key in entry and math.isfinite(entry[key])}

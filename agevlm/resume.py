@@ -73,7 +73,7 @@ def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bo
         kept = json.loads(file.read_text(encoding="utf-8"))
         refuse_changes(kept, settings, file.parent)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is not a file of settings ({error}); {_FIX.format(place=file.parent)}") from error
+        raise ValueError(f"{file} is not a file of settings ({error}); {FIX.format(place=file.parent)}") from error
     return True
 
 
@@ -88,10 +88,11 @@ def refuse_changes(kept: Mapping[str, Any], wanted: Mapping[str, Any], place: st
         FileExistsError: if they differ; names each difference and the fix.
     """
     if changes := differences(kept, wanted):
-        raise FileExistsError(f"{place} holds work of other settings ({changes}); {_FIX.format(place=place)}")
+        raise FileExistsError(f"{place} holds work of other settings ({changes}); {FIX.format(place=place)}")
 
 
-_FIX = "resume it with its own settings, choose another output folder, or delete {place} to start over"
+FIX = "resume it with its own settings, choose another output folder, or delete {place} to start over"
+"""What users can do about work of other settings in `place`."""
 
 
 def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

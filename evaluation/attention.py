@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..files import new_folder
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
+from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .benchmark import GREEDY, render_question
+from .answers import generate_greedily, read_batch, render_question, to_rgb
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -39,65 +40,6 @@ def find_phrase(text: str, phrase: str) -> tuple[int, int]:
     return places[-1], places[-1] + len(phrase)
 
 
-@torch.no_grad()
-def phrase_maps(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
-    text: str,
-    image: Image.Image,
-    spans: Sequence[tuple[int, int]],
-) -> np.ndarray:
-    """Cross-attention maps of phrases in a text with one image, laid on the image.
-
-    Args:
-        text: with its image token, as the chat template renders it.
-        image: the image as it is, before any resizing.
-        spans: characters `(start, end)` of each phrase in `text`.
-
-    Returns:
-        float32 `(blocks, phrases, rows, columns)`: attention on the visual tokens that show some of the image, the
-        padding cut away. Sums to 1 over rows and columns for a phrase after the image.
-
-    Raises:
-        ValueError: if a span lies outside the text.
-    """
-    inputs, offsets, features = _read(model, processor, text, image)
-    map_queries = processor.get_map_queries(offsets, [list(spans)], text=[text])
-    return _maps(model, processor, inputs, features, map_queries, image)
-
-
-def _read(
-    model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, text: str, image: Image.Image
-) -> tuple[BatchFeature, torch.Tensor, AgeVlmImageFeatures]:
-    """Tokens of a rendered text, their characters `(1, S, 2)`, and the features of its image."""
-    inputs = processor(
-        images=image,
-        text=text,
-        add_special_tokens=False,  # the chat template has written them
-        return_offsets_mapping=True,
-        return_tensors="pt",
-    )
-    offsets = inputs.pop("offset_mapping")
-    inputs = inputs.to(model.device)
-    features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("pixel_attention_mask", None))
-    return inputs, offsets, features
-
-
-def _maps(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
-    inputs: BatchFeature,
-    features: AgeVlmImageFeatures,
-    map_queries: torch.Tensor,
-    image: Image.Image,
-) -> np.ndarray:
-    """`(blocks, phrases, rows, columns)` of one text and its image."""
-    outputs = model.model(
-        **inputs, mm_encoder_outputs={"image": features}, map_queries=map_queries.to(model.device), use_cache=False
-    )
-    return crop_to_image(outputs.cross_attention_maps[:, 0], features, processor, image.size)
-
-
 @dataclass(frozen=True)
 class Phrase:
     """Words of a question or of its answer (`source`), from character `start` to `end` of it."""
@@ -108,10 +50,10 @@ class Phrase:
     end: int
 
 
-def choose_phrases(question: str, answer: str, wanted: Sequence[str] | None = None) -> list[Phrase]:
+def choose_phrases(question: str, answer: str, wanted: Sequence[str | Phrase] | None = None) -> list[Phrase]:
     """Where phrases stand: in the answer or, if they do not, in the question, at the last place there ([`find_phrase`]).
 
-    By default these are all words of the answer, each as often as it occurs.
+    By default these are all words of the answer, each as often as it occurs. A [`Phrase`] stands where it says.
 
     Raises:
         ValueError: if a phrase occurs in neither, or the answer has no words.
@@ -123,6 +65,9 @@ def choose_phrases(question: str, answer: str, wanted: Sequence[str] | None = No
         return words
     phrases = []
     for text in wanted:
+        if isinstance(text, Phrase):
+            phrases.append(text)
+            continue
         for source, whole in (("answer", answer), ("question", question)):
             try:
                 start, end = find_phrase(whole, text)
@@ -235,7 +180,7 @@ def attend(
     image: Image.Image,
     question: str,
     answer: str | None = None,
-    phrases: Sequence[str] | None = None,
+    phrases: Sequence[str | Phrase] | None = None,
     *,
     predicting: bool = False,
     max_new_tokens: int = 64,
@@ -257,38 +202,39 @@ def attend(
         ValueError: if the model has no cross-attention, a phrase does not occur or has no token, or there are no phrases.
     """
     check_cross_attention(model.config, type(model).__name__)
+    image, tokenizer = to_rgb(image), processor.tokenizer
     prompt = render_question(processor, question)
-    inputs, offsets, features = _read(model, processor, prompt, image)
+    batch = read_batch(model, processor, [prompt], [image])
     if answer is None:
-        sequence = model.generate(
-            **inputs,
-            **GREEDY,
-            mm_encoder_outputs={"image": features},
-            max_new_tokens=max_new_tokens,
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
-        answer, answer_offsets = decode_with_offsets(processor.tokenizer, sequence[0, offsets.shape[1] :].tolist())
+        written = generate_greedily(model, processor, batch.inputs, max_new_tokens)
+        answer, answer_offsets = decode_with_offsets(tokenizer, written[0].tolist())
     else:
-        encoded = processor.tokenizer(
-            answer, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
-        )
-        sequence = torch.cat([inputs["input_ids"], encoded["input_ids"].to(model.device)], dim=-1)
-        answer_offsets = encoded["offset_mapping"][0]
+        encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+        written = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)
+        answer_offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
+    sequence = torch.cat([batch.inputs["input_ids"], written], dim=-1)
 
     chosen = choose_phrases(question, answer, phrases)
     starts = {"question": find_phrase(prompt, question)[0], "answer": len(prompt)}
     spans = [(starts[phrase.source] + phrase.start, starts[phrase.source] + phrase.end) for phrase in chosen]
-    offsets = torch.cat([offsets, answer_offsets[None] + len(prompt)], dim=1)
+    offsets = torch.cat([batch.offsets, answer_offsets[None] + len(prompt)], dim=1)
     map_queries = processor.get_map_queries(offsets, [spans], text=[prompt + answer])
     ids = sequence[0].tolist()
-    tokens = [[processor.tokenizer.decode(ids[i]) for i in query.nonzero()[:, 0]] for query in map_queries[0]]
+    tokens = [[tokenizer.decode(ids[i]) for i in query.nonzero()[:, 0]] for query in map_queries[0]]
     if [] in tokens:
         phrase = chosen[tokens.index([])]
         raise ValueError(f"The phrase '{phrase.text}' of the {phrase.source} has no token: choose words.")
     if predicting:
         of_answer = torch.tensor([phrase.source == "answer" for phrase in chosen])
         map_queries[0, of_answer] = map_queries[0, of_answer].roll(-1, dims=-1)
-    inputs = BatchFeature({"input_ids": sequence, "attention_mask": torch.ones_like(sequence)})
+    outputs = model.model(
+        input_ids=sequence,
+        attention_mask=torch.ones_like(sequence),
+        mm_encoder_outputs=batch.inputs["mm_encoder_outputs"],
+        map_queries=map_queries.to(model.device),
+        use_cache=False,
+    )
+    placed = (batch.features.grid, processor.image_processor, image.size)
     return Attention(
         image=image,
         question=question,
@@ -296,8 +242,8 @@ def attend(
         phrases=chosen,
         tokens=tokens,
         blocks=block_titles(model),
-        maps=_maps(model, processor, inputs, features, map_queries, image),
-        cell=cell_size(features, processor, image.size),
+        maps=crop_to_image(outputs.cross_attention_maps[:, 0], *placed),
+        cell=cell_size(*placed),
     )
 
 
@@ -319,35 +265,30 @@ def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) 
 
 
 def crop_to_image(
-    maps: torch.Tensor, features: AgeVlmImageFeatures, processor: AgeVlmProcessor, image_size: tuple[int, int]
+    maps: torch.Tensor, grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin, image_size: tuple[int, int]
 ) -> np.ndarray:
     """Maps `(..., num_visual_tokens)` of one image as `(..., rows, columns)`, without the tokens that show only padding.
 
-    `image_size` is the image's `(width, height)` in pixels, as PIL gives it.
+    Args:
+        grid: rows and columns of the visual tokens.
+        image_processor: the one that made the pixels.
+        image_size: the image's `(width, height)` in pixels, as PIL gives it.
     """
-    rows, columns = _grid(features)
-    size = processor.image_processor.size
-    height, width = processor.image_processor.get_resized_size(image_size[1], image_size[0])
-    maps = maps.unflatten(-1, (rows, columns))
-    # The image stands at the top left; a cell that it only touches is still looked at.
+    (rows, columns), size = grid, image_processor.size
+    height, width = image_processor.get_resized_size(image_size[1], image_size[0])
+    maps = maps.unflatten(-1, grid)
+    # The image stands at the top left; a cell that it only touches is kept.
     maps = maps[..., : -(-height * rows // size["height"]), : -(-width * columns // size["width"])]
     return maps.float().cpu().numpy()
 
 
 def cell_size(
-    features: AgeVlmImageFeatures, processor: AgeVlmProcessor, image_size: tuple[int, int]
+    grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin, image_size: tuple[int, int]
 ) -> tuple[float, float]:
     """Width and height, in pixels of an image of `image_size` `(width, height)`, of what a visual token stands for."""
-    rows, columns = _grid(features)
-    size = processor.image_processor.size
-    height, width = processor.image_processor.get_resized_size(image_size[1], image_size[0])
+    (rows, columns), size = grid, image_processor.size
+    height, width = image_processor.get_resized_size(image_size[1], image_size[0])
     return size["width"] / columns * image_size[0] / width, size["height"] / rows * image_size[1] / height
-
-
-def _grid(features: AgeVlmImageFeatures) -> tuple[int, int]:
-    if features.grid is None:
-        raise ValueError("The image features do not say their grid: keep what `get_image_features` returns.")
-    return features.grid
 
 
 def block_titles(model: AgeVlmForConditionalGeneration) -> list[str]:

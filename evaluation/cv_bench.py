@@ -7,49 +7,24 @@ to another object (3D; Omni3D).
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from rich.table import Table
+from transformers import PreTrainedConfig
 
-from .benchmark import (
-    Question,
-    answer_benchmark,
-    check_chosen,
-    first_of_each,
-    image_file,
-    read_lines,
-    read_table,
-    save_results,
-)
+from .answers import Question
+from .benchmark_data import check_chosen, first_of_each, image_file, read_lines, read_table
 
-HUB_DATA = "nyu-visionx/CV-Bench"
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 TASKS = ("Count", "Relation", "Depth", "Distance")
-PROMPT_SUFFIX = "Answer with the option's letter from the given choices directly."
-"""What Cambrian's evaluation scripts add to each prompt."""
 
 _COLUMNS = ("task", "source", "prompt", "choices", "answer")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # At the start: a letter with a mark after it, or with nothing. A capital does without, but for A, which is a word.
 _MARKED_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,;*\"']|\s*$|\s*\n)|([B-Z])\b")
 _LETTER_IN_PARENTHESES = re.compile(r"\(([A-Za-z])\)")
-
-
-@dataclass(frozen=True)
-class CvBenchQuestion:
-    """A question with its choices and the letter of the right one. `key` is the task and the row in the data."""
-
-    key: str
-    task: str
-    source: str
-    prompt: str
-    choices: tuple[str, ...]
-    letter: str
-    load_image: Callable[[], Image.Image]
 
 
 def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
@@ -84,64 +59,6 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
     return "A" if not found and re.match(r"A\b", text) else None
 
 
-def read_cv_bench(
-    data: str | os.PathLike = HUB_DATA,
-    images: str | os.PathLike | None = None,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-) -> list[CvBenchQuestion]:
-    """Read CV-Bench's questions.
-
-    Args:
-        data: a data set with the columns of `nyu-visionx/CV-Bench` and its images: a Hub id, a folder or a `.parquet`
-            file; or the authors' annotations `test_2d.jsonl` and `test_3d.jsonl`, one of them or a folder with them and
-            no `.parquet` file.
-        images: the folder that the annotations' file names start from; that of the annotations by default.
-        tasks: of `Count`, `Relation`, `Depth` and `Distance`; all by default.
-        limit: the first questions of each task and source; all by default.
-
-    Raises:
-        FileNotFoundError: if there is no such data or image.
-        ValueError: if something in the data is not as it should be, says what and where; if there is no such task; if
-            `images` is not needed.
-    """
-    place = Path(data)
-    if place.is_dir():
-        files = sorted(place.glob("test_*.jsonl")) if not any(place.glob("**/*.parquet")) else []
-    else:
-        files = [place] if place.suffix == ".jsonl" else []
-    if not files and images is not None:
-        raise ValueError(f"--images {images} goes with the authors' .jsonl files; {data} holds its images")
-
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        for number, row in enumerate(read_lines(file, (*_COLUMNS, "filename")), 1):
-            path = Path(file.parent if images is None else images) / row["filename"]
-            rows.append({**row, "path": path, "where": f"{file}, row {number}"})
-    if not files:
-        for number, row in enumerate(read_table(data, _COLUMNS), 1):
-            rows.append({**row, "where": f"{data}, row {number}"})
-    for row in rows:
-        _check_row(row)
-
-    check_chosen(tasks, (row["task"] for row in rows), "task")
-    numbered = [(number, row) for number, row in enumerate(rows, 1) if tasks is None or row["task"] in tasks]
-    questions = []
-    for number, row in first_of_each(numbered, limit, lambda pair: (pair[1]["task"], pair[1]["source"])):
-        questions.append(
-            CvBenchQuestion(
-                key=f"{row['task']}/{number}",
-                task=row["task"],
-                source=row["source"],
-                prompt=row["prompt"],
-                choices=tuple(row["choices"]),
-                letter=row["answer"][1],
-                load_image=image_file(row["path"], row["where"]) if "path" in row else row["load_image"],
-            )
-        )
-    return questions
-
-
 def _check_row(row: Mapping[str, Any]) -> None:
     for name, known in (("task", TASKS), ("source", SOURCES)):
         if row[name] not in known:
@@ -155,94 +72,128 @@ def _check_row(row: Mapping[str, Any]) -> None:
         raise ValueError(f"{row['where']}: its answer must be one of {', '.join(labels)}, got {row['answer']!r}")
 
 
-def score_cv_bench(questions: Sequence[CvBenchQuestion], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Score the answers, by the definitions of the data set's card.
+@dataclass(frozen=True)
+class CvBench:
+    """CV-Bench, a [`~agevlm.evaluation.benchmark.Benchmark`].
 
     Args:
-        answers: by the questions' keys.
-
-    Returns:
-        rows of `accuracy` (from 0 to 1), `questions` and `unparsed`, the answers without a choice in them, which are
-        wrong: of each source, and each task that was asked. `2D` is the mean of ADE20K and COCO, `3D` is Omni3D, and
-        `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked.
+        data: a data set with the columns of `nyu-visionx/CV-Bench` and its images: a Hub id, a folder or a `.parquet`
+            file; or the authors' annotations `test_2d.jsonl` and `test_3d.jsonl`, one of them or a folder with them and
+            no `.parquet` file.
+        images: the folder that the annotations' file names start from; that of the annotations by default.
+        tasks: of `Count`, `Relation`, `Depth` and `Distance`; all by default.
     """
-    given = {question.key: parse_choice(answers[question.key], question.choices) for question in questions}
 
-    def row(asked: list[CvBenchQuestion], *parts: dict[str, Any]) -> dict[str, Any]:
-        accuracies = [part["accuracy"] for part in parts]
-        if not parts and asked:
-            accuracies = [sum(given[question.key] == question.letter for question in asked) / len(asked)]
-        whole = bool(accuracies) and None not in accuracies
+    data: str | os.PathLike = "nyu-visionx/CV-Bench"
+    images: str | os.PathLike | None = None
+    tasks: Sequence[str] | None = None
+
+    title = "CV-Bench"
+    # What Cambrian's evaluation scripts add to each prompt.
+    prompt_suffix = "Answer with the option's letter from the given choices directly."
+    max_new_tokens = 128
+    inspect = None
+
+    def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Which questions are asked."""
         return {
-            "accuracy": sum(accuracies) / len(accuracies) if whole else None,
-            "questions": len(asked),
-            "unparsed": sum(given[question.key] is None for question in asked),
+            "data": str(self.data),
+            "images": None if self.images is None else str(self.images),
+            "tasks": None if self.tasks is None else list(self.tasks),
         }
 
-    by_source = {source: [q for q in questions if q.source == source] for source in SOURCES}
-    ade, coco, omni = (row(asked) for asked in by_source.values())
-    flat = row(by_source["ADE20K"] + by_source["COCO"], ade, coco)
-    deep = row(by_source["Omni3D"], omni)
-    scores = {"overall": row(list(questions), flat, deep), "2D": flat, "3D": deep}
-    scores |= {source: part for source, part in zip(SOURCES, (ade, coco, omni), strict=True) if part["questions"]}
-    by_task = {task: [q for q in questions if q.task == task] for task in TASKS}
-    return scores | {task: row(asked) for task, asked in by_task.items() if asked}
+    def questions(self, limit: int | None = None) -> list[Question]:
+        """The questions; their `kind` is the task, `expected` is the letter of the right choice.
 
+        Args:
+            limit: the first questions of each task and source; all by default.
 
-def evaluate_cv_bench(
-    model: str,
-    out: str | os.PathLike,
-    data: str | os.PathLike = HUB_DATA,
-    images: str | os.PathLike | None = None,
-    *,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-    prompt_suffix: str = PROMPT_SUFFIX,
-    batch_size: int = 8,
-    max_new_tokens: int = 128,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: str | None = "questions",
-) -> tuple[dict[str, dict[str, Any]], Table]:
-    """Evaluate a model on CV-Bench, and write `answers.jsonl`, `results.json` and `report.md` to the folder `out`.
+        Raises:
+            FileNotFoundError: if there is no such data or image.
+            ValueError: if something in the data is invalid, names what and where; if there is no such task; if `images`
+                is not needed.
+        """
+        place = Path(self.data)
+        if place.is_dir():
+            files = sorted(place.glob("test_*.jsonl")) if not any(place.glob("**/*.parquet")) else []
+        else:
+            files = [place] if place.suffix == ".jsonl" else []
+        if not files and self.images is not None:
+            raise ValueError(
+                f"--images {self.images} goes with the authors' .jsonl files; {self.data} holds its images"
+            )
 
-    Args:
-        model: folder or Hub id of an image-text-to-text model.
-        out: folder; with the answers of a run of the same settings that was stopped, the run goes on.
-        data, images, tasks, limit: see [`read_cv_bench`].
-        prompt_suffix: a line to add to each prompt; the authors' own by default, none where it is empty.
-        batch_size, max_new_tokens, progress: see [`answering.answer`].
-        device, dtype: see [`answering.load_model`].
+        rows: list[dict[str, Any]] = []
+        for file in files:
+            for number, row in enumerate(read_lines(file, (*_COLUMNS, "filename")), 1):
+                path = Path(file.parent if self.images is None else self.images) / row["filename"]
+                rows.append({**row, "path": path, "where": f"{file}, row {number}"})
+        if not files:
+            for number, row in enumerate(read_table(self.data, _COLUMNS), 1):
+                rows.append({**row, "where": f"{self.data}, row {number}"})
+        for row in rows:
+            _check_row(row)
 
-    Returns:
-        the scores ([`score_cv_bench`]), and a table of them.
-    """
-    questions = read_cv_bench(data, images, tasks, limit)
-    answers, settings = answer_benchmark(
-        [Question(question.key, question.load_image, question.prompt) for question in questions],
-        out,
-        benchmark="CV-Bench",
-        data=str(data),
-        images=None if images is None else str(images),
-        tasks=None if tasks is None else list(tasks),
-        limit=limit,
-        model=model,
-        prompt_suffix=prompt_suffix,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
-    scores = score_cv_bench(questions, answers)
-    columns = ("", "questions", "accuracy", "unparsed")
-    rows = [
-        (
-            name,
-            str(row["questions"]),
-            "–" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
-            str(row["unparsed"]),
-        )
-        for name, row in scores.items()
-    ]
-    return scores, save_results(out, settings, scores, columns, rows)
+        check_chosen(self.tasks, (row["task"] for row in rows), "task")
+        numbered = [
+            (number, row) for number, row in enumerate(rows, 1) if self.tasks is None or row["task"] in self.tasks
+        ]
+        return [
+            Question(
+                key=f"{row['task']}/{number}",
+                load_image=image_file(row["path"], row["where"]) if "path" in row else row["load_image"],
+                text=row["prompt"],
+                expected=row["answer"][1],
+                kind=row["task"],
+                source=row["source"],
+                choices=tuple(row["choices"]),
+            )
+            for number, row in first_of_each(numbered, limit, lambda pair: (pair[1]["task"], pair[1]["source"]))
+        ]
+
+    def score(
+        self, questions: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Scores by the definitions of the data set's card.
+
+        Returns:
+            Rows of `accuracy` (from 0 to 1), `questions` and `unparsed`, the answers without a choice in them, which are
+            wrong: of each source, and each task that was asked. `2D` is the mean of ADE20K and COCO, `3D` is Omni3D, and
+            `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked.
+        """
+        given = {
+            question.key: parse_choice(answers[question.key]["answer"], question.choices) for question in questions
+        }
+
+        def row(asked: list[Question], *parts: dict[str, Any]) -> dict[str, Any]:
+            accuracies = [part["accuracy"] for part in parts]
+            if not parts and asked:
+                accuracies = [sum(given[question.key] == question.expected for question in asked) / len(asked)]
+            whole = bool(accuracies) and None not in accuracies
+            return {
+                "accuracy": sum(accuracies) / len(accuracies) if whole else None,
+                "questions": len(asked),
+                "unparsed": sum(given[question.key] is None for question in asked),
+            }
+
+        by_source = {source: [q for q in questions if q.source == source] for source in SOURCES}
+        ade, coco, omni = (row(asked) for asked in by_source.values())
+        flat = row(by_source["ADE20K"] + by_source["COCO"], ade, coco)
+        deep = row(by_source["Omni3D"], omni)
+        scores = {"overall": row(list(questions), flat, deep), "2D": flat, "3D": deep}
+        scores |= {source: part for source, part in zip(SOURCES, (ade, coco, omni), strict=True) if part["questions"]}
+        by_task = {task: [q for q in questions if q.kind == task] for task in TASKS}
+        return scores | {task: row(asked) for task, asked in by_task.items() if asked}
+
+    def tables(self, scores: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> list[list[list[str]]]:
+        """One table, a row for each part of the scores."""
+        rows = [
+            [
+                name,
+                str(row["questions"]),
+                "–" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+                str(row["unparsed"]),
+            ]
+            for name, row in scores.items()
+        ]
+        return [[["", "questions", "accuracy", "unparsed"], *rows]]

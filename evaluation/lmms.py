@@ -72,7 +72,7 @@ class AgeVlmChat(lmms):
     def __init__(
         self, pretrained: str, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1
     ) -> None:
-        from .benchmark import DTYPES
+        from .answers import DTYPES
 
         super().__init__()
         if dtype not in DTYPES:
@@ -101,7 +101,7 @@ class AgeVlmChat(lmms):
                 f"The processor in {pretrained} has no chat template to ask with. Set `processor.chat_template` to that "
                 "of the training, and save it."
             )
-        _let_scores_be()
+        _keep_scores()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers, in the order of the requests.
@@ -248,7 +248,7 @@ class AgeVlmSimple(AgeVlmChat):
         Raises:
             ValueError: as [`~AgeVlmChat.generate_until`].
         """
-        _let_scores_be()  # once more, for a harness that was imported after this model was made
+        _keep_scores()  # once more, for a harness that was imported after this model was made
         return self._in_batches(requests, self._scores)
 
     def _messages(self, request: Instance) -> list[dict]:
@@ -310,7 +310,7 @@ def _visual_type(visual: Any) -> str:
     return "audio" if isinstance(visual, dict) else type(visual).__name__
 
 
-def _let_scores_be() -> None:
+def _keep_scores() -> None:
     """Lets the harness, if it is there, keep what `loglikelihood` returns.
 
     Version 0.7 makes strings of all answers that are no text, of these pairs too, and then fails to score them.

@@ -7,38 +7,17 @@ chosen: at random, among the most frequent ones, or among those that often stand
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from rich.table import Table
+from transformers import PreTrainedConfig
 
-from .benchmark import (
-    Question,
-    answer_benchmark,
-    check_chosen,
-    first_of_each,
-    image_file,
-    read_lines,
-    read_table,
-    save_results,
-)
+from .answers import Question
+from .benchmark_data import check_chosen, first_of_each, image_file, read_lines, read_table
 
-HUB_DATA = "lmms-lab/POPE"
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-
-
-@dataclass(frozen=True)
-class PopeQuestion:
-    """A question with its category and its label, `yes` or `no`. `key` is the category and the row in the data."""
-
-    key: str
-    category: str
-    text: str
-    label: str
-    load_image: Callable[[], Image.Image]
 
 
 def parse_yes_no(answer: str) -> str:
@@ -85,135 +64,112 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, fl
     }
 
 
-def read_pope(
-    data: str | os.PathLike = HUB_DATA,
-    images: str | os.PathLike | None = None,
-    categories: Sequence[str] | None = None,
-    limit: int | None = None,
-) -> list[PopeQuestion]:
-    """Read POPE's questions.
+@dataclass(frozen=True)
+class Pope:
+    """POPE, a [`~agevlm.evaluation.benchmark.Benchmark`].
 
     Args:
         data: the authors' files (`coco_pope_random.json`, …, which are JSON lines), one of them or their folder; or a
             data set with the columns of `lmms-lab/POPE` and its images: a Hub id, a folder or a `.parquet` file.
         images: the folder of the images that the authors' files name, COCO's val2014.
-        categories: `random`, `popular`, `adversarial`; all that there are by default.
-        limit: the first questions of each category; all by default.
-
-    Raises:
-        FileNotFoundError: if there is no such data or image.
-        ValueError: if something in the data is not as it should be, says what and where; if there is no such category;
-            if `images` is missing, or not needed.
+        categories: `random`, `popular`, `adversarial`; all that the data has by default.
     """
-    place = Path(data)
-    if place.is_dir():
-        files = sorted(file for kind in ("json", "jsonl") for file in place.glob(f"*_pope_*.{kind}"))
-    else:
-        files = [place] if place.suffix in (".json", ".jsonl") else []
-    if not files and images is not None:
-        raise ValueError(f"--images {images} goes with POPE's own files; {data} holds its images")
 
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        # "random" of coco_pope_random.json
-        category = file.stem.rpartition("_pope_")[2]
-        if any(row["category"] == category for row in rows):
-            raise ValueError(f"{data} has two files of the category {category}; name one of them")
-        for number, row in enumerate(read_lines(file, ("image", "text", "label")), 1):
-            rows.append({**row, "category": category, "row": number, "where": f"{file}, row {number}"})
-    if files and images is None:
-        raise ValueError(f"{data} names images without holding them: name their folder, COCO's val2014, with --images")
-    if not files:
-        for number, row in enumerate(read_table(data, ("question", "answer", "category")), 1):
-            named = {"text": row["question"], "label": row["answer"], "row": number, "where": f"{data}, row {number}"}
-            rows.append({**row, **named})
-    for row in rows:
-        if str(row["label"]).strip().lower() not in ("yes", "no"):
-            raise ValueError(f"{row['where']}: its label must be yes or no, got {row['label']!r}")
+    data: str | os.PathLike = "lmms-lab/POPE"
+    images: str | os.PathLike | None = None
+    categories: Sequence[str] | None = None
 
-    check_chosen(categories, (row["category"] for row in rows), "category")
-    chosen = [row for row in rows if categories is None or row["category"] in categories]
-    questions = []
-    for row in first_of_each(chosen, limit, lambda row: row["category"]):
-        load = image_file(Path(images) / row["image"], row["where"]) if images is not None else row["load_image"]
-        questions.append(
-            PopeQuestion(
-                key=f"{row['category']}/{row['row']}",
-                category=row["category"],
-                text=row["text"],
-                label=row["label"].strip().lower(),
-                load_image=load,
+    title = "POPE"
+    prompt_suffix = ""  # POPE asks the question as it is
+    max_new_tokens = 128
+    inspect = None
+
+    def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Which questions are asked."""
+        return {
+            "data": str(self.data),
+            "images": None if self.images is None else str(self.images),
+            "categories": None if self.categories is None else list(self.categories),
+        }
+
+    def questions(self, limit: int | None = None) -> list[Question]:
+        """The questions; their `kind` is the category, `expected` is `yes` or `no`.
+
+        Args:
+            limit: the first questions of each category; all by default.
+
+        Raises:
+            FileNotFoundError: if there is no such data or image.
+            ValueError: if something in the data is invalid, names what and where; if there is no such category; if
+                `images` is missing, or not needed.
+        """
+        place = Path(self.data)
+        if place.is_dir():
+            files = sorted(file for kind in ("json", "jsonl") for file in place.glob(f"*_pope_*.{kind}"))
+        else:
+            files = [place] if place.suffix in (".json", ".jsonl") else []
+        if not files and self.images is not None:
+            raise ValueError(f"--images {self.images} goes with POPE's own files; {self.data} holds its images")
+
+        rows: list[dict[str, Any]] = []
+        for file in files:
+            # "random" of coco_pope_random.json
+            category = file.stem.rpartition("_pope_")[2]
+            if any(row["category"] == category for row in rows):
+                raise ValueError(f"{self.data} has two files of the category {category}; name one of them")
+            for number, row in enumerate(read_lines(file, ("image", "text", "label")), 1):
+                rows.append({**row, "category": category, "row": number, "where": f"{file}, row {number}"})
+        if files and self.images is None:
+            raise ValueError(
+                f"{self.data} names images without holding them: name their folder, COCO's val2014, with --images"
             )
-        )
-    return questions
+        if not files:
+            for number, row in enumerate(read_table(self.data, ("question", "answer", "category")), 1):
+                named = {
+                    "text": row["question"],
+                    "label": row["answer"],
+                    "row": number,
+                    "where": f"{self.data}, row {number}",
+                }
+                rows.append({**row, **named})
+        for row in rows:
+            if str(row["label"]).strip().lower() not in ("yes", "no"):
+                raise ValueError(f"{row['where']}: its label must be yes or no, got {row['label']!r}")
 
+        check_chosen(self.categories, (row["category"] for row in rows), "category")
+        chosen = [row for row in rows if self.categories is None or row["category"] in self.categories]
+        return [
+            Question(
+                key=f"{row['category']}/{row['row']}",
+                load_image=(
+                    row["load_image"]
+                    if self.images is None
+                    else image_file(Path(self.images) / row["image"], row["where"])
+                ),
+                text=row["text"],
+                expected=row["label"].strip().lower(),
+                kind=row["category"],
+            )
+            for row in first_of_each(chosen, limit, lambda row: row["category"])
+        ]
 
-def score_pope(questions: Sequence[PopeQuestion], answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """The [`yes_no_scores`] of each category, and under `mean` the plain mean of each metric over the categories.
+    def score(
+        self, questions: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """The [`yes_no_scores`] of each category, and under `mean` the plain mean of each metric over the categories."""
+        scores = {}
+        for category in dict.fromkeys(question.kind for question in questions):
+            asked = [question for question in questions if question.kind == category]
+            scores[category] = yes_no_scores([answers[q.key]["answer"] for q in asked], [q.expected for q in asked])
+        mean = {metric: sum(row[metric] for row in scores.values()) / len(scores) for metric in METRICS}
+        counts = {name: sum(row[name] for row in scores.values()) for name in ("questions", "neither")}
+        return {**scores, "mean": {**mean, **counts}}
 
-    Args:
-        answers: by the questions' keys.
-    """
-    scores = {}
-    for category in dict.fromkeys(question.category for question in questions):
-        asked = [question for question in questions if question.category == category]
-        scores[category] = yes_no_scores(
-            [answers[question.key] for question in asked], [question.label for question in asked]
-        )
-    mean = {metric: sum(row[metric] for row in scores.values()) / len(scores) for metric in METRICS}
-    counts = {name: sum(row[name] for row in scores.values()) for name in ("questions", "neither")}
-    return {**scores, "mean": {**mean, **counts}}
-
-
-def evaluate_pope(
-    model: str,
-    out: str | os.PathLike,
-    data: str | os.PathLike = HUB_DATA,
-    images: str | os.PathLike | None = None,
-    *,
-    categories: Sequence[str] | None = None,
-    limit: int | None = None,
-    prompt_suffix: str = "",
-    batch_size: int = 8,
-    max_new_tokens: int = 128,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: str | None = "questions",
-) -> tuple[dict[str, dict[str, float]], Table]:
-    """Evaluate a model on POPE, and write `answers.jsonl`, `results.json` and `report.md` to the folder `out`.
-
-    Args:
-        model: folder or Hub id of an image-text-to-text model.
-        out: folder; with the answers of a run of the same settings that was stopped, the run goes on.
-        data, images, categories, limit: see [`read_pope`].
-        prompt_suffix: a line to add to each question; POPE itself asks the question as it is.
-        batch_size, max_new_tokens, progress: see [`answering.answer`].
-        device, dtype: see [`answering.load_model`].
-
-    Returns:
-        the scores ([`score_pope`]), and a table of them.
-    """
-    questions = read_pope(data, images, categories, limit)
-    answers, settings = answer_benchmark(
-        [Question(question.key, question.load_image, question.text) for question in questions],
-        out,
-        benchmark="POPE",
-        data=str(data),
-        images=None if images is None else str(images),
-        categories=None if categories is None else list(categories),
-        limit=limit,
-        model=model,
-        prompt_suffix=prompt_suffix,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
-    scores = score_pope(questions, answers)
-    columns = ("category", "questions", "accuracy", "precision", "recall", "F1", "yes ratio", "neither")
-    rows = [
-        (name, str(row["questions"]), *(f"{row[metric]:.4f}" for metric in METRICS), str(row["neither"]))
-        for name, row in scores.items()
-    ]
-    return scores, save_results(out, settings, scores, columns, rows)
+    def tables(self, scores: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> list[list[list[str]]]:
+        """One table, a row for each category and one for the mean."""
+        header = ["category", "questions", "accuracy", "precision", "recall", "F1", "yes ratio", "neither"]
+        rows = [
+            [name, str(row["questions"]), *(f"{row[metric]:.4f}" for metric in METRICS), str(row["neither"])]
+            for name, row in scores.items()
+        ]
+        return [[header, *rows]]

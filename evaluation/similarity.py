@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do a model's hidden states tell a matching image from a random one (paper, section on matching and random pairs)?
 
-The same text is read three times: with the image that it is about, with a random other one, and without any. What is
-compared are the hidden states of the text's tokens after the last self-attention layer, before its FFN, which every
-decoder has, whichever way images reach it. In a model that hardly looks, all three are alike.
+A model reads the same text three times: with the image that it is about, with a random other one, and without any. The
+hidden states of the text's tokens are compared after the last self-attention layer, before its FFN. Every decoder has them,
+whichever way images reach it. In a model that hardly uses its image, all three are alike.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,18 +17,12 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from research.rivals import ConcatenationForConditionalGeneration, expand_image_tokens
-
-from ..data.features import select_features
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
-from ..processing.processing_agevlm import AgeVlmProcessor
+from ..plots import HISTOGRAM_BINS
 from ..processing.rows import mask_from_rle, message_text
+from .answers import adds_special_tokens, read_batch, to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-_BINS = 30
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Similarity:
     @property
     def overlap(self) -> float:
         """The area that the histograms of matching and random pairs share, from 0 to 1."""
-        edges = np.histogram_bin_edges(np.concatenate([self.matching, self.random]), _BINS)
+        edges = np.histogram_bin_edges(np.concatenate([self.matching, self.random]), HISTOGRAM_BINS)
         shares = [np.histogram(values, edges)[0] / len(values) for values in (self.matching, self.random)]
         return float(np.minimum(*shares).sum())
 
@@ -123,7 +116,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
             "Matching and random pairs need at least two images with different texts: rows with `images`, and "
             f"`messages` of a question and an answer. Found {len(pairs)}."
         )
-    return pairs, lambda image: dataset[rows[image]]["images"][0].convert("RGB")
+    return pairs, lambda image: to_rgb(dataset[rows[image]]["images"][0])
 
 
 def _grounded_names(row: dict[str, Any], texts: Sequence[str]) -> frozenset[str]:
@@ -140,43 +133,14 @@ def other_images(pairs: Sequence[Pair], seed: int = 0) -> list[int]:
     rng = np.random.default_rng(seed)
     chosen = []
     for pair in pairs:
-        strangers = [other for other in pairs if other.text != pair.text and other.image != pair.image]
-        apart = [other for other in strangers if not other.names & pair.names] or strangers
-        chosen.append(apart[rng.integers(len(apart))].image)
+        others = [other for other in pairs if other.text != pair.text and other.image != pair.image]
+        disjoint = [other for other in others if not other.names & pair.names] or others
+        chosen.append(disjoint[rng.integers(len(disjoint))].image)
     return chosen
 
 
-def scene_similarity(
-    model: AgeVlmForConditionalGeneration | ConcatenationForConditionalGeneration,
-    processor: AgeVlmProcessor,
-    dataset: "Dataset",
-    *,
-    features: AgeVlmImageFeatures,
-    limit: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> Similarity:
-    """[`similarity`] on a split of grounded scenes, with ready-made image features, in the order of the scenes' numbers."""
-    pairs, _ = text_pairs(dataset, limit)
-    order = {scene: row for row, scene in enumerate(sorted(set(dataset["scene"])))}
-
-    def prepare(texts: list[str], images: list[int] | None) -> dict[str, Any]:
-        inputs = processor.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        )
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if images is not None:
-            selected = select_features(features, [order[image] for image in images])
-            if isinstance(model, ConcatenationForConditionalGeneration):
-                tokens = selected.last_hidden_state.shape[1]
-                batch = expand_image_tokens(batch, model.config.image_token_id, tokens, "left")
-            batch["mm_encoder_outputs"] = {"image": selected}
-        return batch
-
-    return _compare(model, processor, pairs, prepare, batch_size, seed)
-
-
-def similarity(
+@torch.no_grad()
+def measure_similarity(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     dataset: "Dataset",
@@ -190,63 +154,35 @@ def similarity(
 
     Args:
         model: an AGE-VLM, or another image-text-to-text model whose decoder's layers are Llama's in form, such as a LLaVA.
+        processor: the model's own.
         dataset: rows with `images` and `messages`; see [`text_pairs`].
         limit: only so many texts, the first.
+        batch_size: texts that are read together.
         seed: of the random images.
+        progress: the label of the progress bar; None for none.
 
     Raises:
         ValueError: if the model's decoder is of another form, or there are too few rows.
     """
     pairs, load = text_pairs(dataset, limit)
-
-    def prepare(texts: list[str], images: list[int] | None) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "padding": True,
-            "padding_side": "left",
-            "add_special_tokens": False,  # the chat template has written them
-            "return_tensors": "pt",
-        }
-        if images is None:
-            return dict(processor.tokenizer(texts, **settings))
-        return dict(processor(images=[[load(image)] for image in images], text=texts, **settings))
-
-    return _compare(model, processor, pairs, prepare, batch_size, seed, progress)
-
-
-@torch.no_grad()
-def _compare(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    pairs: Sequence[Pair],
-    prepare: Callable[[list[str], list[int] | None], dict[str, Any]],
-    batch_size: int,
-    seed: int,
-    progress: str | None = None,
-) -> Similarity:
-    """The similarities of all pairs; `prepare` makes the model's inputs of texts and of the numbers of their images."""
     others = other_images(pairs, seed)
     found: list[list[float]] = []
-    cosine = partial(nn.functional.cosine_similarity, dim=-1)
     model.eval()
     with Progress(disable=progress is None) as bar:
         for start in bar.track(range(0, len(pairs), batch_size), description=progress or ""):
-            chosen, strangers = pairs[start : start + batch_size], others[start : start + batch_size]
-            plain = [_render(processor, pair, image=False) for pair in chosen]
+            chosen, other = pairs[start : start + batch_size], others[start : start + batch_size]
+            alone = [_render(processor, pair, image=False) for pair in chosen]
             shown = [_render(processor, pair, image=True) for pair in chosen]
-            places = [_places_from_end(processor, text, pair.text) for text, pair in zip(plain, chosen, strict=True)]
-            states = [
-                list(_states(model, prepare(texts, images), places))
-                for texts, images in (
-                    (shown, [pair.image for pair in chosen]),
-                    (shown, list(strangers)),
-                    (plain, None),
-                )
-            ]
-            for right, wrong, without in zip(*states, strict=True):
-                compared = ((right, without), (wrong, without), (right, wrong))
-                found.append([float(cosine(a, b).mean()) for a, b in compared])
-    matching, random, between = np.array(found).T
-    return Similarity(matching, random, between)
+            places = [_places_from_end(processor, text, pair.text) for text, pair in zip(alone, chosen, strict=True)]
+            inputs = (
+                read_batch(model, processor, shown, [load(pair.image) for pair in chosen]).inputs,
+                read_batch(model, processor, shown, [load(image) for image in other]).inputs,
+                read_batch(model, processor, alone).inputs,
+            )
+            for matching, random, without in zip(*(_states(model, batch, places) for batch in inputs), strict=True):
+                compared = ((matching, without), (random, without), (matching, random))
+                found.append([float(nn.functional.cosine_similarity(a, b, dim=-1).mean()) for a, b in compared])
+    return Similarity(*np.array(found).T)
 
 
 def _render(processor: ProcessorMixin, pair: Pair, image: bool) -> str:
@@ -268,11 +204,14 @@ def _places_from_end(processor: ProcessorMixin, rendered: str, text: str) -> lis
             f"The chat template does not write the answer {text!r} as it is, so its tokens cannot be found."
         )
     end = start + len(text.strip())
-    offsets = processor.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    special = adds_special_tokens(processor, rendered)
+    offsets = processor.tokenizer(rendered, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
     return [place - len(offsets) for place, (a, b) in enumerate(offsets) if a < end and b > start]
 
 
-def _states(model: PreTrainedModel, inputs: dict[str, Any], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+def _states(
+    model: PreTrainedModel, inputs: Mapping[str, Any], places: Sequence[Sequence[int]]
+) -> Iterator[torch.Tensor]:
     """Hidden states `(tokens, D)` of each row at its places, float32, after the last self-attention layer."""
     layer = model.get_decoder().layers[-1]
     norm = getattr(layer, "post_attention_layernorm", None)
@@ -284,10 +223,7 @@ def _states(model: PreTrainedModel, inputs: dict[str, Any], places: Sequence[Seq
     captured = []
     hook = norm.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     try:
-        model.base_model(
-            **{name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()},
-            use_cache=False,
-        )
+        model.base_model(**inputs, use_cache=False)
     finally:
         hook.remove()
     for row, chosen in zip(captured[0], places, strict=True):

@@ -144,12 +144,30 @@ def guidance_losses(
     return loss(maps, targets).mean(0).masked_fill(~named, 0.0), named
 
 
+def pointing_cells(targets: torch.Tensor) -> torch.Tensor:
+    """The visual tokens that count as a phrase's object: covered by it, and at least half as much as the token that it
+    covers most.
+
+    Args:
+        targets: `(..., V)`.
+
+    Returns:
+        bool `(..., V)`, False throughout for a target that covers nothing.
+    """
+    if targets.shape[-1] == 0:  # no image in the batch
+        return targets > 0
+    return (targets > 0) & (targets >= targets.amax(-1, keepdim=True) / 2)
+
+
 @torch.no_grad()
 def pointing_hits(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Whether each phrase points at its object (after the pointing game, arXiv 1608.00507).
 
-    It does when the token that it attends most, on average over the blocks, lies on the object: covered at least half as
-    much as the token that the object covers most, so that objects smaller than a token can be hit as well.
+    It does if the token that it attends most, on average over the blocks, is one of the object's [`pointing_cells`].
+
+    Training, evaluation and benchmarks share this definition. It judges cells because attention has no finer resolution: the
+    middle of the strongest cell says nothing about an object that is smaller than a cell, or that covers another part of it.
+    The half takes the place of the pointing game's tolerance of 15 pixels. [`pointing_chances`] follow from the same cells.
 
     Args:
         maps: `(blocks, B, P, V)`.
@@ -158,11 +176,30 @@ def pointing_hits(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         bool `(B, P)`, False for phrases that attend nothing and in slots without a phrase.
     """
-    if targets.shape[-1] == 0:  # no image in the batch
-        return (targets > 0).any(-1)
+    cells = pointing_cells(targets)
+    if targets.shape[-1] == 0:
+        return cells.any(-1)
     attention, strongest = maps.mean(0).max(-1)
-    coverage = targets.gather(-1, strongest[..., None])[..., 0]
-    return (attention > 0) & (coverage > 0) & (coverage >= targets.amax(-1) / 2)
+    return (attention > 0) & cells.gather(-1, strongest[..., None])[..., 0]
+
+
+@torch.no_grad()
+def pointing_chances(target: torch.Tensor, objects: torch.Tensor, visible: torch.Tensor) -> tuple[float, float]:
+    """How often a map that ignores what is asked would hit ([`pointing_hits`]).
+
+    Args:
+        target: `(V,)`, the coverage of the object that is asked for.
+        objects: `(n, V)`, the coverage of each object in the image.
+        visible: bool `(V,)`, the tokens that show some of the image rather than padding.
+
+    Returns:
+        The chance of a map that points anywhere in the image, which is the object's share of the image's cells; and of one
+        that points at some object of the image, which is the object's share of the cells of all objects.
+    """
+    cells = pointing_cells(target)
+    in_image, on_objects = visible | cells, pointing_cells(objects).any(0) | cells
+    hits = float(cells.sum())
+    return hits / max(1, int(in_image.sum())), hits / max(1, int(on_objects.sum()))
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ for command in (data.check, data.convert):
 app.add_typer(data_app, name="data")
 
 eval_app = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
-for command in (eval.pope, eval.cv_bench, eval.scenes):
-    eval_app.command()(command)
+for name, command in eval.COMMANDS.items():
+    eval_app.command(name)(command)
 app.add_typer(eval_app, name="eval")
 
 

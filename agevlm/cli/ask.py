@@ -31,39 +31,31 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> None:
     """Ask a question about an image."""
-    from ..evaluation.attention import block_titles, check_cross_attention, find_phrase, phrase_maps
-    from ..plots import draw_heatmaps
+    from ..evaluation.attention import Phrase, attend, check_cross_attention, find_phrase
 
     question = _check_question(question)
-    if phrase is not None:
-        find_phrase(question, phrase)
     if phrase is not None and heatmap is None:
         raise ValueError("--phrase says what --heatmap shows: name the PNG to write with --heatmap.")
+    start, end = (0, len(question)) if phrase is None else find_phrase(question, phrase)
     if heatmap is not None and not heatmap.absolute().parent.is_dir():
         raise ValueError(f"--heatmap {heatmap}: there is no folder {heatmap.absolute().parent}.")
 
     from transformers import AutoConfig
 
-    from ..evaluation.benchmark import Question, load_model, render_question, reply_greedily
-    from ..processing.image_processing_agevlm import load_image
+    from ..evaluation.answers import Question, answer_batch, load_model, open_image
 
-    picture = load_image(image).convert("RGB")
+    picture = open_image(image)
     if heatmap is not None:
         check_cross_attention(AutoConfig.from_pretrained(model), model)
     vlm, processor = load_model(model)
-    asked = Question("question", lambda: picture, question)
-    answer = reply_greedily(vlm, processor, [asked], max_new_tokens)[0]["answer"]
-    Console().print(answer, markup=False)
-    if heatmap is not None:
-        text = render_question(processor, question)
-        start, end = find_phrase(text, question)
-        if phrase is not None:
-            offset, start = start, find_phrase(question, phrase)[0]
-            start, end = offset + start, offset + start + len(phrase)
-        maps = phrase_maps(vlm, processor, text, picture, [(start, end)])[:, 0]
-        draw_heatmaps(
-            picture, maps, block_titles(vlm), heatmap, caption=f"{question}  {answer}    [{phrase or question}]"
-        )
+    if heatmap is None:
+        (found,) = answer_batch(vlm, processor, [Question("question", lambda: picture, question)], max_new_tokens)
+        Console().print(found["answer"], markup=False)
+        return
+    shown = Phrase(question[start:end], "question", start, end)
+    attention = attend(vlm, processor, picture, question, phrases=[shown], max_new_tokens=max_new_tokens)
+    Console().print(attention.answer.strip(), markup=False)
+    attention.draw(heatmap)
 
 
 def attention(
@@ -100,15 +92,14 @@ def attention(
 
     from transformers import AutoConfig
 
-    from ..evaluation.benchmark import load_model
-    from ..processing.image_processing_agevlm import load_image
+    from ..evaluation.answers import load_model, open_image
 
-    picture = load_image(image).convert("RGB")
+    picture = open_image(image)
     check_cross_attention(AutoConfig.from_pretrained(model), model)
     vlm, processor = load_model(model)
-    looked = attend(
+    found = attend(
         vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
     )
-    looked.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
-    Console().print(looked.answer.strip(), markup=False)
-    Console().print(f"[green]Saved[/green] {out}: attention.png, attention.json ({len(looked.phrases)} phrases).")
+    found.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
+    Console().print(found.answer.strip(), markup=False)
+    Console().print(f"[green]Saved[/green] {out}: attention.png, attention.json ({len(found.phrases)} phrases).")

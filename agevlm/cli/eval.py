@@ -1,167 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`agevlm eval …` and `agevlm similarity`."""
+"""`agevlm eval NAME`, a command for each benchmark, and `agevlm similarity`."""
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from .options import parse_names
 
-
-def pope(
-    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
-    data: Annotated[
-        str, typer.Option(help="POPE's own JSON file or folder of them; or data set: folder, .parquet file, Hub id.")
-    ] = "lmms-lab/POPE",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the images that POPE's own files name: COCO's val2014.")
-    ] = None,
-    categories: Annotated[
-        str | None, typer.Option(help="Such as random,popular,adversarial; all in the data by default.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each category.", min=1)] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="A line to add to each question; none by default.")] = "",
-    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-) -> None:
-    """Object hallucination: yes/no questions about what is in COCO images (POPE, arXiv 2305.10355)."""
-    from ..evaluation.pope import evaluate_pope
-
-    _, table = evaluate_pope(
-        model,
-        out,
-        data,
-        images,
-        categories=parse_names(categories),
-        limit=limit,
-        prompt_suffix=prompt_suffix,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-    )
-    Console().print(table)
+Model = Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")]
+BatchSize = Annotated[int, typer.Option(help="Questions or texts that are read together.", min=1)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 
 
-def cv_bench(
-    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
-    data: Annotated[
-        str,
-        typer.Option(help="Data set: folder, .parquet file, Hub id, or the authors' test_2d.jsonl, test_3d.jsonl."),
-    ] = "nyu-visionx/CV-Bench",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that file names in .jsonl files start from; theirs by default.")
-    ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Of Count,Relation,Depth,Distance; all by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task and source.", min=1)] = None,
-    prompt_suffix: Annotated[
-        str | None, typer.Option(help="A line to add to each prompt; by default that of the authors, '' for none.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-) -> None:
-    """Seeing what is where: counts, sides, depths and distances (CV-Bench, arXiv 2406.16860)."""
-    from ..evaluation.cv_bench import PROMPT_SUFFIX, evaluate_cv_bench
-
-    _, table = evaluate_cv_bench(
-        model,
-        out,
-        data,
-        images,
-        tasks=parse_names(tasks),
-        limit=limit,
-        prompt_suffix=PROMPT_SUFFIX if prompt_suffix is None else prompt_suffix,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-    )
-    Console().print(table)
+def _option(name: str, kind: Any, default: Any, help: str = "", **limits: Any) -> inspect.Parameter:
+    """An option of a command; `kind` is its type, or an annotation that has its help. A default `...` means required."""
+    annotation = Annotated[kind, typer.Option(help=help, **limits)] if help else kind
+    default = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def scenes(
-    model: Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")],
-    data: Annotated[Path, typer.Option(help="Folder of grounded scenes that `agevlm scenes` has written.")],
-    out: Annotated[Path, typer.Option(help="Folder for answers and scores; a run that was stopped goes on in it.")],
-    split: Annotated[str, typer.Option(help="Split of the scenes.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each kind.", min=1)] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="A line to add to each question; none by default.")] = "",
-    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.", min=1)] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-) -> None:
-    """Grounded scenes: what is there, how many, where; and of AGE-VLMs, whether phrases look at their objects."""
-    from ..evaluation.scene_benchmark import evaluate_scene_benchmark
+# What a benchmark asks, and its own options: the fields of its class in `agevlm.evaluation.BENCHMARKS`.
+_BENCHMARKS = {
+    "pope": (
+        "Object hallucination: yes/no questions about what is in COCO images (POPE, arXiv 2305.10355).",
+        _option(
+            "data",
+            str,
+            "lmms-lab/POPE",
+            "POPE's own JSON file or folder of them; or data set: folder, .parquet file, Hub id.",
+        ),
+        _option("images", Path | None, None, "Folder of the images that POPE's own files name: COCO's val2014."),
+        _option("categories", str | None, None, "Such as random,popular,adversarial; all in the data by default."),
+    ),
+    "cv-bench": (
+        "Spatial questions: counts, sides, depths and distances (CV-Bench, arXiv 2406.16860).",
+        _option(
+            "data",
+            str,
+            "nyu-visionx/CV-Bench",
+            "Data set: folder, .parquet file, Hub id, or the authors' test_2d.jsonl, test_3d.jsonl.",
+        ),
+        _option("images", Path | None, None, "Folder that file names in .jsonl files start from; theirs by default."),
+        _option("tasks", str | None, None, "Of Count,Relation,Depth,Distance; all by default."),
+    ),
+    "scenes": (
+        "Grounded scenes: what is there, how many, where; and whether an AGE-VLM's phrases point at their objects.",
+        _option("data", Path, ..., "Folder of grounded scenes that `agevlm scenes` has written."),
+        _option("split", str, "test", "Split of the scenes."),
+    ),
+}
+# The options of all benchmarks: the arguments of `agevlm.evaluation.evaluate`.
+_MODEL_AND_PLACE = (
+    _option("model", Model, ...),
+    _option("out", Path, ..., "Folder for answers and scores; a run that was stopped resumes in it."),
+)
+_SETTINGS = (
+    _option("limit", int | None, None, "Only the first questions of each kind.", min=1),
+    _option(
+        "prompt_suffix", str | None, None, "A line to add to each question; '' for none, else the benchmark's own."
+    ),
+    _option("batch_size", BatchSize, 8),
+    _option("max_new_tokens", int | None, None, "Longest answer, in tokens; by default the benchmark's.", min=1),
+    _option("device", Device, "auto"),
+    _option("dtype", Dtype, "auto"),
+)
 
-    _, table = evaluate_scene_benchmark(
-        model,
-        out,
-        data,
-        split=split,
-        limit=limit,
-        prompt_suffix=prompt_suffix,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
-    )
-    Console().print(table)
+
+def _command(name: str) -> Callable[..., None]:
+    """The command of a benchmark: its own options, and those of `evaluate`."""
+    description, *own = cast(tuple[Any, ...], _BENCHMARKS[name])
+
+    def command(**options: Any) -> None:
+        from ..evaluation.benchmark import BENCHMARKS, evaluate
+
+        given = {option.name: options.pop(option.name) for option in own}
+        for several in ("categories", "tasks"):
+            if several in given:
+                given[several] = parse_names(given[several])
+        found = evaluate(BENCHMARKS[name](**given), **options)
+        Console().print(found.rich())
+
+    command.__doc__ = description
+    command.__signature__ = inspect.Signature([*_MODEL_AND_PLACE, *own, *_SETTINGS])  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+COMMANDS = {name: _command(name) for name in _BENCHMARKS}
+"""The commands of `agevlm eval`, by name."""
 
 
 def similarity(
-    model: Annotated[
-        str, typer.Option(help="AGE-VLM or LLaVA-style checkpoint with a chat template: folder or Hub id.")
-    ],
+    model: Model,
     data: Annotated[
         str, typer.Option(help="Grounded scenes or other rows with images and messages: folder, file or Hub id.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for similarity.png and similarity.json; must not exist yet.")],
     split: Annotated[str | None, typer.Option(help="Which split, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first texts.", min=2)] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts that are read together.", min=1)] = 8,
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Of the random images.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Do hidden states tell matching from random images? Cosine similarities, their histogram, overlap and AUROC."""
     from ..data.readers import read_rows
-    from ..evaluation import similarity as similarities
-    from ..evaluation.benchmark import load_model
+    from ..evaluation.answers import load_model
+    from ..evaluation.benchmark import rich_table
+    from ..evaluation.similarity import measure_similarity, text_pairs
     from ..files import check_new_folder, new_folder
+    from ..plots import draw_similarity
 
     check_new_folder(out)  # before the model is loaded
     rows = read_rows(data, split)
-    similarities.text_pairs(rows, limit)
+    text_pairs(rows, limit)
     vlm, processor = load_model(model, device, dtype)
-    found = similarities.similarity(vlm, processor, rows, limit=limit, batch_size=batch_size, seed=seed)
+    found = measure_similarity(vlm, processor, rows, limit=limit, batch_size=batch_size, seed=seed)
+    summary = found.summary()
     settings = {"model": model, "data": data, "split": split, "limit": limit, "seed": seed}
     values = {name: getattr(found, name).tolist() for name in ("matching", "random", "between")}
     with new_folder(out) as partial:
-        similarities.draw_similarity(found, partial / "similarity.png", model)
-        text = json.dumps({**settings, **found.summary(), **values}, indent=1, ensure_ascii=False)
+        title = f"{model}\nAUROC {summary['auroc']:.2f}, overlap {summary['overlap']:.2f}"
+        draw_similarity(found.matching, found.random, partial / "similarity.png", title)
+        text = json.dumps({**settings, **summary, **values}, indent=1, ensure_ascii=False)
         (partial / "similarity.json").write_text(text + "\n", encoding="utf-8")
 
-    from rich.table import Table
-
-    table = Table("", f"{model}", title="Hidden states with an image, and without")
-    for label, name in (
-        ("similarity, matching image", "matching_mean"),
-        ("similarity, random image", "random_mean"),
-        ("matching and random to each other", "between_mean"),
-        ("overlap of the two histograms", "overlap"),
-        ("AUROC", "auroc"),
-        ("pairs", "pairs"),
-    ):
-        value = found.summary()[name]
-        table.add_row(label, f"{value}" if name == "pairs" else f"{value:.3f}")
-    Console().print(table)
+    labels = {
+        "similarity, matching image": "matching_mean",
+        "similarity, random image": "random_mean",
+        "matching and random to each other": "between_mean",
+        "overlap of the two histograms": "overlap",
+        "AUROC": "auroc",
+    }
+    table = [["", model], *([label, f"{summary[name]:.3f}"] for label, name in labels.items())]
+    Console().print(rich_table([*table, ["pairs", str(summary["pairs"])]], "Hidden states with an image, and without"))
