@@ -3,12 +3,15 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,9 +29,9 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 from transformers.utils import logging
 
-from .files import new_folder
+from .files import new_folder, resolve_package_file
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
-from .modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
+from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
 
@@ -39,24 +42,22 @@ IMAGE_TOKENS = ("<|image|>", "<image>", "<|reserved_special_token_0|>")
 
 
 def load_timm(
-    architecture: str,
-    weights: str | os.PathLike | None = None,
-    rename: Callable[[dict[str, torch.Tensor], torch.nn.Module], dict[str, torch.Tensor]] | None = None,
-    **model_args: Any,
+    architecture: str, weights: str | os.PathLike | None = None, *, by_order: bool = False, **model_args: Any
 ) -> TimmWrapperModel:
     """A timm backbone in Transformers' wrapper, with weights from a local file.
 
     Args:
         architecture: a timm name, with or without its `timm/` prefix.
-        weights: a `.safetensors` or PyTorch file (read with `weights_only=True`) of the whole timm model; None for
-            random weights.
-        rename: called with the file's state dict and the whole timm model, to give the state dict timm's own names.
+        weights: a `.safetensors` or PyTorch file (read with `weights_only=True`) of the whole timm model, with or without
+            its classifier; `package:MODULE/FILE` is a file inside an installed package. None for random weights.
+        by_order: the PyTorch file has the same tensors as the timm model in the same order, under other names.
         model_args: for `timm.create_model`, and kept in the configuration: `features_only=True, out_indices=[3]` gives
             a feature map of an earlier stage.
 
     Raises:
         ValueError: for an unknown architecture, or a file that does not hold its weights.
         FileNotFoundError: if the file is missing.
+        ModuleNotFoundError: if the file's package is not installed.
     """
     architecture = architecture.removeprefix("timm/")
     if not timm.is_model(architecture.split(".")[0]):
@@ -65,26 +66,58 @@ def load_timm(
     config = TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args or None)
     if weights is None:
         return TimmWrapperModel(config).eval()
-    weights = Path(weights)
+    weights = Path(resolve_package_file(weights))
     if not weights.is_file():
         raise FileNotFoundError(f"There is no weight file {weights}.")
+    if by_order and weights.suffix == ".safetensors":
+        raise ValueError(
+            f"{weights}: the tensors of a .safetensors file have no order of their own, so names must match."
+        )
     # Names and shapes are all that is needed of these two until the weights come: they cost no memory.
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         whole, model = timm.create_model(architecture), TimmWrapperModel(config)
     try:
         state_dict = timm.models.load_state_dict(str(weights), weights_only=True)
-        whole.load_state_dict(rename(state_dict, whole) if rename is not None else state_dict, assign=True)
+        state_dict = _match_timm_names(state_dict, whole, by_order)
     except Exception as error:  # readers raise errors of many types for damaged files
         raise ValueError(f"{weights} does not hold the weights of timm's '{architecture}': {error}") from error
     # timm's own way of loading, which knows that features-only models name their parts otherwise.
     model.timm_model = timm.create_model(
-        architecture,
-        pretrained=True,
-        pretrained_cfg_overlay={"state_dict": whole.state_dict()},
-        num_classes=0,
-        **model_args,
+        architecture, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}, num_classes=0, **model_args
     )
     return model.eval()
+
+
+def _match_timm_names(
+    state_dict: Mapping[str, torch.Tensor], whole: nn.Module, by_order: bool
+) -> dict[str, torch.Tensor]:
+    """Checks a file's tensors against a whole timm model, and returns them under the model's names.
+
+    Raises:
+        ValueError: if tensors are missing (other than those of the classifier), unknown or of other shapes.
+    """
+    expected = whole.state_dict()
+    classifiers = whole.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    # No visual token goes through these: timm names a model's classifier, and puts what surrounds it in `head`.
+    unused = ("head.", *(f"{name}." for name in classifiers))
+    needed = [name for name in expected if not name.startswith(unused)]
+    if by_order:
+        names = needed if len(state_dict) == len(needed) else list(expected)
+        if len(state_dict) != len(names):
+            raise ValueError(f"it has {len(state_dict)} tensors, and the model {len(names)}")
+        state_dict = dict(zip(names, state_dict.values(), strict=True))
+    if missing := [name for name in needed if name not in state_dict]:
+        raise ValueError(
+            f"it lacks {len(missing)} tensor(s): {', '.join(missing[:5])}. If it has the same tensors in the same order under "
+            "other names, pass `by_order=True` (on the command line --vision-weights-by-order)"
+        )
+    if unknown := sorted(state_dict.keys() - expected.keys()):
+        raise ValueError(f"it has {len(unknown)} tensor(s) that the model does not have: {', '.join(unknown[:5])}")
+    for name, tensor in state_dict.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, and not {tuple(expected[name].shape)}")
+    return dict(state_dict)
 
 
 def _check_llama(config: PreTrainedConfig) -> None:
@@ -120,7 +153,8 @@ def from_parts(
     Llama's logits, for text and for images.
 
     Args:
-        text_model: a Llama-architecture causal LM, or its path or Hub id; a path that ends in `.gguf` is dequantized.
+        text_model: a Llama-architecture causal LM, or its path or Hub id; a file that ends in `.gguf` is dequantized, and
+            may be inside an installed package (`package:MODULE/FILE`).
         vision_model: a timm wrapper, ConvNext, ConvNextV2 or DINOv3-ConvNeXt model, or its path or Hub id.
         dtype: of the parts that are loaded here; the fresh modules take the text model's.
         config_kwargs: fields of [`AgeVlmConfig`] (`image_token_id`, `visual_position_embedding`, ...), and
@@ -131,7 +165,7 @@ def from_parts(
         OSError: if a part's files are missing.
     """
     if isinstance(text_model, str):
-        text_model = _load_llama(text_model, dtype)
+        text_model = _load_llama(resolve_package_file(text_model), dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
         vision_model = AutoModel.from_pretrained(vision_model, dtype=dtype)
@@ -158,8 +192,7 @@ def from_parts(
     language_model.rotary_emb = text_model.model.rotary_emb  # its buffers are in no state dict
     model.model.vision_tower = vision_model
     model.lm_head.weight = text_model.lm_head.weight
-    blocks = [module for module in language_model.modules() if isinstance(module, AgeVlmCrossAttention)]
-    for fresh in (model.model.multi_modal_projector, *blocks):
+    for fresh in fresh_modules(model).values():
         fresh.to_empty(device=text_model.device).to(text_model.dtype)
         for module in fresh.modules():
             model._init_weights(module)
@@ -170,6 +203,56 @@ def from_parts(
         config.image_token_id,
     ]
     return model.eval()
+
+
+def fresh_modules(model: AgeVlmForConditionalGeneration) -> dict[str, nn.Module]:
+    """What neither part brings, by name: the adapter and the gated blocks."""
+    blocks = model.model.language_model.cross_attn
+    return {
+        "model.multi_modal_projector": model.model.multi_modal_projector,
+        **{f"model.language_model.cross_attn.{layer}": block for layer, block in blocks.items()},
+    }
+
+
+@torch.no_grad()
+def load_trained_weights(model: AgeVlmForConditionalGeneration, file: str | os.PathLike) -> dict[str, str]:
+    """Loads what training added to a model's parts, and returns the metadata of the file.
+
+    Args:
+        model: assembled from the same parts.
+        file: a safetensors file of the adapter's and the gated blocks' parameters, under the model's names, and of any
+            other parameters that were trained, such as the tower's last block.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not a safetensors file, lacks a parameter of adapter or blocks, or has one that the model
+            does not have, or has in another shape; the model is then unchanged.
+    """
+    file = Path(resolve_package_file(file))
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file} of trained weights.")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    parameters = dict(model.named_parameters())
+    fresh = {
+        f"{prefix}.{name}" for prefix, module in fresh_modules(model).items() for name, _ in module.named_parameters()
+    }
+    if missing := sorted(fresh - tensors.keys()):
+        raise ValueError(f"{file} lacks {len(missing)} trained parameter(s) of this model: {', '.join(missing[:3])}")
+    if unknown := sorted(tensors.keys() - parameters.keys()):
+        raise ValueError(
+            f"{file} has {len(unknown)} tensor(s) that this model does not have: {', '.join(unknown[:3])}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != (shape := parameters[name].shape):
+            raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, but in this model {tuple(shape)}")
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+    return metadata
 
 
 def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
@@ -206,6 +289,20 @@ def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[flo
     return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
+def _check_chat_template(processor: AgeVlmProcessor) -> None:
+    """Renders one question about an image, so that an invalid template is refused before it is saved."""
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    try:
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"The chat template is invalid: {error}") from error
+    if rendered.count(processor.image_token) != 1 or "What is this?" not in rendered:
+        raise ValueError(
+            "The chat template loses a message's text or image. Use a template for texts, which writes "
+            f"message['content'] as a string; it made '{rendered}' of an image and the question 'What is this?'."
+        )
+
+
 def build_checkpoint(
     text_model: str,
     vision_model: str | PreTrainedModel,
@@ -215,27 +312,35 @@ def build_checkpoint(
     image_size: int = 768,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
+    chat_template: str | None = None,
+    trained_weights: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
     **config_kwargs: Any,
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """Assembles an AGE-VLM with its processor and saves both in one folder that every Auto class loads.
 
     Args:
-        text_model: path or Hub id of a Llama-architecture checkpoint, or path of a `.gguf` file.
+        text_model: path or Hub id of a Llama-architecture checkpoint, or path of a `.gguf` file, which may be inside an
+            installed package (`package:MODULE/FILE`).
         vision_model: path or Hub id of a vision backbone, or the model itself ([`load_timm`]).
         output_dir: a folder that does not exist yet, or is empty; it appears complete or not at all.
         image_token: the special token that stands for an image; see [`find_image_token`].
         image_size: side in pixels of the square that images are fitted into.
         image_mean, image_std: by channel; the vision model's own by default, else CLIP's.
+        chat_template: a Jinja template for texts, which gets image support ([`add_image_support`]); by default the
+            tokenizer's own.
+        trained_weights: a file for [`load_trained_weights`]; by default adapter and cross-attention are untrained.
         dtype: of the parts loaded here.
         config_kwargs: as for [`from_parts`].
 
     Raises:
         FileExistsError: if `output_dir` holds something already.
-        ValueError: if the text model is not a Llama, or no token can stand for an image.
+        ValueError: if the text model is not a Llama, no token can stand for an image, the chat template is invalid, or the
+            trained weights do not match the parts.
         OSError: if a part's files are missing.
     """
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
+        text_model = resolve_package_file(text_model)
         gguf = {}
         tokenizer_path = text_model
         if text_model.endswith(".gguf"):
@@ -249,13 +354,16 @@ def build_checkpoint(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # generation continues from the right end
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        tokenizer.chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         processor = AgeVlmProcessor(image_processor, tokenizer, image_token=image_token)
+        if chat_template is not None:
+            _check_chat_template(processor)
 
         model = from_parts(
             text_model, vision_model, dtype=dtype, image_token_id=processor.image_token_id, **config_kwargs
         )
+        if trained_weights is not None:
+            load_trained_weights(model, trained_weights)
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
     return model, processor

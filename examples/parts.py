@@ -46,14 +46,6 @@ def package_file(module: str, name: str, package: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
-def timm_names(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """EfficientNet-Lite0's weights under timm's names: the two networks list the same tensors in the same order."""
-    names = model.state_dict()
-    if [value.shape for value in names.values()] != [value.shape for value in state_dict.values()]:
-        raise ValueError("its tensors are not EfficientNet-Lite0's")
-    return dict(zip(names, state_dict.values(), strict=True))
-
-
 def assemble(
     output_dir: Path,
     *,
@@ -78,7 +70,7 @@ def assemble(
     vision = load_timm(
         "tf_efficientnet_lite0",
         weights,
-        timm_names,
+        by_order=True,
         features_only=True,
         out_indices=list(out_indices),
         # Without the stages behind those features, which timm would keep and run: the last block is then one that is used.

