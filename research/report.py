@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What experiments have found, as tables, claims and figures: the report on the results of [`~.experiments.run_all`]."""
+"""The report on the results of [`research.runs.run_all`]: tables, claims and figures."""
 
 import itertools
 import json
 import math
+import shlex
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from agevlm.evaluation.benchmark import markdown_table, rich_table
 from agevlm.evaluation.scenes import YES_NO_KINDS
 from agevlm.files import new_folder
+from agevlm.plots import choose_colors, draw_bars, draw_training
 
 # By variant the results of its seeds.
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
+# Rows of text; the first is the header.
+Rows = list[list[str]]
 
 _YES_NO = dict(
     zip(
@@ -26,7 +32,7 @@ _YES_NO = dict(
     )
 )
 _EXISTENCE = tuple(f"{_YES_NO[kind]}, F1" for kind in YES_NO_KINDS[:3])
-_COLOURS = ("#999999", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_AUROC = "similarity, AUROC"
 
 
 @dataclass(frozen=True)
@@ -52,32 +58,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that is to hold of the means over seeds, whether it does, and its numbers."""
+    """A statement about the means over seeds, whether it held, and its numbers."""
 
     text: str
     held: bool
     numbers: str
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table, the first column of names and the others of numbers."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for number, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _scores(result: Mapping[str, Any], split: str) -> dict[str, tuple[float, float | None]]:
@@ -90,21 +75,16 @@ def _scores(result: Mapping[str, Any], split: str) -> dict[str, tuple[float, flo
             there = 1 - row["score"] - row["yes_ratio"] + 2 * row["precision"] * row["yes_ratio"]
             found[f"{name}, F1"] = row["f1"], 2 * there / (1 + there)
             found[f"{name}, accuracy"] = row["score"], row["chance"]
-    for kind, name in {
-        "objects": "objects, F1",
-        "count": "count",
-        "position": "position",
-        "relation": "relation",
-    }.items():
+    for kind in ("objects", "count", "position", "relation"):
         if kind in rows:
-            found[name] = rows[kind]["score"], rows[kind]["chance"]
+            found["objects, F1" if kind == "objects" else kind] = rows[kind]["score"], rows[kind]["chance"]
     if "pointing" in rows:
         row = rows["pointing"]
-        found["pointing"] = row["score"], row["chance"]
+        found["pointing"] = row["score"], row["chance_any_object"]
         found["attention IoU"] = row["iou"], None
         found["attention inside"] = row["mass"], row["chance"]
     if similarity := result.get("similarity", {}).get(split):
-        found["similarity, AUROC"] = similarity["auroc"], 0.5
+        found[_AUROC] = similarity["auroc"], 0.5
         found["similarity, overlap (low is good)"] = similarity["overlap"], 1.0
     return found
 
@@ -112,8 +92,9 @@ def _scores(result: Mapping[str, Any], split: str) -> dict[str, tuple[float, flo
 def summarize(results: Results) -> dict[str, dict[str, dict[str, Summary]]]:
     """By variant, split and name of the score.
 
-    Chance of F1 is that of always answering "Yes", `2p / (1 + p)` where a share `p` of the answers is yes; of `similarity,
-    AUROC` it is 0.5, and of `similarity, overlap (low is good)` 1. All others are those of [`~agevlm.evaluation.scenes.evaluate_scenes`].
+    Chance of F1 is that of always answering "Yes", `2p / (1 + p)` where a share `p` of the answers is yes; of pointing, that of
+    pointing at any object of the scene; of `similarity, AUROC` it is 0.5, and of `similarity, overlap (low is good)` 1. All others
+    are those of [`~agevlm.evaluation.evaluate_scenes`].
     """
     summaries: dict[str, dict[str, dict[str, Summary]]] = {}
     for name, runs in results.items():
@@ -136,21 +117,19 @@ def _names(summaries: Sequence[Mapping[str, Summary]]) -> list[str]:
 # --- tables ---
 
 
-def score_sheets(results: Results) -> list[Sheet]:
-    """For each split the scores of the variants, mean ± standard deviation over the seeds, and of the blocks of those with
-    cross-attention where phrases look."""
+def score_tables(results: Results) -> dict[str, Rows]:
+    """By title, for each split: the scores of the variants, mean ± standard deviation over the seeds; and of variants with
+    cross-attention, the pointing of each block."""
     summaries = summarize(results)
     first = next(iter(results.values()))
-    seeds = _seeds(results, f"mean ± standard deviation of {len(first)} seeds")
-    sheets = []
+    tables: dict[str, Rows] = {}
     for split in first[0]["scores"]:
-        names = _names([splits[split] for splits in summaries.values()])
-        rows = []
-        for name in names:
+        rows = [["", *results, "chance"]]
+        for name in _names([splits[split] for splits in summaries.values()]):
             found = [splits[split].get(name) for splits in summaries.values()]
             chances = [s.chance for s in found if s is not None and s.chance is not None]
             rows.append([name, *(str(s or "") for s in found), _range(chances)])
-        sheets.append(Sheet(f"{split}: {seeds}", ["", *results, "chance"], rows))
+        tables[f"{split}: {_seeds(results, f'mean ± standard deviation of {len(first)} seeds')}"] = rows
         blocks = {
             name: [
                 statistics.fmean(values)
@@ -161,22 +140,16 @@ def score_sheets(results: Results) -> list[Sheet]:
         }
         if blocks:
             most = max(map(len, blocks.values()))
-            rows = [
-                [
-                    name,
-                    *(f"{value:.3f}" for value in means),
-                    *[""] * (most - len(means)),
-                    f"{summaries[name][split]['pointing'].mean:.3f}",
-                ]
-                for name, means in blocks.items()
-            ]
-            columns = ["", *(f"block {number}" for number in range(1, most + 1)), "mean map"]
-            sheets.append(Sheet(f"{split}: pointing by block", columns, rows))
-    return sheets
+            rows = [["", *(f"block {number}" for number in range(1, most + 1)), "mean map"]]
+            for name, means in blocks.items():
+                cells = [f"{value:.3f}" for value in means] + [""] * (most - len(means))
+                rows.append([name, *cells, f"{summaries[name][split]['pointing'].mean:.3f}"])
+            tables[f"{split}: pointing by block"] = rows
+    return tables
 
 
 def _seeds(results: Results, several: str) -> str:
-    """What numbers are said to be: `several`, or of a single seed."""
+    """What the numbers are: `several`, or those of a single seed."""
     return several if len(next(iter(results.values()))) > 1 else "1 seed"
 
 
@@ -189,8 +162,8 @@ def _range(values: Sequence[float]) -> str:
 
 
 def check_claims(results: Results) -> list[Claim]:
-    """What guidance and cross-attention are to achieve, checked on the means of the arms `guided`, `unguided` and
-    `concatenation`; what needs an arm or a score that is not there is left out."""
+    """What guidance and cross-attention should achieve, checked on the means of the arms `guided`, `unguided` and
+    `concatenation`. Claims about an arm or a score that is not there are left out."""
     summaries = summarize(results)
     claims = []
 
@@ -215,8 +188,8 @@ def check_claims(results: Results) -> list[Claim]:
                 claim(f"guided > {rival}", split, score, rival, more)
         claim("guided ≥ 0.80", split, "pointing", None, lambda ours, _: ours >= 0.8)
         claim("guided ≥ 2 × unguided", split, "pointing", "unguided", lambda ours, theirs: ours >= 2 * theirs)
-        claim("guided ≥ 0.90", split, "similarity, AUROC", None, lambda ours, _: ours >= 0.9)
-        claim("guided > concatenation", split, "similarity, AUROC", "concatenation", more)
+        claim("guided ≥ 0.90", split, _AUROC, None, lambda ours, _: ours >= 0.9)
+        claim("guided > concatenation", split, _AUROC, "concatenation", more)
         for score in ("relation", "position"):
             claim("guided > concatenation", split, score, "concatenation", more)
     losses = {name: [run["text_loss"] for run in runs if "text_loss" in run] for name, runs in results.items()}
@@ -233,152 +206,57 @@ def check_claims(results: Results) -> list[Claim]:
     return claims
 
 
-def claim_sheet(claims: Sequence[Claim]) -> Sheet:
-    """Claims with their verdicts and numbers; of two numbers the first is that of `guided`."""
-    rows = [[claim.text, "held" if claim.held else "did not hold", claim.numbers] for claim in claims]
-    return Sheet(
-        f"Claims: {sum(claim.held for claim in claims)} of {len(claims)} held", ["claim", "verdict", "numbers"], rows
-    )
-
-
 # --- figures ---
 
 
 def draw_scores(results: Results, split: str, path: Path, reference: str | None = None) -> None:
-    """Draws a panel for each score of a split: a bar for each variant with the standard deviation over its seeds, each seed as
-    a dot, and chance as a dashed line.
+    """Draws a panel for each score of a split, with a bar for each variant.
 
     Args:
         reference: the variant that is drawn as a line across each panel rather than as a bar.
     """
-    summaries = {name: splits.get(split, {}) for name, splits in summarize(results).items()}
-    line = {} if reference is None else summaries.pop(reference)
-    scores = _names([*summaries.values(), line])
-    _draw_bars(
-        [(score, {name: found.get(score) for name, found in summaries.items()}, line.get(score)) for score in scores],
-        {name: results[name][0]["title"] for name in summaries},
-        path,
-        f"{split}: {_seeds(results, 'mean, standard deviation and single seeds')}",
-        reference and results[reference][0]["title"],
-    )
+    summaries = {name: splits[split] for name, splits in summarize(results).items()}
+    panels = {
+        score: {name: _bar(found.get(score)) for name, found in summaries.items()}
+        for score in _names(list(summaries.values()))
+    }
+    heading = f"{split}: {_seeds(results, 'mean, standard deviation and single seeds')}"
+    draw_bars(panels, path, heading, titles=_titles(results), reference=reference)
 
 
-def draw_similarity(results: Results, path: Path) -> None:
+def draw_auroc(results: Results, path: Path) -> None:
     """Draws the AUROC of matching against random images on each split, as [`draw_scores`] does."""
-    summaries, score = summarize(results), "similarity, AUROC"
+    summaries = summarize(results)
     splits = dict.fromkeys(split for found in summaries.values() for split in found)
-    _draw_bars(
-        [
-            (split, {name: found.get(split, {}).get(score) for name, found in summaries.items()}, None)
-            for split in splits
-        ],
-        {name: runs[0]["title"] for name, runs in results.items()},
+    panels = {split: {name: _bar(found[split].get(_AUROC)) for name, found in summaries.items()} for split in splits}
+    draw_bars(panels, path, "Do hidden states distinguish the matching image? (AUROC)", titles=_titles(results))
+
+
+def _bar(summary: Summary | None) -> tuple[tuple[float, ...], float | None] | None:
+    return None if summary is None else (summary.values, summary.chance)
+
+
+def _titles(results: Results) -> dict[str, str]:
+    return {name: runs[0]["title"] for name, runs in results.items()}
+
+
+def draw_curves(results: Results, path: Path, reference: str | None = None) -> None:
+    """Draws the language modelling loss and the pointing accuracy of training; the `reference` is black."""
+    titles, colors = _titles(results), choose_colors(results, reference)
+    logs = {
+        # The loss of a concatenating model has no other part.
+        titles[name]: [[{"lm_loss": entry.get("loss", math.nan), **entry} for entry in run["log"]] for run in runs]
+        for name, runs in results.items()
+    }
+    log = next(iter(results.values()))[0]["log"]
+    ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
+    draw_training(
+        logs,
         path,
-        "Do hidden states tell the matching image from another? (AUROC)",
+        ends,
+        names=("lm_loss", "pointing_accuracy"),
+        colors={titles[name]: color for name, color in colors.items()},
     )
-
-
-def _draw_bars(
-    panels: Sequence[tuple[str, Mapping[str, Summary | None], Summary | None]],
-    titles: Mapping[str, str],
-    path: Path,
-    heading: str,
-    reference: str | None = None,
-) -> None:
-    """Panels of bars: each has a title, a summary (or none) by variant, and a summary that is drawn as a line."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    columns = min(4, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure, save = _figure((max(6.0, 2.9 * columns), 2.2 * lines + 1.1))
-    grid = figure.subplots(lines, columns, squeeze=False)
-    colours = _colours(titles)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (title, summaries, line) in zip(grid.flat, panels, strict=False):
-        for place, (name, summary) in enumerate(summaries.items()):
-            if summary is None:
-                axes.text(place, 0.02, "none", ha="center", color="grey", fontsize=8)
-                continue
-            error = None if math.isnan(summary.deviation) else summary.deviation
-            axes.bar(place, summary.mean, 0.72, yerr=error, capsize=4, color=colours[name], alpha=0.75, ecolor="black")
-            if len(summary.values) > 1:
-                spread = [place + 0.16 * (i - (len(summary.values) - 1) / 2) for i in range(len(summary.values))]
-                axes.scatter(spread, summary.values, s=9, color="black", zorder=3, linewidths=0)
-            if summary.chance is not None:
-                axes.plot(
-                    [place - 0.5, place + 0.5], [summary.chance] * 2, color="#b00020", linestyle="--", linewidth=1.2
-                )
-        if line is not None:
-            axes.axhline(line.mean, color="black", linewidth=1.2)
-            if not math.isnan(line.deviation):
-                axes.axhspan(
-                    line.mean - line.deviation, line.mean + line.deviation, color="black", alpha=0.12, linewidth=0
-                )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlim(-0.6, len(summaries) - 0.4)
-        axes.set_ylim(0, 1.05)
-        axes.set_xticks([])
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    legend: list[Any] = [Patch(color=colours[name], alpha=0.75, label=title) for name, title in titles.items()]
-    if reference is not None:
-        legend.append(Line2D([], [], color="black", linewidth=1.2, label=reference))
-    legend.append(Line2D([], [], color="#b00020", linestyle="--", linewidth=1.2, label="chance"))
-    figure.suptitle(heading, fontsize=11)
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(legend)), frameon=False, fontsize=9)
-    save(path)
-
-
-def _colours(names: Iterable[str], reference: str | None = None) -> dict[str, str]:
-    """A variant's colour is the same in all figures of a topic: black of the reference, one of its own for each other."""
-    colours = dict(zip((name for name in names if name != reference), itertools.cycle(_COLOURS), strict=False))
-    return colours if reference is None else {**colours, reference: "black"}
-
-
-def draw_training(results: Results, path: Path, reference: str | None = None) -> None:
-    """Draws the language modelling loss and pointing accuracy of training: the mean over seeds, and each seed thin.
-
-    Args:
-        reference: the variant that is drawn in black, as in [`draw_scores`].
-    """
-    figure, save = _figure((10, 4.2))
-    panels = figure.subplots(1, 2)
-    colours = _colours(results, reference)
-    for axes, key in zip(panels, ("lm_loss", "pointing_accuracy"), strict=True):
-        for name, runs in results.items():
-            colour, curves = colours[name], []
-            for run in runs:
-                # The concatenating model's loss has no other part.
-                values = {e["step"]: e.get(key, e["loss"] if key == "lm_loss" else None) for e in run["log"]}
-                curves.append({step: value for step, value in values.items() if value is not None})
-                if len(runs) > 1:
-                    axes.plot(list(curves[-1]), list(curves[-1].values()), color=colour, alpha=0.3, linewidth=0.7)
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-            axes.plot(steps, means, color=colour, linewidth=1.8, label=runs[0]["title"])
-        log = next(iter(results.values()))[0]["log"]
-        for before, after in itertools.pairwise(log):
-            if before["stage"] != after["stage"]:
-                axes.axvline(before["step"], color="grey", linewidth=0.8, linestyle=":")
-        axes.set_title(key.replace("_", " ").replace("lm", "language modelling"), fontsize=10)
-        axes.set_xlabel("step (dotted: the next stage begins)", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    panels[1].set_ylim(0, 1)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
-    save(path)
-
-
-def _figure(size: tuple[float, float]) -> tuple[Any, Callable[[Path], None]]:
-    """A figure, and what writes it; without pyplot, which would choose a backend for the whole process."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=90, layout="constrained")
-    return figure, FigureCanvasAgg(figure).print_png
 
 
 # --- the report ---
@@ -389,7 +267,6 @@ def write_report(
     folder: Path,
     *,
     title: str,
-    command: str,
     topics: Mapping[str, Sequence[str]] | None = None,
     reference: str | None = None,
     claims: Sequence[Claim] = (),
@@ -400,72 +277,68 @@ def write_report(
 
     Args:
         folder: of the report; it appears whole.
-        command: that made the results.
         topics: names of variants that are shown together, by heading; all together by default.
         reference: the variant that figures show as a line; it comes first in each topic's tables.
         claims: of [`check_claims`].
-        notes: what else is to be said, by name.
+        notes: further facts, by name.
 
     Returns:
-        the tables, for the terminal.
+        The tables, for the terminal.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    topics = topics or {"": list(results)}
+    command = shlex.join(["python", *sys.orig_argv[1:]])
     runs = [run for found in results.values() for run in found]
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     versions = [dict(pairs) for pairs in dict.fromkeys(tuple(run["versions"].items()) for run in runs)]
     minutes = sum(sum(run["seconds"].values()) for run in runs) / 60
+    chosen = {
+        topic: {name: results[name] for name in dict.fromkeys([*([reference] if reference else []), *names])}
+        for topic, names in (topics or {"": list(results)}).items()
+    }
     facts = {
         "command": f"`{command}`",
         "seeds": ", ".join(map(str, seeds)),
         "runs": f"{len(runs)}, {minutes:.0f} minutes of training and examination, one run after the other",
         "versions": "; ".join(", ".join(f"{k} {v}" for k, v in found.items()) for found in versions),
         **{name: _plain(note) for name, note in (notes or {}).items()},
+        **{f"`{name}`": results[name][0]["title"] for found in chosen.values() for name in found},
     }
     lines = [f"# {title}", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
-    chosen = {
-        topic: {name: results[name] for name in dict.fromkeys([*([reference] if reference else []), *names])}
-        for topic, names in topics.items()
-    }
-    shown = dict.fromkeys(name for found in chosen.values() for name in found)
-    lines += [f"- `{name}`: {results[name][0]['title']}" for name in shown]
     tables: list[Table] = []
 
-    def add(sheet: Sheet) -> None:
-        lines.extend(["", sheet.markdown()])
-        tables.append(sheet.rich())
+    def add_table(heading: str, rows: Rows) -> None:
+        lines.extend(["", f"**{heading}**", "", markdown_table(rows)])
+        tables.append(rich_table(rows, heading))
+
+    def add_figure(name: str) -> Path:
+        lines.extend(["", f"![{name.replace('_', ' ')}]({name}.png)"])
+        return partial / f"{name}.png"
 
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     with new_folder(new) as partial:
         for topic, found in chosen.items():
             first, *others = next(iter(found.values()))[0]["scores"]
-            figures = (
-                {f"scores_{split}": split for split in (first, *others)} if not topic else {f"topic_{topic}": first}
-            )
             lines += ["", f"## {topic or 'Scores'}".replace("_", " ")]
-            for sheet in score_sheets(found):
-                add(sheet)
-            for name, split in figures.items():
-                draw_scores(found, split, partial / f"{name}.png", reference)
-                lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
-            if not topic:
-                draw_similarity(found, partial / "similarity.png")
-                lines += ["", "![similarity](similarity.png)"]
+            for heading, rows in score_tables(found).items():
+                add_table(heading, rows)
+            if topic:
+                draw_scores(found, first, add_figure(f"topic_{topic}"), reference)
+                continue
+            for split in (first, *others):
+                draw_scores(found, split, add_figure(f"scores_{split}"), reference)
+            draw_auroc(found, add_figure("similarity"))
         if claims:
-            lines += ["", "## Claims", "", "On the means over the seeds; of two numbers the first is guided."]
-            add(claim_sheet(claims))
+            lines += ["", "## Claims", "", "On the means over the seeds; the first of two numbers is that of guided."]
+            verdicts = [[claim.text, "held" if claim.held else "did not hold", claim.numbers] for claim in claims]
+            heading = f"Claims: {sum(claim.held for claim in claims)} of {len(claims)} held"
+            add_table(heading, [["claim", "verdict", "numbers"], *verdicts])
         lines += ["", "## Training"]
         for topic, found in chosen.items():
-            name = f"training_{topic}" if topic else "training"
-            draw_training(found, partial / f"{name}.png", reference)
-            lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
+            draw_curves(found, add_figure(f"training_{topic}" if topic else "training"), reference)
         (partial / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        kept = {
-            name: [{k: v for k, v in run.items() if k != "log"} for run in found] for name, found in results.items()
-        }
         record = {
             "title": title,
             "command": command,
@@ -474,11 +347,13 @@ def write_report(
             "minutes": minutes,
             "notes": dict(notes or {}),
             "claims": [asdict(claim) for claim in claims],
-            "results": kept,
+            "results": {
+                name: [{key: value for key, value in run.items() if key != "log"} for run in found]
+                for name, found in results.items()
+            },
         }
-        (partial / "results.json").write_text(
-            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        (partial / "results.json").write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return Group(*tables)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that AGE-VLM is measured against: Transformers' Llava, from the same parts.
+"""The model that AGE-VLM is compared with: Transformers' Llava, from the same parts.
 
-Image tokens stand in the text beside the words, and self-attention does the rest. The language model, the vision tower
-and the kind of adapter are AGE-VLM's own, so that only the way in which the image reaches the language model differs.
+Image tokens stand in the text beside the words, and self-attention reads both. The language model, the vision tower and the kind of
+adapter are AGE-VLM's, so that only the way in which the image reaches the language model differs.
 """
 
 import math
-import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,25 +15,29 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Trainer
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 
+from agevlm.data import FeatureStore
 from agevlm.modeling_agevlm.modeling_agevlm import (
     AgeVlmForConditionalGeneration,
     AgeVlmImageFeatures,
     AgeVlmModel,
     AgeVlmMultiModalProjector,
-    _train_what_learns,
     vision_width,
 )
+from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import AgeVlmProcessor
-from agevlm.trainer.arguments import AgeVlmTrainingArguments
-from agevlm.trainer.stages import GROUPS, last_block, optimizer_groups, resolve_groups
+from agevlm.trainer import AgeVlmTrainingArguments, CheckpointsMixin, OptimizerMixin, SamplingMixin
+from agevlm.trainer.stages import resolve_groups
 from agevlm.trainer.trainer import keep_learnt, visual_grid
 
 
 class ConcatenationModel(LlavaModel):
-    """`LlavaModel` with AGE-VLM's way from pixels to tokens: its reading of the tower's output, and its adapter."""
+    """`LlavaModel` with AGE-VLM's reading of the tower's output and AGE-VLM's adapter.
 
-    _vision_tokens = AgeVlmModel._vision_tokens
-    _project = AgeVlmModel._project
+    Squares of `config.pooling` by `config.pooling` tokens of the tower are averaged into one visual token, at the right and bottom
+    edges over the tokens that are there.
+    """
+
+    get_vision_tokens = AgeVlmModel.get_vision_tokens
 
     def __init__(self, config: LlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
@@ -42,25 +47,36 @@ class ConcatenationModel(LlavaModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "ConcatenationModel":
+        """The tower stays in evaluation mode: its batch norms must not follow small batches."""
         super().train(mode)
-        if mode:
-            _train_what_learns(self.vision_tower, parent_learns=False)  # a frozen tower stays in evaluation mode
+        self.vision_tower.eval()
         return self
 
-    def get_image_features(  # type: ignore[override]
-        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> AgeVlmImageFeatures:
-        """The tower's tokens `(N, T, vision_width)` of `(N, 3, H, W)` pixels, and those of the adapter, a list."""
-        tokens, grid, _ = self._vision_tokens(pixel_values)
+    def pooled_grid(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the visual tokens that a `grid` of the tower's tokens gives."""
+        rows, columns = (math.ceil(side / self.config.pooling) for side in grid)
+        return rows, columns
+
+    def project_vision_tokens(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The tower's tokens `(N, T, vision_width)` to visual tokens `(N, T', D)`, one for each square of `pooling`."""
+        squares = tokens.unflatten(1, grid).movedim(-1, 1)
+        pooled = nn.functional.avg_pool2d(squares, self.config.pooling, ceil_mode=True).flatten(2).transpose(1, 2)
+        return self.multi_modal_projector(
+            pooled.to(self.multi_modal_projector.linear_1.weight.dtype), self.pooled_grid(grid)
+        )
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> AgeVlmImageFeatures:  # type: ignore[override]
+        """The tower's tokens `(N, T, vision_width)` of `(N, 3, H, W)` pixels, and the visual tokens, a list of `(T', D)`."""
+        tokens, grid, _ = self.get_vision_tokens(pixel_values)
         return AgeVlmImageFeatures(
-            last_hidden_state=tokens, pooler_output=list(self._project(tokens, grid)), grid=grid
+            last_hidden_state=tokens, pooler_output=list(self.project_vision_tokens(tokens, grid)), grid=grid
         )
 
     def forward(self, *args, mm_encoder_outputs: dict | None = None, **kwargs):
         if mm_encoder_outputs is not None and mm_encoder_outputs["image"].pooler_output is None:
-            features = mm_encoder_outputs["image"]
-            projected = list(self._project(features.last_hidden_state, features.grid))
-            mm_encoder_outputs = {"image": AgeVlmImageFeatures(pooler_output=projected)}
+            tower = mm_encoder_outputs["image"]
+            visual = list(self.project_vision_tokens(tower.last_hidden_state, tower.grid))
+            mm_encoder_outputs = {"image": AgeVlmImageFeatures(pooler_output=visual)}
         return super().forward(*args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
 
 
@@ -74,10 +90,14 @@ class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
         self.post_init()
 
     @classmethod
-    def from_age_vlm(cls, model: AgeVlmForConditionalGeneration) -> "ConcatenationForConditionalGeneration":
-        """The concatenating model of the same parts; their weights are taken over, not copied.
+    def from_age_vlm(
+        cls, model: AgeVlmForConditionalGeneration, pooling: int = 1
+    ) -> "ConcatenationForConditionalGeneration":
+        """The concatenating model of the same parts; it takes over their weights and the adapter's, and does not copy them.
 
-        The adapter is AGE-VLM's, freshly initialised or trained as it is. The language model must not be trained in both.
+        Args:
+            model: its language model must not be trained in both.
+            pooling: side of the squares of the tower's tokens that become one visual token.
         """
         text = model.config.text_config.to_dict()
         for key in ("model_type", "cross_attention_layers", "cross_attention_sink", "architectures"):
@@ -92,15 +112,15 @@ class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
             tie_word_embeddings=model.config.tie_word_embeddings,
         )
         config.visual_position_embedding = model.config.visual_position_embedding
+        config.pooling = pooling
         with torch.device("meta"):
             new = cls(config)
         new.model.vision_tower = model.model.vision_tower
         new.model.multi_modal_projector = model.model.multi_modal_projector
-        # Llama's layers without the blocks: the names of all else agree.
-        weights = {
-            name: p for name, p in model.model.language_model.state_dict().items() if ".cross_attn." not in name
-        }
-        new.model.language_model.load_state_dict(weights, assign=True)
+        # The names of Llama's own parameters agree.
+        parameters = model.model.language_model.state_dict().items()
+        llama = {name: value for name, value in parameters if not name.startswith("cross_attn.")}
+        new.model.language_model.load_state_dict(llama, assign=True)
         new.model.language_model.rotary_emb = model.model.language_model.rotary_emb
         new.lm_head.weight = model.lm_head.weight
         new.tie_weights()
@@ -110,21 +130,26 @@ class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 class ConcatenationProcessor(LlavaProcessor):
-    """`LlavaProcessor` with AGE-VLM's images, whose padding Llava has no input for: it is seen as the colour it has."""
+    """`LlavaProcessor` with AGE-VLM's images. Llava has no input for their padding, and sees it in the color that it has."""
+
+    tokens_per_image: int
 
     @classmethod
-    def from_age_vlm(cls, processor: AgeVlmProcessor, tokens_per_image: int) -> "ConcatenationProcessor":
-        """With AGE-VLM's tokenizer, images and chat template; an image is written as `tokens_per_image` tokens."""
-        size = processor.image_processor.size
-        return cls(
+    def from_age_vlm(
+        cls, processor: AgeVlmProcessor, model: ConcatenationForConditionalGeneration
+    ) -> "ConcatenationProcessor":
+        """With AGE-VLM's tokenizer, images and chat template; an image becomes as many tokens as `model` has of it."""
+        new = cls(
             image_processor=processor.image_processor,
             tokenizer=processor.tokenizer,
-            patch_size=round((size["height"] * size["width"] / tokens_per_image) ** 0.5),
-            vision_feature_select_strategy="full",
             chat_template=processor.chat_template,
             image_token=processor.image_token,
-            num_additional_image_tokens=0,
         )
+        new.tokens_per_image = tokens_per_image(model, processor)
+        return new
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.tokens_per_image
 
     def __call__(self, *args, **kwargs):
         inputs = super().__call__(*args, **kwargs)
@@ -132,66 +157,72 @@ class ConcatenationProcessor(LlavaProcessor):
         return inputs
 
 
-def expand_image_tokens(
-    batch: dict[str, torch.Tensor], image_token_id: int, tokens_per_image: int, padding_side: str = "right"
-) -> dict[str, torch.Tensor]:
-    """A batch with an image token repeated as often as the image has visual tokens.
+def tokens_per_image(model: ConcatenationForConditionalGeneration, processor: AgeVlmProcessor) -> int:
+    """The number of visual tokens of an image as the processor prepares it."""
+    return math.prod(model.model.pooled_grid(visual_grid(model, processor)))
+
+
+def expand_image_tokens(batch: dict[str, Any], image_token_id: int, tokens_per_image: int) -> dict[str, Any]:
+    """A batch, padded on the right, with each image token repeated as often as an image has visual tokens.
 
     Args:
-        batch: `input_ids`, `attention_mask` and perhaps `labels`, `(B, S)`, and whatever else, which stays as it is.
+        batch: `input_ids`, `attention_mask` and `labels`, `(B, S)`, and other inputs, which stay as they are.
 
     Returns:
-        The batch with these at `(B, S')`, padded again: with 0 in `attention_mask` and -100 in `labels`.
+        The batch with these three at `(B, S')`, padded again: with 0 in `attention_mask` and -100 in `labels`.
     """
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     times = torch.where(batch["input_ids"] == image_token_id, tokens_per_image, 1)
     attended = batch["attention_mask"].bool()
-    return {
-        **batch,
-        **{
-            name: pad_sequence(
-                [
-                    row[used].repeat_interleave(count[used])
-                    for row, count, used in zip(batch[name], times, attended, strict=True)
-                ],
-                batch_first=True,
-                padding_value=fill,
-                padding_side=padding_side,
+
+    def expand(values: torch.Tensor, fill: int) -> torch.Tensor:
+        rows = [
+            row[used].repeat_interleave(count[used]) for row, count, used in zip(values, times, attended, strict=True)
+        ]
+        return pad_sequence(rows, batch_first=True, padding_value=fill)
+
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {**batch, **{name: expand(batch[name], fill) for name, fill in fills.items()}}
+
+
+class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trainer):
+    """Trains the adapter of a [`ConcatenationForConditionalGeneration`], on the same batches and by the same arguments as
+    [`~agevlm.trainer.AgeVlmTrainer`] trains an AGE-VLM. There is no cross-attention to train, and no attention to guide.
+
+    Args:
+        processing_class: the [`~agevlm.AgeVlmProcessor`] of the AGE-VLM that the model comes from.
+        features: of the frozen tower, see [`~agevlm.data.FeatureStore`].
+
+    Raises:
+        ValueError: if `args.stage` trains a part of the tower or of the language model.
+    """
+
+    def __init__(
+        self,
+        model: ConcatenationForConditionalGeneration,
+        args: AgeVlmTrainingArguments,
+        *,
+        processing_class: AgeVlmProcessor,
+        features: FeatureStore | None = None,
+        **kwargs,
+    ):
+        if other := set(resolve_groups(args.stage or "align")) - {"adapter", "cross_attention"}:
+            raise ValueError(
+                f"Only the adapter trains here, but the stage trains {', '.join(sorted(other))}: set "
+                "training.stage=[adapter,cross_attention]."
             )
-            for name, fill in fills.items()
-            if name in batch
-        },
-    }
-
-
-class ConcatenationTrainer(Trainer):
-    """Trains a [`ConcatenationForConditionalGeneration`] by the same arguments as AGE-VLM: in every stage the adapter, from
-    the second on the tower's last block. There is no attention to guide."""
-
-    def __init__(self, model: ConcatenationForConditionalGeneration, args: AgeVlmTrainingArguments, **kwargs):
-        names = [name for name, _ in model.named_parameters()]
-        trained = [GROUPS["adapter"]]
-        if "vision_last_block" in resolve_groups(args.stage or "instruct"):
-            trained.append(last_block([name for name in names if "vision_tower" in name]))
         model.requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            if any(re.match(pattern, name) for pattern in trained):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-        if len(trained) > 1:
-            model.model.vision_tower.float()
-        super().__init__(model=model, args=args, **kwargs)
-        self._tokens_per_image = math.prod(visual_grid(model, kwargs["processing_class"]))
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = optimizer_groups(self.model, self.args.weight_decay, self.args.group_learning_rates)
-            self.optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
-        return self.optimizer
+        model.model.multi_modal_projector.float().requires_grad_(True)
+        args.remove_unused_columns = False  # the collator reads rows
+        collator = AgeVlmDataCollator(
+            processing_class,
+            max_length=args.max_length,
+            assistant_only_loss=args.assistant_only_loss,
+            features=features,
+        )
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        self._tokens_per_image = tokens_per_image(model, processing_class)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ready = inputs.get("mm_encoder_outputs")
-        tokens = self._tokens_per_image if ready is None else ready["image"].last_hidden_state.shape[1]
-        inputs = expand_image_tokens(inputs, self.model.config.image_token_id, tokens)
+        inputs = {name: value for name, value in inputs.items() if name != "pixel_attention_mask"}
+        inputs = expand_image_tokens(inputs, self.model.config.image_token_id, self._tokens_per_image)
         return super().compute_loss(model, keep_learnt(inputs), return_outputs, num_items_in_batch)
