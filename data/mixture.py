@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixture of data that a recipe trains on."""
+"""The mixture of data that a recipe trains on: its parts, and how often each is seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .readers import Format, read_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+GROUP_COLUMN = "sampling_group"
+"""Column of a weighted mixture: the number of a row's group, a part or a value of a part."""
+
+WEIGHT_COLUMN = "sampling_weight"
+"""Column of a weighted mixture: the share of the batches that the row's group has, of any sum."""
 
 
 @dataclass
@@ -25,6 +31,9 @@ class DataPart:
             has `conversations` and `image`, `grit` is a file of captions with boxes, `cauldron` has `texts` and `images`.
         images: the folder that the images of a `llava` or `grit` file are in.
         rows: how many rows to take at most, drawn with `training.seed`; all by default.
+        weight: share of the batches, beside the other parts' weights. Without weights each row is seen once an epoch.
+        weight_by: a column and the weight of each of its values within the part, as `{"kind": {"existence": 0.7, "objects":
+            0.3}}`. Rows with other values are left out.
     """
 
     path: str
@@ -33,27 +42,73 @@ class DataPart:
     format: Format = "rows"
     images: str | None = None
     rows: int | None = None
+    weight: float | None = None
+    weight_by: dict[str, dict[Any, float]] | None = None
 
 
 def read_mixture(parts: Sequence[DataPart], seed: int = 0) -> Dataset:
     """The parts, one after another, with the columns `messages`, `grounding` and `images` or `image`.
 
     Only conversations are ever converted; images stay as they are stored, and are decoded when a batch needs them.
+    Where parts have weights, each row has its group and the group's weight in two more columns, from which
+    [`~agevlm.trainer.sampling.SamplingMixin`] makes batches.
 
     Raises:
         OSError: if a part is missing.
-        ValueError: if a part is not of the format it should be of.
+        ValueError: if a part is not of the format it should be of, or its weights do not fit the others or its rows.
         ImportError: if `datasets` is not installed.
     """
     from ..processing.rows import import_datasets
 
-    return import_datasets().concatenate_datasets([_read_part(part, seed) for part in parts])
+    weighted = any(part.weight is not None or part.weight_by is not None for part in parts)
+    if weighted and len(parts) > 1 and (without := [part.path for part in parts if part.weight is None]):
+        raise ValueError(f"{', '.join(without)} has no weight: give a `weight` to every part of the data, or to none.")
+    datasets, groups = [], 0
+    for part in parts:
+        datasets.append(_read_part(part, seed, groups if weighted else None))
+        groups += len(_value_weights(part)[1])
+    return import_datasets().concatenate_datasets(datasets)
 
 
-def _read_part(part: DataPart, seed: int) -> Dataset:
+def _read_part(part: DataPart, seed: int, first_group: int | None) -> Dataset:
+    """A part; of a weighted mixture with the columns of its groups, which are numbered from `first_group` on."""
     if part.rows is not None and part.rows < 1:
         raise ValueError(f"{part.path}: rows must be at least 1, got {part.rows}.")
-    dataset = read_dataset(part.path, part.format, name=part.name, split=part.split, images=part.images)
+    column, weights = _value_weights(part)
+    columns = [] if column is None else [column]
+    dataset = read_dataset(
+        part.path, part.format, name=part.name, split=part.split, images=part.images, columns=columns
+    )
+    if first_group is not None:
+        from datasets import Dataset, concatenate_datasets
+
+        values = [None] * len(dataset) if column is None else dataset[column][:]
+        if missing := [str(value) for value in weights if value not in set(values)]:
+            raise ValueError(f"{part.path} has no rows whose {column} is {' or '.join(missing)}.")
+        number = {value: first_group + i for i, value in enumerate(weights)}
+        marks = {
+            GROUP_COLUMN: [number.get(value, -1) for value in values],
+            WEIGHT_COLUMN: [weights.get(value, 0.0) for value in values],
+        }
+        # Columns side by side, so that images are not copied.
+        dataset = concatenate_datasets([dataset.remove_columns(columns), Dataset.from_dict(marks)], axis=1)
+        dataset = dataset.select([row for row, group in enumerate(marks[GROUP_COLUMN]) if group >= 0])
     if part.rows is not None and part.rows < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(part.rows))
     return dataset
+
+
+def _value_weights(part: DataPart) -> tuple[str | None, dict[Any, float]]:
+    """The column whose values a part's groups are, if any, and each group's share of all batches by its value."""
+    share = 1.0 if part.weight is None else part.weight
+    column, weights = None, {None: 1.0}
+    if part.weight_by is not None:
+        if len(part.weight_by) != 1:
+            raise ValueError(
+                f"{part.path}: weight_by has one column and the weights of its values, got {part.weight_by}."
+            )
+        ((column, weights),) = part.weight_by.items()
+    for weight in (share, *weights.values()):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0:
+            raise ValueError(f"{part.path}: weights are numbers above 0, got {weight!r}.")
+    return column, {value: share * weight / sum(weights.values()) for value, weight in weights.items()}

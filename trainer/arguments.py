@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from .losses import resolve_loss
+from .optimizer import MUON, MuonOptions
 from .stages import resolve_groups
 
 
@@ -38,6 +39,12 @@ class AgeVlmArgumentsMixin:
             them for good, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
         group_learning_rates (`dict[str, float]`, *optional*):
             Learning rates by group of parameters, as `{"vision_last_block": 2e-6}`; the others have `learning_rate`.
+        tokens_per_batch (`int`, *optional*):
+            Most text tokens of a device's batch, all rows padded to its longest, in place of
+            `per_device_train_batch_size`; see [`~agevlm.trainer.sampling.GroupedBatches`].
+        optim (`str`):
+            As in Transformers, or `"muon"`: [`~agevlm.trainer.optimizer.Muon`] for matrices and AdamW for the rest, with
+            the `optim_args` of [`~agevlm.trainer.optimizer.MuonOptions`].
     """
 
     # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
@@ -55,9 +62,14 @@ class AgeVlmArgumentsMixin:
     group_learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Learning rates by group of parameters."}
     )
+    tokens_per_batch: int | None = field(default=None, metadata={"help": "Most text tokens of a device's batch."})
 
     def __post_init__(self):
+        optim = self.optim
+        if optim == MUON:  # which Transformers does not know
+            self.optim, _ = "adamw_torch", MuonOptions.read(self.optim_args)
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments, further along
+        self.optim = MUON if optim == MUON else self.optim
         if isinstance(self.group_learning_rates, str):  # from a command line
             self.group_learning_rates = json.loads(self.group_learning_rates)
         if self.stage is not None:
@@ -68,6 +80,8 @@ class AgeVlmArgumentsMixin:
             raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
         if not 0 <= self.guided_fraction <= 1:
             raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}.")
 
 
 @dataclass

@@ -1,229 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: a training stage (what trains, on which data, how) as one YAML file, which `agevlm train` runs.
+"""Recipes: what trains, on which data and how, as one YAML file, which `agevlm train` and [`train`] run.
 
     model: outputs/age-vlm-1b/2_adapt_vision     # folder or Hub id of an AGE-VLM with its processor
     model_args:                                  # may be left out
-      dtype: bfloat16                            # auto, float32, bfloat16 or float16
+      dtype: bfloat16                            # see `ModelArgs`
       attn_implementation: sdpa
     data:                                        # the mixture: all of these, shuffled together
       - path: my_grounded_rows                   # see `DataPart`
+        weight: 1                                # may be left out in all parts; else its share of the batches
       - path: lmms-lab/LLaVA-NeXT-Data
         format: llava
         split: train
         rows: 100000
+        weight: 9
     eval_data: []                                # of the same form; may be left out
+    features: my_features                        # of `agevlm features`, where the tower is frozen; may be left out
     training:                                    # arguments of AgeVlmTrainingArguments
       output_dir: outputs/age-vlm-1b/3_guide
       stage: guide
       learning_rate: 1e-4
 
-Paths are relative to the folder that the command is run in. Numbers and booleans are read as YAML 1.2 does: `1e-4` is a number, and
-`no` a string.
+A recipe may have several stages, which run in order. What they say replaces what stands above:
+
+    stages:
+      - name: align                              # folder output_dir/1_align
+        training: {stage: align, max_steps: 500}
+      - name: guide
+        training: {stage: guide, max_steps: 2000, learning_rate: 1e-4}
+        data: [{path: my_grounded_rows}]
+
+Each stage starts from the folder of the stage before. `share` in place of `max_steps` divides `training.max_steps` among the
+stages. Paths are relative to the folder that the command is run in. Numbers and booleans are read as YAML 1.2 does: `1e-4` is
+a number, and `no` a string.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import gc
 import json
 import os
-import re
-import shutil
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-if TYPE_CHECKING:
-    from .arguments import AgeVlmTrainingArguments
-    from .trainer import AgeVlmTrainer
 from ..data.mixture import DataPart, read_mixture
 from ..plots import CURVES, draw_training
+from ..resume import resume_or_refuse
+from .parser import apply_override, check_fields, parse, read_mapping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
+
+    from .arguments import AgeVlmTrainingArguments
 
 MODEL_TYPE = "agevlm"
+
+# Training arguments that a resumed run may change, and their beginnings: the result is the same.
+_CHANGEABLE = ("output_dir", "save_", "logging_", "report_to", "disable_tqdm", "dataloader_num", "push_to_hub", "hub_")
 
 
 @dataclass
 class ModelArgs:
-    """How the model is loaded, as by `from_pretrained`."""
+    """How the model is loaded, as by `from_pretrained`.
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    Args:
+        dtype: of what is frozen; what trains is float32. `auto` is the checkpoint's own, `fastest` is bfloat16 on accelerators
+            and on CPUs with instructions for it, and float32 on other CPUs. `training.bf16` is true by default where the
+            model is loaded in bfloat16.
+        attn_implementation: `eager` is fastest for short texts on CPUs; by default `sdpa`.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
     attn_implementation: str | None = None
 
 
 @dataclass
+class Stage:
+    """A stage of a recipe that has several.
+
+    Args:
+        name: of its folder.
+        training: arguments that replace those of the recipe's `training`.
+        share: its part of the recipe's `training.max_steps`, in place of `max_steps`.
+        data: replaces the recipe's.
+        eval_data: replaces the recipe's.
+        features: replaces the recipe's.
+    """
+
+    name: str
+    training: dict[str, Any] = field(default_factory=dict)
+    share: float | None = None
+    data: list[DataPart] | None = None
+    eval_data: list[DataPart] | None = None
+    features: str | None = None
+
+
+@dataclass
 class Recipe:
-    """A stage of training; see the module's docstring."""
+    """What [`train`] does; see the module's docstring."""
 
     model: str
     data: list[DataPart]
     training: dict[str, Any]
     model_args: ModelArgs = field(default_factory=ModelArgs)
     eval_data: list[DataPart] = field(default_factory=list)
+    features: str | None = None
+    stages: list[Stage] = field(default_factory=list)
+
+    def split(self) -> list[Recipe]:
+        """The recipes of the single stages, in order: the recipe itself where it names none.
+
+        Raises:
+            ValueError: if a stage lacks or has something that it must or must not have.
+        """
+        if not self.stages:
+            return [_check_stage(self, "training")]
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("Two stages have the same name.")
+        recipes = []
+        for number, stage in enumerate(self.stages, 1):
+            where = f"stages.{number - 1}.training"
+            if "output_dir" in stage.training or os.path.basename(stage.name) != stage.name:
+                raise ValueError(f"{where}: a stage's folder is output_dir/{number}_NAME: leave output_dir out.")
+            training = {**self.training, **stage.training}
+            if stage.share is not None:
+                total = self.training.get("max_steps")
+                if "max_steps" in stage.training or not isinstance(total, int) or total < 1 or stage.share <= 0:
+                    raise ValueError(
+                        f"stages.{number - 1}.share is a part of training.max_steps, in place of the stage's own max_steps; got "
+                        f"share {stage.share} and training.max_steps {total}."
+                    )
+                training["max_steps"] = max(1, round(stage.share * total))
+            if training.get("output_dir") is not None:
+                training["output_dir"] = os.path.join(training["output_dir"], f"{number}_{stage.name}")
+            # Other batches of the same data in each stage.
+            seed = training.get("data_seed", training.get("seed", 42))
+            training["data_seed"] = 10 * seed + number if isinstance(seed, int) else seed
+            replaced = {name: getattr(stage, name) for name in ("data", "eval_data", "features")}
+            replaced = {name: value for name, value in replaced.items() if value is not None}
+            recipes.append(_check_stage(replace(self, training=training, stages=[], **replaced), where))
+        return recipes
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: PyYAML reads 1.1, where `1e-4` is a string and `no` is False."""
+def _check_stage(recipe: Recipe, where: str) -> Recipe:
+    for name in ("output_dir", "stage"):
+        if recipe.training.get(name) is None:
+            raise ValueError(f"The recipe has no {'training' if name == 'output_dir' else where}.{name}.")
+    if not recipe.data:
+        raise ValueError("The recipe has no data: `data` is a list with at least one entry.")
+    return recipe
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
-
-
-def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: the YAML file.
-        overrides: `key=value`, where a dotted key leads to the place (`data.0.path`) and the value is YAML.
+        recipe: a YAML file, or a recipe to override.
+        overrides: `key=value`, where a dotted key leads to the place (`data.0.path`, `stages.guide.training.max_steps`) and the
+            value is YAML.
 
     Raises:
         OSError: if the file cannot be read.
         ValueError: if it is not YAML or no recipe, or an override does not fit it: an unknown name, or a value of the
             wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {path}: name a YAML file, such as one of examples/recipes.")
-    try:
-        values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: it is not UTF-8 ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a mapping with model, data and training, got {_shown(values)}.")
+    if isinstance(recipe, Recipe):
+        values = dataclasses.asdict(recipe)
+    elif Path(recipe).is_file():
+        values = read_mapping(recipe, "model, data and training")
+    else:
+        raise FileNotFoundError(f"There is no recipe {recipe}: name a YAML file, such as one of examples/recipes.")
     for override in overrides:
-        _override(values, override)
-    recipe = _parse(Recipe, values, "")
-    for name in ("output_dir", "stage"):
-        if recipe.training.get(name) is None:
-            raise ValueError(f"The recipe has no training.{name}.")
-    if not recipe.data:
-        raise ValueError("The recipe has no data: `data` is a list with at least one entry.")
-    return recipe
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Puts a `key=value` in its place; names are checked with the rest of the recipe."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"'{override}' is no override: write key=value, as training.learning_rate=1e-4.")
-    *parents, last = key.split(".")
-    place: Any = values
-    walked: list[str] = []
-    for name in (*parents, last):
-        where = ".".join(walked)
-        if isinstance(place, list):
-            if not name.isdecimal() or int(name) >= len(place):
-                raise ValueError(f"{override}: {where} has the entries 0 to {len(place) - 1}, no '{name}'.")
-        elif not isinstance(place, dict):
-            raise ValueError(f"{override}: {where} is {_shown(place)}, in which there is no '{name}'.")
-        step: Any = int(name) if isinstance(place, list) else name
-        if len(walked) == len(parents):
-            place[step] = _read_yaml(text, override)
-        else:
-            if isinstance(place, dict) and place.get(step) is None:
-                place[step] = {}
-            place = place[step]
-            walked.append(name)
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """`value` as a `hint`, whose dataclasses are mappings in YAML."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {_shown(value)}.")
-        hints = typing.get_type_hints(hint)
-        _check_names(value, hints, where)
-        needed = [f.name for f in dataclasses.fields(hint) if f.default is f.default_factory is dataclasses.MISSING]
-        if missing := [name for name in needed if name not in value]:
-            raise ValueError(f"{where or 'The recipe'} has no {' and no '.join(missing)}.")
-        return hint(**{name: _parse(hints[name], item, _join(where, name)) for name, item in value.items()})
-    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {_shown(value)}.")
-        return [_parse(typing.get_args(hint)[0], item, _join(where, str(i))) for i, item in enumerate(value)]
-    _check_type(hint, value, where)
-    return value
-
-
-def _check_names(names: Iterable[Any], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            meant = f": did you mean '{close[0]}'?" if close else "."
-            raise ValueError(f"There is no '{_join(where, str(name))}'{meant} Known are {', '.join(known)}.")
-
-
-def _check_type(hint: Any, value: Any, where: str) -> None:
-    if not _fits(hint, value):
-        raise ValueError(f"{where} must be {_described(hint)}, got {_shown(value)}.")
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(arg, value) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, origin or hint)
-
-
-def _described(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_described, args)))
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    if origin is list:
-        return f"a list of {_described(args[0])}"
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return names.get(hint) or ("a mapping" if dict in (hint, origin) else hint.__name__)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.80}"
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+        apply_override(values, override)
+    loaded = parse(Recipe, values)
+    loaded.split()
+    return loaded
 
 
 def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
-    """The arguments of a recipe's training, on the CPU where there is no accelerator.
+    """The arguments of a single stage's training, on the CPU where there is no accelerator.
 
     Raises:
         ValueError: for a name or a value that they do not know.
@@ -232,13 +189,14 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
 
     from .arguments import AgeVlmTrainingArguments
 
-    hints = typing.get_type_hints(AgeVlmTrainingArguments)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(AgeVlmTrainingArguments) if f.init}
-    _check_names(recipe.training, known, "training")
-    for name, value in recipe.training.items():
-        _check_type(known[name], value, f"training.{name}")
-    # Asked for by name, because Transformers takes bf16 without a GPU for a mistake otherwise.
-    args = AgeVlmTrainingArguments(**{"use_cpu": not torch.accelerator.is_available(), **recipe.training})
+    check_fields(recipe.training, [AgeVlmTrainingArguments], "training")
+    settings = {
+        # Asked for by name, because Transformers takes bf16 without a GPU for a mistake otherwise.
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": recipe.model_args.dtype == "bfloat16" and not recipe.training.get("fp16"),
+        **recipe.training,
+    }
+    args = AgeVlmTrainingArguments(**settings)
     if recipe.eval_data and args.eval_strategy == "no":
         raise ValueError("There is eval_data, but it is never used: set training.eval_strategy to steps or epoch.")
     return args
@@ -266,44 +224,69 @@ def check_model(model: str) -> None:
         raise ValueError(f"{model} has the model_type '{found}', but '{MODEL_TYPE}' is what trains here. {build}.")
 
 
-def find_checkpoint(output_dir: str | os.PathLike, resume: bool) -> str | None:
-    """The checkpoint to resume from: the last of a folder, or None for a fresh start.
-
-    Raises:
-        FileNotFoundError: if there is none to resume from.
-        FileExistsError: if a fresh start would meet a former run's checkpoints or model.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = Path(output_dir)
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    if resume and last is None:
-        raise FileNotFoundError(
-            f"There is no checkpoint in {folder} to resume from: leave --resume out for a fresh start."
-        )
-    if not resume and (last is not None or (folder / "config.json").exists()):
-        mend = "go on with --resume" if last is not None else "delete it"
-        raise FileExistsError(
-            f"{folder} has {Path(last).name if last else 'a model'} of a former run: {mend}, or choose another training.output_dir."
-        )
-    return last
-
-
-def train(recipe: Recipe, resume: bool = False) -> AgeVlmTrainer:
-    """Trains as a recipe says, and saves the model with its processor, `training.json` and `training.png` in its
-    `output_dir`.
+def check_output(folders: Iterable[str | os.PathLike], resume: bool) -> None:
+    """Looks for the output of a former run.
 
     Args:
-        recipe: of [`load_recipe`].
-        resume: go on from the last checkpoint in `output_dir`.
+        folders: of the stages.
+        resume: whether there must be any; otherwise there must be none.
+
+    Raises:
+        FileNotFoundError: if there is nothing to resume.
+        FileExistsError: if a fresh start would meet a former run's checkpoints or model.
+    """
+    from .checkpoints import has_model, last_checkpoint
+
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        last, trained = last_checkpoint(folder), has_model(folder)
+        if resume and (last or (trained and len(folders) > 1)):
+            return
+        if not resume and (last or trained):
+            fix = "resume it with --resume" if last or len(folders) > 1 else "delete it"
+            found = Path(last).name if last else "a model"
+            raise FileExistsError(
+                f"{folder} has {found} of a former run: {fix}, or choose another training.output_dir."
+            )
+    if resume:
+        raise FileNotFoundError(
+            f"There is no checkpoint in {folders[0]} to resume from: leave --resume out for a fresh start."
+        )
+
+
+def train(
+    recipe: str | os.PathLike | Recipe,
+    overrides: Iterable[str] = (),
+    *,
+    model: PreTrainedModel | None = None,
+    processor: Any = None,
+    trainer_class: type[Trainer] | None = None,
+    resume: bool = False,
+) -> Trainer:
+    """Trains as a recipe says, stage by stage.
+
+    Each stage writes its model with the processor, `training.json`, `training.png` and checkpoints into its folder:
+    `output_dir`, or `output_dir/1_NAME`, `output_dir/2_NAME`, … of a recipe with several stages, which has
+    `training.json` and `training.png` of all stages beside them.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        model: what the first stage trains, in place of the recipe's `model`. Later stages load it by its class's
+            `from_pretrained`.
+        processor: of the model; by default that of the recipe's `model`.
+        trainer_class: called with `model`, `args`, `train_dataset`, `eval_dataset`, `processing_class` and, where the recipe has
+            them, `features`. By default [`~agevlm.AgeVlmTrainer`].
+        resume: go on where a former run of the same recipe was stopped: after the last finished stage, from the last
+            checkpoint of the next. The result is that of a run that was never stopped, to the last bit.
 
     Returns:
-        The trainer, when it has trained.
+        The last stage's trainer, when it has trained.
 
     Raises:
         ValueError: if the model is no AGE-VLM, or something of the recipe does not fit it.
-        OSError: if the model or data are missing, there is no checkpoint to resume from, or a fresh start would meet a
-            former run's output.
+        OSError: if the model or data are missing, there is nothing to resume, the recipe has changed since, or a fresh
+            start would meet a former run's output.
         ImportError: if a library of the extra `train` is not installed.
     """
     from transformers.utils import is_accelerate_available
@@ -312,59 +295,103 @@ def train(recipe: Recipe, resume: bool = False) -> AgeVlmTrainer:
         raise ImportError("Training needs accelerate and datasets: pip install 'agevlm[train]'.")
     from transformers import AutoProcessor
 
+    from ..data.features import FeatureStore
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+    from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
     from .trainer import AgeVlmTrainer
 
     # All that may be wrong is looked at before weights are loaded or anything is written.
-    args = training_arguments(recipe)
-    checkpoint = find_checkpoint(args.output_dir, resume)
-    check_model(recipe.model)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    with args.main_process_first(desc="reading data"):  # the others find its conversions in the cache
-        dataset = read_mixture(recipe.data, args.seed)
-        eval_dataset = read_mixture(recipe.eval_data, args.seed) if recipe.eval_data else None
-    model_args = {name: value for name, value in dataclasses.asdict(recipe.model_args).items() if value is not None}
-    trainer = AgeVlmTrainer(
-        model=AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **model_args),
-        args=args,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-    )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    _save_model(trainer)
-    if trainer.is_world_process_zero():
-        _report(trainer, recipe, result.metrics)
+    recipe = load_recipe(recipe, overrides)
+    if model is None:
+        check_model(recipe.model)
+    recipe = replace(recipe, model_args=_resolve_model_args(recipe, model))
+    stages = recipe.split()
+    every_args = [training_arguments(stage) for stage in stages]
+    folders = [Path(args.output_dir) for args in every_args]
+    check_output(folders, resume)
+    processor = processor or AutoProcessor.from_pretrained(recipe.model)
+    with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
+        mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
+    _begin(recipe, resume)
+
+    model_class = AgeVlmForConditionalGeneration if model is None else type(model)
+    finished = [len(stages) > 1 and has_model(folder) for folder in folders]
+    first = min([number for number, done in enumerate(finished) if not done] or [len(stages) - 1])
+    for number in range(first, len(stages)):
+        stage, dataset = stages[number], mixtures[number]
+        source = recipe.model if number == 0 else folders[number - (not finished[number])]
+        given = number == 0 and model is not None
+        if not given:
+            model = model_class.from_pretrained(source, **_given(recipe.model_args))
+        trainer = (trainer_class or AgeVlmTrainer)(
+            model=model,
+            args=training_arguments(stage),  # anew, because accelerate's state is that of the last that were made
+            processing_class=processor,
+            **dataset,
+            **({} if stage.features is None else {"features": FeatureStore(stage.features)}),
+        )
+        if not finished[number]:
+            if not given:
+                restore_float32(trainer.model, source)
+            result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
+            save_model(trainer)
+            if trainer.is_world_process_zero():
+                name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
+                _report(trainer, stage, f"Stage {name}", result.metrics)
+                if recipe.stages:
+                    _report_all(recipe, folders[: number + 1])
+        if number + 1 < len(stages):
+            model = trainer = None  # type: ignore[assignment]
+            gc.collect()  # model, trainer and optimizer refer to each other
     return trainer
 
 
-def _save_model(trainer: AgeVlmTrainer) -> None:
-    """Saves the model aside and moves its files to their place when they are whole, `config.json` last."""
-    from .trainer import UNFINISHED
+def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None) -> ModelArgs:
+    """The same for all stages: a given model's own type and attention, and what `auto` and `fastest` stand for."""
+    from transformers import PreTrainedConfig
 
-    folder = Path(trainer.args.output_dir)
-    partial = folder / UNFINISHED
-    if trainer.args.should_save:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
-        partial.rmdir()
+    from .optimizer import fastest_dtype
+
+    given = recipe.model_args
+    if model is not None:
+        dtype = str(model.dtype)
+        given = replace(given, attn_implementation=model.config._attn_implementation)
+    elif given.dtype == "auto":
+        dtype = PreTrainedConfig.get_config_dict(recipe.model)[0].get("dtype") or "auto"
+    else:
+        dtype = str(fastest_dtype()) if given.dtype == "fastest" else given.dtype
+    return replace(given, dtype=dtype.removeprefix("torch."))
 
 
-def _report(trainer: AgeVlmTrainer, recipe: Recipe, metrics: dict[str, float]) -> None:
-    """Writes `training.json` and `training.png`, and prints a summary."""
+def _given(settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
+    evaluated = read_mixture(stage.eval_data, seed) if stage.eval_data else None
+    return {"train_dataset": read_mixture(stage.data, seed), "eval_dataset": evaluated}
+
+
+def _begin(recipe: Recipe, resume: bool) -> None:
+    """Keeps what the result depends on, or compares it with what was kept."""
+    settings = dataclasses.asdict(recipe)
+    for training in (settings["training"], *(stage["training"] for stage in settings["stages"])):
+        for name in [name for name in training if name.startswith(_CHANGEABLE)]:
+            del training[name]
+    file = Path(recipe.training["output_dir"]) / "recipe.json"
+    if not resume:
+        file.unlink(missing_ok=True)  # of a run that saved nothing
+    resume_or_refuse(file, settings)
+
+
+def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, float]) -> None:
+    """Writes `training.json` and `training.png` of a stage, and prints a summary."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    record = {"recipe": dataclasses.asdict(recipe), "metrics": metrics, "log_history": history}
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    summary = Table(title=f"Stage {recipe.training['stage']}", title_justify="left", show_header=False)
+    _write(folder, dataclasses.asdict(stage), metrics, history)
+    summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_row("steps", f"{trainer.state.global_step}")
     summary.add_row("epochs", f"{trainer.state.epoch:.2f}")
     summary.add_row("time", f"{metrics['train_runtime'] / 60:.1f} min")
@@ -372,8 +399,28 @@ def _report(trainer: AgeVlmTrainer, recipe: Recipe, metrics: dict[str, float]) -
         if values := [entry[name] for entry in history if name in entry]:
             summary.add_row(name, f"{values[0]:.3f} → {values[-1]:.3f}" if len(values) > 1 else f"{values[0]:.3f}")
     summary.add_row("saved in", str(folder))
-    console.print(summary)
+    Console().print(summary)
+
+
+def _report_all(recipe: Recipe, folders: Iterable[Path]) -> None:
+    """Writes `training.json` and `training.png` of the stages that are finished, with steps counted through."""
+    metrics, history, ends = {}, [], []
+    done = 0
+    for stage, folder in zip(recipe.stages, folders, strict=False):
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        metrics[stage.name] = record["metrics"]
+        history += [{**entry, "step": done + entry["step"], "stage": stage.name} for entry in record["log_history"]]
+        done = history[-1]["step"]
+        ends.append(done)
+    _write(Path(recipe.training["output_dir"]), dataclasses.asdict(recipe), metrics, history, ends[:-1])
+
+
+def _write(folder: Path, recipe: dict, metrics: dict, history: list[dict], stage_ends: Iterable[int] = ()) -> None:
+    record = {"recipe": recipe, "metrics": metrics, "log_history": history}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     try:
-        draw_training(history, folder / "training.png")
+        draw_training(history, folder / "training.png", stage_ends=list(stage_ends))
     except ImportError:
-        console.print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")
+        from rich.console import Console
+
+        Console().print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")

@@ -4,17 +4,23 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import Trainer
 
+from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from ..modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
+
+# Type checkers see a mixin as the trainer that it is put in front of.
+AnyTrainer: Any = Trainer if TYPE_CHECKING else object
 
 GROUPS: dict[str, str] = {
     "adapter": r"model\.multi_modal_projector\.",
-    "cross_attention": r"model\.language_model\.layers\.\d+\.cross_attn\.",
+    "cross_attention": r"model\.language_model\.cross_attn\.",
     "vision": r"model\.vision_tower\.",
     "self_attention": r"model\.language_model\.layers\.\d+\.(self_attn|input_layernorm)\.",
     "ffn": r"model\.language_model\.layers\.\d+\.(mlp|post_attention_layernorm)\.",
@@ -38,8 +44,15 @@ LORA_TARGET_MODULES = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj
 """`LoraConfig(target_modules=...)`: the language model's own linear layers. PEFT's `"all-linear"` would also put LoRA on those
 of the vision tower, the adapter and the cross-attention."""
 
-LORA_MODULES_TO_SAVE = ("multi_modal_projector", "cross_attn")
-"""`LoraConfig(modules_to_save=...)`: what trains in full beside LoRA, as in every stage."""
+
+def lora_modules_to_save(config: AgeVlmConfig) -> list[str]:
+    """`LoraConfig(modules_to_save=...)`: what trains in full beside LoRA, as in every stage: the adapter and the blocks.
+
+    The blocks are listed one by one, because PEFT refuses a `ModuleDict`.
+    """
+    blocks = config.text_config.cross_attention_llama_layers
+    return ["multi_modal_projector", *(f"cross_attn.{layer}" for layer in blocks)]
+
 
 # A numbered stage or block of a tower, as timm and Transformers name them: `stages.3.blocks.2`, `encoder.stages.3.layers.2`,
 # `blocks.6.0`, `stages_3.blocks.2`, `encoder.layer.11`.
@@ -162,49 +175,55 @@ def print_trainable(model: nn.Module, groups: Sequence[TrainableGroup], title: s
     Console().print(table)
 
 
-def optimizer_groups(
-    model: nn.Module, weight_decay: float, learning_rates: dict[str, float] | None = None
-) -> list[dict]:
-    """Parameter groups for an optimiser: what trains, by group, with and without weight decay.
-
-    Norms, biases and gates are not decayed: all that has fewer than two dimensions.
-
-    Args:
-        weight_decay: of all else.
-        learning_rates: by name of group; the others get the optimiser's own.
-
-    Raises:
-        ValueError: if a learning rate is given for a group that does not exist or that nothing trains in.
-    """
-    rates = dict(learning_rates or {})
-    resolve_groups(list(rates))
-    # DDP, torch.compile and PEFT each put a name of their own in front.
-    names = {re.sub(r"^(module\.|_orig_mod\.|base_model\.model\.)+", "", n): p for n, p in model.named_parameters()}
-    patterns = dict(GROUPS)
-    if "vision_last_block" in rates:  # before `vision`, of which it is a part
-        patterns = {"vision_last_block": last_block([name for name in names if "vision_tower" in name]), **GROUPS}
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in names.items():
-        if parameter.requires_grad:
-            group = next((g for g, pattern in patterns.items() if g in rates and re.match(pattern, name)), "")
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
-            members.setdefault((group, len(shape) >= 2), []).append(parameter)
-    for group in rates:
-        if not any(g == group for g, _ in members):
-            raise ValueError(f"There is a learning rate for '{group}', but nothing of it trains: leave it out.")
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
-            **({"lr": rates[group]} if group else {}),
-        }
-        for (group, decays), parameters in sorted(members.items())  # "" first: its rate is the one that is logged
-    ]
-
-
 def open_gates(model: AgeVlmForConditionalGeneration, gate: float) -> None:
     """Sets the gates that are exactly 0, those of a freshly assembled model, to `gate`; PEFT's copies of them too."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AgeVlmCrossAttention):
                 module.gate.copy_(torch.where(module.gate == 0, gate, module.gate))
+
+
+def base_model(model: Any) -> AgeVlmForConditionalGeneration:
+    """The model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class StagesMixin(AnyTrainer):
+    """What trains: `args.stage`, `args.initial_gate`, and the types and memory formats that it needs."""
+
+    def set_up_stage(self, model: nn.Module, args) -> None:
+        """Prepares a model before the trainer wraps it.
+
+        Raises:
+            ValueError: if the model is no AGE-VLM, or `stage` or its precision do not fit it.
+        """
+        base = base_model(model)
+        if not isinstance(base, AgeVlmForConditionalGeneration):
+            raise ValueError(
+                f"{type(self).__name__} trains AgeVlmForConditionalGeneration, got {type(base).__name__}."
+            )
+        if args.stage is not None:
+            if base is not model:
+                raise ValueError(
+                    "With PEFT, `stage` must be left out: PEFT freezes all but its adapters and the modules named in "
+                    "LoraConfig(modules_to_save=lora_modules_to_save(model.config))."
+                )
+            groups = freeze(base, args.stage)
+            if args.process_index == 0 and not args.disable_tqdm:
+                print_trainable(base, groups, f"Stage {args.stage}" if isinstance(args.stage, str) else "Groups")
+        elif base is not model:  # PEFT leaves `modules_to_save` in the model's type; for the reason see `freeze`
+            for parameter in base.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if args.initial_gate is not None:
+            open_gates(base, args.initial_gate)
+        half = {p.dtype for p in base.parameters() if not p.requires_grad} & {torch.bfloat16, torch.float16}
+        full = any(p.dtype == torch.float32 for p in base.parameters() if p.requires_grad)
+        if half and full and not (args.bf16 or args.fp16):
+            raise ValueError(
+                f"The frozen part of the model is {half.pop()} and what trains is float32: train with `bf16=True`, or load "
+                "the model in float32."
+            )
+        if args.device.type == "cpu":
+            # Several times faster for the convolutions of towers, whose values keep their meaning.
+            base.model.vision_tower.to(memory_format=torch.channels_last)

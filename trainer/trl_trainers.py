@@ -9,17 +9,12 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, apply
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..processing.collator import (
-    AgeVlmDataCollator,
-    GuidedPhrase,
-    place_images,
-    render_conversation,
-    row_images,
-    row_messages,
-)
+from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
+from ..processing.collator import AgeVlmDataCollator, GuidedPhrase, render_conversation, row_images
+from ..processing.rows import place_images, row_messages
 from .arguments import AgeVlmArgumentsMixin
-from .stages import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
-from .trainer import GuidanceMixin
+from .stages import LORA_TARGET_MODULES, lora_modules_to_save
+from .trainer import AgeVlmMixin
 
 
 @dataclass
@@ -54,14 +49,16 @@ class AgeVlmModelConfig(ModelConfig):
         metadata={"help": "Modules with LoRA: names, or one regular expression."},
     )
     lora_modules_to_save: list[str] | None = field(
-        default_factory=lambda: list(LORA_MODULES_TO_SAVE),
-        metadata={"help": "Modules that train in full beside LoRA."},
+        default=None,
+        metadata={"help": "Modules that train in full beside LoRA: by default the adapter and the cross-attention."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.load_in_4bit or self.load_in_8bit:
             raise ValueError("AGE-VLM does not train in 4 or 8 bits: its cross-attention and adapter train in full.")
+        if self.use_peft and self.lora_modules_to_save is None:
+            self.lora_modules_to_save = lora_modules_to_save(AgeVlmConfig.from_pretrained(self.model_name_or_path))
 
 
 @dataclass
@@ -126,7 +123,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
         return first + [(start + len(prompt), end + len(prompt)) for start, end in second]
 
 
-class AgeVlmSFTTrainer(GuidanceMixin, SFTTrainer):
+class AgeVlmSFTTrainer(AgeVlmMixin, SFTTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with stages and guidance through its fused LM head.
 
     Arguments are those of `SFTTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmSFTConfig`].
@@ -146,21 +143,21 @@ class AgeVlmSFTTrainer(GuidanceMixin, SFTTrainer):
                 raise ValueError(
                     "Leave `completion_only_loss` out: rows with a `completion` learn that, and rows with `messages` have none."
                 )
-            data_collator = self._make_collator(model, processing_class, args, assistant_only_loss)
+            data_collator = self.make_collator(model, processing_class, args, assistant_only_loss)
             # The collator sees to it; TRL would refuse chat templates without marks that it does not know.
             args.assistant_only_loss = False
         if peft_config is None:
-            self._set_up(model, args)
+            self.set_up(model, args)
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator,
             peft_config=peft_config, **kwargs
         )  # fmt: skip
         args.assistant_only_loss = assistant_only_loss
         if peft_config is not None:
-            self._set_up(self.model, args)
+            self.set_up(self.model, args)
 
 
-class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
+class AgeVlmDPOTrainer(AgeVlmMixin, DPOTrainer):
     """TRL's `DPOTrainer` for AGE-VLM, with stages and guidance. Rows may have `grounding`, see [`AgeVlmPreferenceCollator`].
 
     Arguments are those of `DPOTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmDPOConfig`]. Data without
@@ -176,15 +173,15 @@ class AgeVlmDPOTrainer(GuidanceMixin, DPOTrainer):
         self, model, args: AgeVlmDPOConfig, *, processing_class=None, data_collator=None, peft_config=None, **kwargs
     ):
         if data_collator is None and _has_images(_first_row(kwargs.get("train_dataset"))):
-            data_collator = AgeVlmPreferenceCollator(self._make_collator(model, processing_class, args, False))
+            data_collator = AgeVlmPreferenceCollator(self.make_collator(model, processing_class, args, False))
         if peft_config is None:
-            self._set_up(model, args)
+            self.set_up(model, args)
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator,
             peft_config=peft_config, **kwargs
         )  # fmt: skip
         if peft_config is not None:
-            self._set_up(self.model, args)
+            self.set_up(self.model, args)
 
 
 def _first_row(dataset) -> dict:

@@ -18,7 +18,6 @@ for command in (
     data.scenes,
     data.masks,
     train.train,
-    train.ablate,
     ask.ask,
     ask.attention,
     eval.similarity,

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints and models that are whole or not there at all."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from .stages import AnyTrainer
+
+UNFINISHED = ".unfinished"
+"""Folder in which a checkpoint or a model is written until it is whole."""
+
+
+class CheckpointsMixin(AnyTrainer):
+    """Checkpoints that appear when they are whole, for any trainer: until then they are in a folder `.unfinished`."""
+
+    _saving = False
+
+    def _get_output_dir(self, trial=None) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # FSDP2 gives the model a class that is made in a module of PyTorch's, whose code would be saved as the model's.
+        if isinstance(self.model, FSDPModule):
+            original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
+            type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__
+        super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # uploads go on in the background: not from a folder that is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
+        folder = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished, whole = os.path.join(folder, UNFINISHED), os.path.join(folder, name)
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk each writer raises its own
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"Could not save {whole}: {error}. Earlier checkpoints are as they were: make room, and resume from the last."
+            ) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint and UNFINISHED in self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = whole
+                self.state.save_to_json(os.path.join(unfinished, name, TRAINER_STATE_NAME))
+            shutil.rmtree(whole, ignore_errors=True)  # of an earlier run in the same folder
+            os.replace(os.path.join(unfinished, name), whole)
+            with contextlib.suppress(OSError):
+                os.rmdir(unfinished)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(whole)
+            rotate_checkpoints(
+                output_dir=folder,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def save_model(trainer: Trainer) -> None:
+    """Saves a trainer's model aside and moves its files to their place when they are whole, `config.json` last."""
+    folder = Path(trainer.args.output_dir)
+    partial = folder / UNFINISHED
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+        partial.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder has a whole model of [`save_model`]."""
+    return (folder / "config.json").is_file()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The path of the last checkpoint in a folder, if there is any."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+@torch.no_grad()
+def restore_float32(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Gives what trains in float32 the values that a folder has in float32, where loading has rounded them.
+
+    Args:
+        model: loaded from the folder in another type.
+        folder: of a model; nothing is done for the name of a model on the Hub.
+    """
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float32}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for name in trains.keys() & set(saved.keys()):
+                exact, loaded = saved.get_tensor(name), trains[name]
+                for half in (torch.bfloat16, torch.float16):
+                    if exact.dtype == torch.float32 and torch.equal(exact.to(half).to(loaded), loaded):
+                        loaded.copy_(exact)

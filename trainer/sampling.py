@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows train together: batches by number of tokens and by weights, which depend on the data and the seed alone."""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from ..data.mixture import GROUP_COLUMN, WEIGHT_COLUMN
+from ..processing.rows import message_text
+from .stages import AnyTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+
+# What chat templates write around a message, about.
+_TOKENS_AROUND_A_MESSAGE = 6
+
+
+def count_tokens(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """About how many text tokens each row has: those of its messages, and six around each; or those of its `input_ids`.
+
+    Raises:
+        ValueError: if the rows have no texts.
+    """
+    if "input_ids" in dataset.column_names:
+        return [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
+    columns = [name for name in _CONVERSATIONS if name in dataset.column_names]
+    if not columns:
+        raise ValueError(f"tokens_per_batch needs one of the columns {', '.join(_CONVERSATIONS)}: {dataset!r:.300}")
+    lengths = []
+    for batch in dataset.select_columns(columns).iter(1000):
+        texts: list[list[str]] = []
+        for row in zip(*(batch[name] for name in columns), strict=True):
+            messages = [m for column in row for m in ([column] if isinstance(column, str) else column or [])]
+            texts.append([m if isinstance(m, str) else message_text(m) for m in messages])
+        flat = [text for row_texts in texts for text in row_texts]
+        counts = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        lengths += [sum(len(next(counts)) + _TOKENS_AROUND_A_MESSAGE for _ in row_texts) for row_texts in texts]
+    return lengths
+
+
+class GroupedBatches(BatchRebalanceSampler):
+    """Batches of rows of one group and of similar length, so that short answers are not padded to long conversations, and a
+    batch of the ones holds as much to learn as a batch of the others.
+
+    Without weights, an epoch has each row once. With weights, an epoch has as many batches, whose groups are drawn by
+    their weights; a group that is used up begins anew. The batches of an epoch depend on the arguments and
+    [`set_epoch`] alone. With several processes, each takes every so-many-th of the same batches; all take equally many, for
+    which the first batches are repeated.
+
+    It is of this class because Transformers' `Trainer` takes sampled batches from no other.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: most tokens of a batch, all rows padded to its longest; a longer row is a batch of its own.
+        rows: most rows of a batch, in place of `tokens`.
+        groups: the group of each row; all are in one by default.
+        weights: share of the batches of each group, of any sum; none by default.
+        seed: of the order.
+        processes: how many processes train.
+        process: which of them this is.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        tokens: int | None = None,
+        rows: int | None = None,
+        groups: Sequence[Any] | None = None,
+        weights: dict[Any, float] | None = None,
+        seed: int = 0,
+        processes: int = 1,
+        process: int = 0,
+    ):
+        if (tokens is None) == (rows is None):
+            raise ValueError("Give the size of a batch as either `tokens` or `rows`.")
+        self.lengths, self.tokens, self.rows, self.weights = lengths, tokens, rows, weights
+        self.seed, self.processes, self.process, self.epoch = seed, processes, process, 0
+        self._members: dict[Any, list[int]] = defaultdict(list)
+        for row, group in enumerate(groups if groups is not None else [None] * len(lengths)):
+            self._members[group].append(row)
+        number = sum(len(self._divide(group, lambda: 0.0)) for group in self._members)
+        self._number = -(-number // processes) * processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._number // self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches()[self.process :: self.processes])
+
+    def _batches(self) -> list[list[int]]:
+        """The epoch's batches of all processes."""
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        waiting: dict[Any, list[list[int]]] = {}
+
+        def take(group: Any) -> list[int]:
+            if not waiting.get(group):
+                waiting[group] = self._divide(group, draw.random)
+                draw.shuffle(waiting[group])
+            return waiting[group].pop()
+
+        if self.weights is None:
+            every = [(group, len(self._divide(group, lambda: 0.0))) for group in self._members]
+            batches = [take(group) for group, number in every for _ in range(number)]
+            draw.shuffle(batches)
+        else:
+            chosen = draw.choices(list(self.weights), list(self.weights.values()), k=self._number)
+            batches = [take(group) for group in chosen]
+        return [batches[i % len(batches)] for i in range(self._number)]
+
+    def _divide(self, group: Any, order: Callable[[], float]) -> list[list[int]]:
+        """A group's rows in batches, from the longest on; `order` decides between rows of the same length."""
+        left = sorted(self._members[group], key=lambda row: (self.lengths[row], order()))
+        batches = []
+        while left:
+            size = self.rows or max(1, self.tokens // max(1, self.lengths[left[-1]]))  # type: ignore[operator]
+            batches.append(left[-size:])
+            del left[-size:]
+        return batches
+
+
+class _SetEpoch(TrainerCallback):
+    """Says the epoch to the batches when a run is resumed within one, where Transformers and accelerate do not."""
+
+    def __init__(self, batches: GroupedBatches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.batches.set_epoch(int(state.epoch))
+
+
+class SamplingMixin(AnyTrainer):
+    """Batches by number of tokens (`args.tokens_per_batch`) and by the weights of a mixture, for any trainer.
+
+    Weights are those of [`~agevlm.data.mixture.read_mixture`], which writes them into columns of the data set. Without
+    either, batches are Transformers' own. The same data, seed and tokenizer give the same batches to any model.
+
+    Raises:
+        ValueError: if the data has no length, or `train_sampling_strategy` asks for something else.
+    """
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = ["messages", "prompt", "completion", "image", "images", "grounding", self.args.length_column_name]
+        self._signature_columns += [name for name in columns if name not in self._signature_columns]
+
+    def get_train_dataloader(self):
+        tokens = self.args.tokens_per_batch
+        if tokens is not None and not hasattr(self.train_dataset, "column_names"):
+            raise ValueError(
+                f"tokens_per_batch needs a `datasets.Dataset`, got {type(self.train_dataset).__name__}: leave it out."
+            )
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset, args = (
+            self.train_dataset,
+            self.args,
+        )  # `train_dataset` lacks the columns that the model has no use for
+        columns = getattr(dataset, "column_names", ())
+        weighted, tokens = WEIGHT_COLUMN in columns, args.tokens_per_batch
+        if not weighted and tokens is None:
+            return super()._get_train_sampler(train_dataset)
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy} and a weighted mixture or tokens_per_batch exclude "
+                "each other: leave one out."
+            )
+        if args.length_column_name in columns:
+            lengths = dataset[args.length_column_name]
+        else:
+            lengths = count_tokens(dataset, getattr(self.processing_class, "tokenizer", self.processing_class))
+        if limit := getattr(args, "max_length", None):
+            lengths = [min(length, limit) for length in lengths]
+        groups = dataset[GROUP_COLUMN] if weighted else None
+        batches = GroupedBatches(
+            lengths,
+            tokens=tokens,
+            rows=self._train_batch_size if tokens is None else None,
+            groups=groups,
+            weights=dict(sorted(zip(groups, dataset[WEIGHT_COLUMN], strict=True))) if weighted else None,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            processes=args.world_size,
+            process=args.process_index,
+        )
+        self.remove_callback(_SetEpoch)
+        self.add_callback(_SetEpoch(batches))
+        return batches
