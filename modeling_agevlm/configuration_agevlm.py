@@ -51,10 +51,10 @@ class AgeVlmTextConfig(LlamaConfig):
     base_config_key = "text_config"
     base_model_tp_plan = {
         **LlamaConfig.base_model_tp_plan,
-        "layers.*.cross_attn.q_proj": "colwise",
-        "layers.*.cross_attn.k_proj": "colwise",
-        "layers.*.cross_attn.v_proj": "colwise",
-        "layers.*.cross_attn.o_proj": "rowwise",
+        "cross_attn.*.q_proj": "colwise",
+        "cross_attn.*.k_proj": "colwise",
+        "cross_attn.*.v_proj": "colwise",
+        "cross_attn.*.o_proj": "rowwise",
     }
 
     # Llama-3.2-1B

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ModelOutput,
@@ -39,7 +40,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
 
@@ -214,25 +215,33 @@ def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> to
 
 
 @dataclass
-class MapSelection:
-    """The few query rows that `map_queries` asks for, gathered so that each block computes these alone.
+class AgeVlmCrossAttentionInputs(ModelOutput):
+    r"""
+    What all gated blocks of one forward pass share, beside the visual tokens themselves.
 
-    `index` `(B, M)`: text positions, padded; `members` bool `(B, P, M)`: which of them are each phrase's own. No floating
-    point numbers, which FSDP2's mixed precision would round on their way into each layer.
+    It is a `ModelOutput`, so that `device_map` and FSDP2 find the tensors in it and move them with a block's other inputs.
+    The tensors for maps hold no floating point numbers, which FSDP2's mixed precision would round on the way.
+
+    visible (`torch.Tensor` of shape `(batch_size, sequence_length, num_visual_tokens)`):
+        Which visual tokens each text token may see, the cached ones included.
+    attention_mask (`torch.Tensor` or `BlockMask`, *optional*):
+        `visible` in the form of the attention implementation in use.
+    positions (`torch.Tensor` of shape `(batch_size, num_new_visual_tokens)`, *optional*):
+        Positions of the visual tokens that are new in this pass, see [`AgeVlmCrossAttentionCacheLayer`].
+    map_index (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
+        The text tokens that `map_queries` asks for, so that each block computes the maps of these rows alone.
+    map_members (`torch.Tensor` of shape `(batch_size, num_phrases, num_rows)`, *optional*):
+        Which of these rows belong to each phrase.
     """
 
-    index: torch.Tensor
-    members: torch.Tensor
-
-    @classmethod
-    def from_queries(cls, map_queries: torch.Tensor) -> "MapSelection":
-        asked = map_queries.any(dim=1)
-        width = int(asked.sum(-1).max())
-        index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
-        return cls(index, map_queries.gather(2, index[:, None].expand(-1, map_queries.shape[1], -1)))
+    visible: torch.Tensor | None = None
+    attention_mask: Any = None
+    positions: torch.Tensor | None = None
+    map_index: torch.Tensor | None = None
+    map_members: torch.Tensor | None = None
 
 
-class AgeVlmCrossAttention(nn.Module):
+class AgeVlmCrossAttention(GradientCheckpointingLayer):
     """The gated block: `tanh(gate) * rms(h) * CrossAttention(RMSNorm(h), visual)`, to be added to `h` (paper, section 3).
 
     Grouped-query attention with the language model's own head counts, RMSNorm on queries and keys, no FFN. `gate`
@@ -270,20 +279,15 @@ class AgeVlmCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         cross_attention_states: torch.Tensor | None,
-        cross_attention_mask: torch.Tensor | None,
-        visible: torch.Tensor,
-        visual_positions: torch.Tensor | None = None,
+        inputs: AgeVlmCrossAttentionInputs,
         cache: Cache | None = None,
-        map_selection: MapSelection | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: `(B, S, D)`, the residual stream.
             cross_attention_states: `(B, V', D)`, visual tokens that are new in this call; None to read the cache alone.
-            cross_attention_mask: the attention implementation's own form of `visible`.
-            visible: `(B, S, V)`, which visual token each text token may see.
-            visual_positions: `(B, V')`, kept with the new keys in the cache.
-            map_selection: the query rows of which maps are asked.
+                Not a field of `inputs`, because reentrant checkpointing gives gradients to positional tensors only.
+            inputs: what all blocks share.
 
         Returns:
             What to add to the residual stream `(B, S, D)`, exactly zero for text tokens that see no image; the attention
@@ -303,7 +307,7 @@ class AgeVlmCrossAttention(nn.Module):
             value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
             if cache is not None:
                 key_states, value_states = cache.update(
-                    key_states, value_states, self.cache_layer_idx, visual_positions
+                    key_states, value_states, self.cache_layer_idx, inputs.positions
                 )
         else:
             cached = cache.layers[self.cache_layer_idx]
@@ -322,7 +326,7 @@ class AgeVlmCrossAttention(nn.Module):
             query_states,
             key_states,
             value_states,
-            cross_attention_mask,
+            inputs.attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
             is_causal=self.is_causal,
@@ -332,25 +336,23 @@ class AgeVlmCrossAttention(nn.Module):
         rms = hidden_states.detach().float().pow(2).mean(-1, keepdim=True).add(self.config.rms_norm_eps).sqrt()
         # Back to the stream's own type: a float32 block in a bfloat16 model must not widen all that follows.
         attn_output = (self.gate.tanh() * attn_output * rms).to(hidden_states.dtype)
-        sees_image = visible.any(-1)
+        sees_image = inputs.visible.any(-1)
         attn_output = attn_output.masked_fill(~sees_image[..., None], 0.0)
         if attn_weights is not None:
-            attn_weights = attn_weights[..., : visible.shape[-1]]  # without the sink
+            attn_weights = attn_weights[..., : inputs.visible.shape[-1]]  # without the sink
             attn_weights = attn_weights.masked_fill(~sees_image[:, None, :, None], 0.0)
 
-        attention_map = None
-        if map_selection is not None:
-            attention_map = self.attention_map(query_states, key_states, visible, map_selection)
+        attention_map = self.attention_map(query_states, key_states, inputs) if inputs.map_index is not None else None
         return attn_output, attn_weights, attention_map
 
     def attention_map(
-        self, query_states: torch.Tensor, key_states: torch.Tensor, visible: torch.Tensor, selection: MapSelection
+        self, query_states: torch.Tensor, key_states: torch.Tensor, inputs: AgeVlmCrossAttentionInputs
     ) -> torch.Tensor:
         """Attention probabilities `(B, P, V)` of the selected rows, in float32, averaged over heads and phrase tokens."""
         batch_size, num_heads, _, head_dim = query_states.shape
-        num_rows = selection.index.shape[1]
-        query_states = query_states.gather(2, selection.index[:, None, :, None].expand(-1, num_heads, -1, head_dim))
-        visible = visible.gather(1, selection.index[..., None].expand(-1, -1, visible.shape[-1]))
+        num_rows = inputs.map_index.shape[1]
+        query_states = query_states.gather(2, inputs.map_index[:, None, :, None].expand(-1, num_heads, -1, head_dim))
+        visible = inputs.visible.gather(1, inputs.map_index[..., None].expand(-1, -1, inputs.visible.shape[-1]))
         # Query heads of one group share a key head: fold the group into the rows instead of repeating the keys.
         query_states = query_states.reshape(batch_size, -1, self.num_key_value_groups * num_rows, head_dim)
         with maybe_autocast(device_type=query_states.device.type, enabled=False):
@@ -361,52 +363,14 @@ class AgeVlmCrossAttention(nn.Module):
                 hidden = nn.functional.pad(hidden, (0, 1), value=False)
             # The lowest finite number, not -inf: a row that sees nothing must give 0, and a gradient of 0, not NaN.
             probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
-            members = selection.members.float()
+            members = inputs.map_members.float()
             weights = members / members.sum(-1, keepdim=True).clamp(min=1)
             maps = weights @ probabilities.masked_fill(hidden, 0.0).mean(1)
             return maps[..., : visible.shape[-1]]  # without the sink
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer, with a gated cross-attention block in front of it where the configuration puts one."""
-
-    def __init__(self, config: AgeVlmTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.cross_attn = None
-        if layer_idx in config.cross_attention_llama_layers:
-            block = config.cross_attention_llama_layers.index(layer_idx)
-            self.cross_attn = AgeVlmCrossAttention(config, cache_layer_idx=config.num_hidden_layers + block)
-
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cross_attention_states: torch.Tensor | None = None,
-        cross_attention_mask: torch.Tensor | None = None,
-        visible: torch.Tensor | None = None,
-        visual_positions: torch.Tensor | None = None,
-        map_selection: MapSelection | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Returns the residual stream `(B, S, D)` and, where maps are asked of a block, its maps `(B, P, V)`. The maps are
-        an output of the layer, not captured on the side, so that checkpointing of either kind keeps their gradient.
-        """
-        attention_map = None
-        if self.cross_attn is not None and visible is not None:
-            attn_output, _, attention_map = self.cross_attn(
-                hidden_states,
-                cross_attention_states,
-                cross_attention_mask,
-                visible,
-                visual_positions=visual_positions,
-                cache=cache,
-                map_selection=map_selection,
-            )
-            hidden_states = hidden_states + attn_output
-        hidden_states = super().forward(hidden_states, cache=cache, **kwargs)
-        return hidden_states, attention_map
+    """A Llama layer as it is. The gated blocks stand beside the layers, see [`AgeVlmTextModel`]."""
 
 
 class AgeVlmMultiModalProjector(nn.Module):
@@ -456,7 +420,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AgeVlmDecoderLayer"]
+    _no_split_modules = ["AgeVlmDecoderLayer", "AgeVlmCrossAttention"]
     # Flash attention has no mask for "this text may see those images": cross-attention would look at every image.
     _supports_flash_attn = False
     _supports_sdpa = True
@@ -512,9 +476,9 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
     config: AgeVlmTextConfig
     input_modalities: tuple[str, ...] = ("text",)
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(AgeVlmDecoderLayer, index=0),
+        "hidden_states": AgeVlmDecoderLayer,
         "attentions": LlamaAttention,
-        "cross_attentions": OutputRecorder(AgeVlmCrossAttention, index=1),
+        "cross_attentions": AgeVlmCrossAttention,
     }
 
     def __init__(self, config: AgeVlmTextConfig):
@@ -522,6 +486,13 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         # The names are LlamaModel's own, so that a Llama checkpoint loads with no renaming.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([AgeVlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # The gated blocks by the Llama layer that each precedes. In a cache they follow the Llama layers.
+        self.cross_attn = nn.ModuleDict(
+            {
+                str(layer): AgeVlmCrossAttention(config, cache_layer_idx=config.num_hidden_layers + block)
+                for block, layer in enumerate(config.cross_attention_llama_layers)
+            }
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -574,27 +545,30 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
 
         cached_positions = cached_visual_positions(cache, self.config)
         all_positions = [positions for positions in (cached_positions, visual_positions) if positions is not None]
-        visible = cross_attention_mask = map_selection = None
+        cross_attention_inputs = None
         if all_positions:
             if cache is not None:
                 append_cross_attention_layers(cache, self.config)
             visible = torch.cat(all_positions, dim=-1)[:, None, :] <= text_positions[None, :, None]
-            cross_attention_mask = self._cross_attention_mask(visible, inputs_embeds)
-            if map_queries is not None:
-                map_selection = MapSelection.from_queries(map_queries)
+            cross_attention_inputs = self._cross_attention_inputs(
+                visible, inputs_embeds, visual_positions, map_queries
+            )
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         attention_maps = []
-        for decoder_layer in self.layers:
-            # By position: reentrant checkpointing gives gradients to positional tensors only.
-            hidden_states, attention_map = decoder_layer(
+        for i, decoder_layer in enumerate(self.layers):
+            if cross_attention_inputs is not None and str(i) in self.cross_attn:
+                # The maps are an output of the block rather than captured on the side, so that checkpointing of either
+                # kind keeps their gradient.
+                attn_output, _, attention_map = self.cross_attn[str(i)](
+                    hidden_states, cross_attention_states, cross_attention_inputs, cache=cache
+                )
+                hidden_states = hidden_states + attn_output
+                if attention_map is not None:
+                    attention_maps.append(attention_map)
+            hidden_states = decoder_layer(
                 hidden_states,
-                cross_attention_states,
-                cross_attention_mask,
-                visible,
-                visual_positions,
-                map_selection,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -602,8 +576,6 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            if attention_map is not None:
-                attention_maps.append(attention_map)
         hidden_states = self.norm(hidden_states)
 
         cross_attention_maps = None
@@ -618,18 +590,36 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             cross_attention_maps=cross_attention_maps,
         )
 
-    def _cross_attention_mask(self, visible: torch.Tensor, inputs_embeds: torch.Tensor):
-        """`visible` `(B, S, V)` in the form that the attention implementation in use wants."""
+    def _cross_attention_inputs(
+        self,
+        visible: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        map_queries: torch.Tensor | None = None,
+    ) -> AgeVlmCrossAttentionInputs:
         # A softmax over nothing is NaN, and so is its gradient: such rows look anywhere, and the block zeroes them.
         attend = visible | ~visible.any(-1, keepdim=True)
         if self.config.cross_attention_sink:
             attend = nn.functional.pad(attend, (0, 1), value=True)
-        return create_bidirectional_mask(
+        attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=None,
             encoder_hidden_states=inputs_embeds.new_empty((attend.shape[0], attend.shape[-1], 0)),
             and_mask_function=lambda batch_idx, head_idx, q_idx, kv_idx: attend[batch_idx, q_idx, kv_idx],
+        )
+        map_index = map_members = None
+        if map_queries is not None:
+            # Each row's tokens of any phrase come first, in order; rows with fewer are padded with tokens of no phrase.
+            asked = map_queries.any(dim=1)
+            map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(asked.sum(-1).max())]
+            map_members = map_queries.gather(2, map_index[:, None].expand(-1, map_queries.shape[1], -1))
+        return AgeVlmCrossAttentionInputs(
+            visible=visible,
+            attention_mask=attention_mask,
+            positions=positions,
+            map_index=map_index,
+            map_members=map_members,
         )
 
 
@@ -673,7 +663,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
             1 for pixels of the image, 0 for padding around it.
         """
-        tokens, grid, outputs = self._vision_tokens(pixel_values, **kwargs)
+        tokens, grid, outputs = self.get_vision_tokens(pixel_values, **kwargs)
         visual_attention_mask = None
         if pixel_attention_mask is not None:
             # A token counts as soon as one pixel of the image lies in its cell.
@@ -681,14 +671,14 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             visual_attention_mask = cells.flatten(1) > 0
         return AgeVlmImageFeatures(
             last_hidden_state=tokens,
-            pooler_output=self._project(tokens, grid),
+            pooler_output=self.project_vision_tokens(tokens, grid),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),  # a convolutional tower has none
             visual_attention_mask=visual_attention_mask,
             grid=grid,
         )
 
-    def _vision_tokens(
+    def get_vision_tokens(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
         """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, their rows and columns, and all of
@@ -717,7 +707,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             )
         return features, grid, outputs
 
-    def _project(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+    def project_vision_tokens(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
         if grid is None or grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(
                 f"Image features of {tokens.shape[1]} tokens need their grid of rows and columns to go through the "
@@ -782,11 +772,11 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             # A convolutional tower takes any size; others say theirs in their configuration.
             size = getattr(self.config.vision_config, "image_size", None) or 64
-            tokens, _, _ = self._vision_tokens(torch.zeros(1, 3, size, size, device=device))
+            tokens, _, _ = self.get_vision_tokens(torch.zeros(1, 3, size, size, device=device))
             tokens = tokens.mean(1, keepdim=True)
         else:
             tokens = torch.zeros(1, 1, channels, device=device)
-        states = self._project(tokens, (1, 1)).expand(batch_size, -1, -1)
+        states = self.project_vision_tokens(tokens, (1, 1)).expand(batch_size, -1, -1)
         return states, torch.full((batch_size, 1), NEVER, device=device)
 
     def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
@@ -845,7 +835,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         cross_attention_states = visual_positions = None
         if features is not None:
             if features.pooler_output is None:  # a frozen tower's features, computed before
-                pooler_output = self._project(features.last_hidden_state, features.grid)
+                pooler_output = self.project_vision_tokens(features.last_hidden_state, features.grid)
                 # A new object: the caller's is good for the next step as well, when the adapter has learnt.
                 features = AgeVlmImageFeatures(**{**features, "pooler_output": pooler_output})
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)

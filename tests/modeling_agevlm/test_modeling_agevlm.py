@@ -9,7 +9,6 @@ import sys
 import textwrap
 from functools import partial
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from tiny_models import (
     tiny_age_vlm,
     tiny_llama,
     tiny_vision,
+    write_gguf,
 )
 from transformers import (
     AutoConfig,
@@ -49,7 +49,12 @@ from agevlm import (
     AgeVlmTextModel,
     from_parts,
 )
-from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmImageFeatures, MapSelection, sincos_2d
+from agevlm.modeling_agevlm.modeling_agevlm import (
+    AgeVlmCrossAttention,
+    AgeVlmCrossAttentionInputs,
+    AgeVlmImageFeatures,
+    sincos_2d,
+)
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -98,33 +103,6 @@ def largest(difference: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------- assembled from parts
 
 
-def write_gguf(llama, path) -> None:
-    """A GGUF file as llama.cpp's converter writes it, rows of the rotary projections interleaved."""
-    config = llama.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, value in llama.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if "q_proj" in key or "k_proj" in key:
-            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
-            value = value.view(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def assert_equals_llama(assembled, llama) -> None:
     """Logits equal bit for bit: text-only and with images, padded left and right."""
     assert len(blocks(assembled)) == 4
@@ -164,8 +142,8 @@ def test_assembled_from_paths_equals_llama(vision, dtype, tmp_path):
     assembled = from_parts(str(tmp_path / "llama"), str(tmp_path / "vision"), image_token_id=IMAGE)
     assert assembled.dtype == dtype
     assert_equals_llama(assembled, LlamaForCausalLM.from_pretrained(tmp_path / "llama"))
-    expected = tiny_age_vlm(vision=vision).model._vision_tokens(images(1))[0]
-    assert torch.allclose(assembled.model._vision_tokens(images(1))[0], expected, atol=1e-6)
+    expected = tiny_age_vlm(vision=vision).model.get_vision_tokens(images(1))[0]
+    assert torch.allclose(assembled.model.get_vision_tokens(images(1))[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -304,9 +282,9 @@ def block_inputs(seed: int = 0, batch_size: int = 2, seq_length: int = 5, num_vi
 def test_block_equals_reference(model, implementation):
     hidden, visual, visible = block_inputs()
     with attention(model, implementation):
-        mask = model.model.language_model._cross_attention_mask(visible, hidden)
+        inputs = model.model.language_model._cross_attention_inputs(visible, hidden)
         for block in blocks(model):
-            added, weights, _ = block(hidden, visual, mask, visible)
+            added, weights, _ = block(hidden, visual, inputs)
             expected, attended = reference_block(block, hidden, visual, visible)
             np.testing.assert_allclose(added.numpy(), expected, atol=2e-4)
             assert (added[~visible.any(-1)] == 0).all(), "a token that sees no image gets exactly nothing"
@@ -322,10 +300,9 @@ def test_maps_equal_reference(model):
     queries = torch.zeros(2, 3, 5, dtype=torch.bool)
     queries[0, 0, 2], queries[0, 1, [1, 2, 4]], queries[0, 2, [0, 3]] = True, True, True
     queries[1, 0, 2:5], queries[1, 1, 3] = True, True
-    mask = model.model.language_model._cross_attention_mask(visible, hidden)
-    selection = MapSelection.from_queries(queries)
+    inputs = model.model.language_model._cross_attention_inputs(visible, hidden, map_queries=queries)
     for block in blocks(model):
-        _, _, maps = block(hidden, visual, mask, visible, map_selection=selection)
+        _, _, maps = block(hidden, visual, inputs)
         _, attended = reference_block(block, hidden, visual, visible)
         assert maps.shape == (2, 3, 7)
         for b, p in np.ndindex(2, 3):
@@ -340,8 +317,8 @@ def test_no_gradient_flows_through_the_residual_scale(model):
     hidden, visual, visible = block_inputs()
     hidden.requires_grad_()
     torch.manual_seed(0)
-    mask = model.model.language_model._cross_attention_mask(visible, hidden)
-    added, _, _ = blocks(model)[0](hidden, visual, mask, visible)
+    inputs = model.model.language_model._cross_attention_inputs(visible, hidden)
+    added, _, _ = blocks(model)[0](hidden, visual, inputs)
     (gradient,) = torch.autograd.grad((added * torch.randn_like(added)).sum(), hidden)
     assert largest(gradient) > 0.1
     assert largest(torch.cosine_similarity(gradient, hidden, dim=-1)) < 1e-4
@@ -353,11 +330,11 @@ def test_no_query_is_left_without_keys(model, implementation, attended):
     """A softmax over nothing is NaN, or has a NaN gradient, on some of the backends behind SDPA."""
     hidden, _, visible = block_inputs()
     with attention(model, implementation):
-        mask = model.model.language_model._cross_attention_mask(visible, hidden)[:, 0] == attended
+        inputs = model.model.language_model._cross_attention_inputs(visible, hidden)
     expected = visible | ~visible.any(-1, keepdim=True)
     if has_sink(model):  # comes last, and is always there
         expected = torch.cat([expected, torch.ones_like(expected[..., :1])], dim=-1)
-    assert torch.equal(mask, expected)
+    assert torch.equal(inputs.attention_mask[:, 0] == attended, expected)
 
 
 @either_model
@@ -369,7 +346,7 @@ def test_block_has_no_causal_mask(model, implementation):
     visible = torch.ones_like(visible)
     block = blocks(model)[0]
     with attention(model, implementation):
-        added, _, _ = block(hidden, visual, None, visible)
+        added, _, _ = block(hidden, visual, AgeVlmCrossAttentionInputs(visible=visible))
     np.testing.assert_allclose(added.numpy(), reference_block(block, hidden, visual, visible)[0], atol=2e-4)
 
 
@@ -381,10 +358,9 @@ def test_block_knows_no_order_of_text_or_visual_tokens(model, implementation):
     texts, visuals = torch.randperm(hidden.shape[1]), torch.randperm(visual.shape[1])
     block, language_model = blocks(model)[0], model.model.language_model
     with attention(model, implementation):
-        added, _, _ = block(hidden, visual, language_model._cross_attention_mask(visible, hidden), visible)
-        visible = visible[:, texts][:, :, visuals]
-        mask = language_model._cross_attention_mask(visible, hidden)
-        permuted, _, _ = block(hidden[:, texts], visual[:, visuals], mask, visible)
+        added, _, _ = block(hidden, visual, language_model._cross_attention_inputs(visible, hidden))
+        inputs = language_model._cross_attention_inputs(visible[:, texts][:, :, visuals], hidden)
+        permuted, _, _ = block(hidden[:, texts], visual[:, visuals], inputs)
     torch.testing.assert_close(permuted, added[:, texts], atol=1e-4, rtol=1e-5)
 
 
@@ -495,7 +471,7 @@ def test_gradients_of_maps_equal_those_through_eager_attention(trainable, use_re
     inputs, queries = batch(), phrases()
     expected = gradients(trainable, eager_maps(trainable, inputs, queries))
     trained = "layernorm", "q_proj", "k_proj", "q_norm", "k_norm"
-    last = "model.language_model.layers.4.cross_attn"
+    last = "model.language_model.cross_attn.4"
     assert {f"{last}.{name}.weight" for name in trained} <= expected.keys()
     assert (f"{last}.sink" in expected) == has_sink(trainable)
     assert {name for name in expected if "projector" in name} == {
@@ -764,7 +740,7 @@ def test_llama_checkpoint_loads_into_the_text_model_as_it_is(tmp_path):
     llama.save_pretrained(tmp_path)
     config = AgeVlmTextConfig(**{k: v for k, v in llama.config.to_dict().items() if k != "model_type"})
     model, info = AgeVlmTextModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
-    assert all(".cross_attn." in key for key in info["missing_keys"])
+    assert all(key.startswith("cross_attn.") for key in info["missing_keys"])
     assert set(info["unexpected_keys"]) <= {"lm_head.weight"}
     assert torch.equal(model(**pad(ROWS)).last_hidden_state, llama.model(**pad(ROWS)).last_hidden_state)
 
@@ -888,9 +864,10 @@ def test_a_plain_attention_name_is_for_the_text_model(vision, implementation, tm
         assert vlm.model.language_model.config._attn_implementation == implementation
 
 
-def test_nothing_of_a_map_selection_can_be_rounded():
+def test_nothing_that_selects_maps_can_be_rounded(model):
     """Mixed precision of FSDP2 casts every floating point tensor that goes into a layer, and 1/3 is no bfloat16."""
     queries = torch.zeros(1, 2, 7, dtype=torch.bool)
     queries[0, 0, 1:4] = True
-    selection = MapSelection.from_queries(queries)
-    assert not any(value.is_floating_point() for value in vars(selection).values())
+    visible = torch.ones(1, 7, 4, dtype=torch.bool)
+    inputs = model.model.language_model._cross_attention_inputs(visible, torch.zeros(1, 7, 32), map_queries=queries)
+    assert not any(value.is_floating_point() for value in (inputs.visible, inputs.map_index, inputs.map_members))

@@ -220,11 +220,12 @@ def default_model():
 
 def test_default_blocks_stand_where_the_paper_puts_them(default_model):
     config = default_model.config.text_config
-    layers = default_model.model.language_model.layers
+    text_model = default_model.model.language_model
     assert config.cross_attention_layers == [2, 7, 12, 17]
-    assert len(layers) == 16
-    assert [i for i, layer in enumerate(layers) if layer.cross_attn is not None] == [2, 6, 10, 14]
-    merged = [name for layer in layers for name in (["block"] if layer.cross_attn is not None else []) + ["layer"]]
+    assert len(text_model.layers) == 16
+    assert list(text_model.cross_attn) == ["2", "6", "10", "14"]
+    blocks = [["block"] if str(i) in text_model.cross_attn else [] for i in range(16)]
+    merged = [name for block in blocks for name in (*block, "layer")]
     assert [i for i, name in enumerate(merged) if name == "block"] == [2, 7, 12, 17]
 
 
@@ -234,8 +235,7 @@ def test_default_size_is_that_of_llama_and_four_blocks(default_model):
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         llama = LlamaForCausalLM(LlamaConfig(**{**values, "model_type": "llama"}))
     text_model = default_model.model.language_model
-    blocks = [layer.cross_attn for layer in text_model.layers if layer.cross_attn is not None]
-    added = sum(count(block) for block in blocks)
+    added = count(text_model.cross_attn)
 
     width, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim

@@ -38,10 +38,11 @@ from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.rows import row_features
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
+from agevlm.trainer.guidance import visual_grid
 from agevlm.trainer.losses import dice_loss, resolve_loss
 from agevlm.trainer.recipe import load_recipe, training_arguments
 from agevlm.trainer.stages import GROUPS, PRESETS, freeze, group_parameters
-from agevlm.trainer.trainer import AgeVlmTrainer, visual_grid
+from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer, AgeVlmSFTConfig
 
 
@@ -567,9 +568,7 @@ def test_guided_layers_alone_have_their_queries_and_keys_guided(guided, tmp_path
     )  # fmt: skip
     trainer.train()
     moved = {name for name, gradient in kept.steps[0].items() if gradient.any()}
-    blocks = [
-        f"model.language_model.layers.{i}.cross_attn." for i in model.config.text_config.cross_attention_llama_layers
-    ]
+    blocks = [f"model.language_model.cross_attn.{i}." for i in model.config.text_config.cross_attention_llama_layers]
     projections = {
         f"{block}{part}.weight" for block in blocks for part in ("q_proj", "k_proj", "q_norm", "k_norm", "layernorm")
     }

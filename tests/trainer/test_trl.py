@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
 from agevlm.trainer.losses import dice_loss
-from agevlm.trainer.stages import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, freeze
+from agevlm.trainer.stages import LORA_TARGET_MODULES, freeze, lora_modules_to_save
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import (
     AgeVlmDPOConfig,
@@ -38,11 +38,12 @@ PLAIN |= {"logging_steps": 1, "disable_tqdm": True}
 SGD = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0, **PLAIN}
 WEIGHT = 2.0
 EVERYTHING = ["adapter", "cross_attention", "vision", "self_attention", "ffn", "embeddings"]
+MODULES_TO_SAVE = lora_modules_to_save(tiny_trainable().config)
 
 
 def lora(**kwargs) -> LoraConfig:
     defaults = {"task_type": "CAUSAL_LM", "r": 4, "lora_dropout": 0.0, "target_modules": LORA_TARGET_MODULES}
-    return LoraConfig(**{**defaults, "modules_to_save": list(LORA_MODULES_TO_SAVE), **kwargs})
+    return LoraConfig(**{**defaults, "modules_to_save": MODULES_TO_SAVE, **kwargs})
 
 
 def collator(**kwargs) -> AgeVlmDataCollator:
@@ -404,8 +405,8 @@ def test_the_default_pattern_is_the_language_model_alone():
     assert whole == {
         f"base_model.model.{n.replace(part, f'{part}.modules_to_save.default')}"
         for n, _ in tiny_trainable().named_parameters()
-        for part in LORA_MODULES_TO_SAVE
-        if part in n
+        for part in MODULES_TO_SAVE
+        if f".{part}." in n
     }
 
 
