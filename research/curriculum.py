@@ -19,7 +19,8 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import AgeVlmProcessor
 from agevlm.processing.rows import message_text
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
-from agevlm.trainer.trainer import AgeVlmTrainer, visual_grid
+from agevlm.trainer.guidance import visual_grid
+from agevlm.trainer.trainer import AgeVlmTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

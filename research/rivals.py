@@ -25,9 +25,9 @@ from agevlm.modeling_agevlm.modeling_agevlm import (
 )
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import AgeVlmProcessor
-from agevlm.trainer import AgeVlmTrainingArguments, CheckpointsMixin, OptimizerMixin, SamplingMixin
+from agevlm.trainer import AgeVlmTrainingArguments, CheckpointsMixin, OptimizerMixin, SamplingMixin, visual_grid
 from agevlm.trainer.stages import resolve_groups
-from agevlm.trainer.trainer import keep_learnt, visual_grid
+from agevlm.trainer.trainer import keep_learnt
 
 
 class ConcatenationModel(LlavaModel):
@@ -193,7 +193,7 @@ class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trai
         features: of the frozen tower, see [`~agevlm.data.FeatureStore`].
 
     Raises:
-        ValueError: if `args.stage` trains a part of the tower or of the language model.
+        ValueError: if `args.stage` trains a part of the tower or of the language model, or `features` are not of its tower.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trai
             )
         model.requires_grad_(False)
         model.model.multi_modal_projector.float().requires_grad_(True)
-        args.remove_unused_columns = False  # the collator reads rows
+        if features is not None:
+            features.check(model, processing_class)
         collator = AgeVlmDataCollator(
             processing_class,
             max_length=args.max_length,

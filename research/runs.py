@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import DatasetDict, disable_progress_bars, load_from_disk
+from datasets import disable_progress_bars, load_from_disk
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
@@ -164,6 +165,7 @@ def _parts(recipe: Recipe) -> Iterator[DataPart]:
         yield from stage.data or ()
 
 
+@cache
 def _checkpoint_digest(folder: Path) -> str:
     model = AgeVlmForConditionalGeneration.from_pretrained(folder)
     files = sorted(file for pattern in ("*.json", "*.jinja") for file in folder.glob(pattern))
@@ -248,7 +250,7 @@ def fresh_model(variant: Variant, seed: int, laboratory: Laboratory) -> PreTrain
     # Eager attention is faster on CPUs for texts without image tokens, which are short.
     attention = "eager" if laboratory.device == "cpu" and not variant.concatenates else "sdpa"
     model = AgeVlmForConditionalGeneration.from_pretrained(
-        laboratory.checkpoint, config=config, attn_implementation={"text_config": attention}
+        laboratory.checkpoint, config=config, attn_implementation=attention
     )
     for number, fresh in enumerate(fresh_modules(model).values()):
         torch.manual_seed(1000 * seed + number)
