@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -90,12 +91,9 @@ class Evaluation:
         """The names of the benchmark and the model."""
         return f"{self.settings['benchmark']}: {self.settings['model']}"
 
-    def rich(self) -> Table:
-        """The tables, for the terminal."""
-        grid = Table.grid()
-        for number, rows in enumerate(self.tables):
-            grid.add_row(rich_table(rows, None if number else self.title))
-        return grid
+    def rich(self) -> Group:
+        """The title and the tables, for the terminal."""
+        return Group(Text(self.title), *map(rich_table, self.tables))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `results.json` (settings, versions, scores) and `report.md` (the tables) to a folder that exists."""
@@ -232,10 +230,10 @@ def markdown_table(rows: TextTable) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def rich_table(rows: TextTable, title: str | None = None) -> Table:
+def rich_table(rows: TextTable) -> Table:
     """A table for the terminal; the first column is of names, the others of numbers."""
     header, *body = rows
-    table = Table(title=None if title is None else Text(title), title_justify="left")
+    table = Table()
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
     for row in body:

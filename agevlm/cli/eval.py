@@ -139,4 +139,5 @@ def similarity(
         "AUROC": "auroc",
     }
     table = [["", model], *([label, f"{summary[name]:.3f}"] for label, name in labels.items())]
-    Console().print(rich_table([*table, ["pairs", str(summary["pairs"])]], "Hidden states with an image, and without"))
+    Console().print("Hidden states with an image, and without")
+    Console().print(rich_table([*table, ["pairs", str(summary["pairs"])]]))
