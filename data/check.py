@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of grounding data: every row held against the format of [`agevlm.processing.rows`]."""
+"""Checks every row of a data set against the format of [`agevlm.processing.rows`]."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
+from PIL import Image
+
+from ..processing.image_processing_agevlm import load_image
+from ..processing.rows import PREFERENCE_COLUMNS, ROLES, mask_from_rle, message_text, place_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
-from ..processing.rows import PREFERENCE_COLUMNS, ROLES, import_datasets, mask_from_rle, message_text, place_images
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a row and how to mend it (severity "error"), or only worth knowing ("note").
+    """A mistake in a row and its fix (severity "error"), or a fact worth knowing ("note").
 
-    `where` is the place in the row, as `grounding[3].box`; `row` the row's number in the data set, where known.
+    `where` is the place in the row, such as `grounding[3].box`; `row` is the row's number in the data set, if known.
     """
 
     where: str
@@ -34,15 +36,15 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `check_dataset` found. A phrase is an entry of `grounding`; a bad row has at least one error."""
+    """The result of `check_dataset`. A phrase is an entry of `grounding`; a bad row has at least one error."""
 
     rows: int = 0
     rows_with_grounding: int = 0
     phrases: int = 0
     phrases_with_mask: int = 0
     phrases_with_box: int = 0
-    phrases_absent: int = 0  # their mask is empty, without a score: they name nothing in the image
-    phrases_dropped: int = 0  # at training: their mask is empty, with a score
+    phrases_absent: int = 0  # with an empty mask and no score: the image shows nothing that they name
+    phrases_dropped: int = 0  # with an empty mask and a score: training drops them
     bad_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -50,14 +52,12 @@ class Report:
 def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | None] | None = None) -> list[Problem]:
     """Every problem of a row, in the order of its columns.
 
-    Phrases are held against the text once the messages are in order: while those are not, only boxes, masks and scores
-    of `grounding` are checked.
+    The spans of phrases are checked only if the messages are valid. Boxes, masks and scores are always checked.
 
     Args:
-        row: a row of the format above, or of preference data. Its images are PIL images, paths, or what `datasets`
-            stores of them, `{"bytes": ..., "path": ...}`; they are decoded to the last pixel, to find damaged ones.
-        image_sizes: `(width, height)` in pixels of each image, None where unknown. Where given, `row["images"]` is not
-            looked at.
+        row: a row of the format, or of preference data. Its images are PIL images, paths, or dictionaries as `datasets`
+            stores them, `{"bytes": ..., "path": ...}`. They are decoded completely, to find damaged ones.
+        image_sizes: `(width, height)` in pixels of each image, None if unknown. If given, `row["images"]` is ignored.
     """
     problems: list[Problem] = []
     if image_sizes is None:
@@ -66,14 +66,14 @@ def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | No
     columns: tuple[str, ...] = ("messages",)
     if row.get("messages") is None and any(column in row for column in PREFERENCE_COLUMNS):
         columns = PREFERENCE_COLUMNS
-    found = [problem for column in columns for problem in _check_messages(row.get(column), column)]
-    problems += found
+    message_problems = [problem for column in columns for problem in _check_messages(row.get(column), column)]
+    problems += message_problems
     messages: list[dict] | None = None
-    shown: list[tuple[int, int]] = []
-    if not found:
+    image_places: list[tuple[int, int]] = []
+    if not message_problems:
         messages = [message for column in columns[:2] for message in row[column]]
         try:
-            shown = _places_of_images(place_images(row[columns[0]], len(image_sizes)))
+            image_places = _image_places(place_images(row[columns[0]], len(image_sizes)))
         except ValueError as error:
             problems.append(Problem(columns[0], f"{error}"))
 
@@ -83,7 +83,7 @@ def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | No
     for i, entry in enumerate(grounding if isinstance(grounding, list) else ()):
         if isinstance(entry, dict):
             if messages is not None:
-                problems += _check_span(entry, f"grounding[{i}]", messages, shown)
+                problems += _check_span(entry, f"grounding[{i}]", messages, image_places)
             problems += _check_region(entry, f"grounding[{i}]", image_sizes)
         else:
             problems.append(Problem(f"grounding[{i}]", 'is not an entry; write {"message": 0, "start": 0, …}'))
@@ -111,16 +111,16 @@ def check_dataset(dataset: Dataset | Sequence[dict[str, Any]], *, progress: bool
         report.phrases += len(entries)
         report.phrases_with_mask += sum(entry.get("mask") is not None for entry in entries)
         report.phrases_with_box += sum(entry.get("box") is not None for entry in entries)
-        doubts = sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
-        report.phrases_dropped += doubts
-        report.phrases_absent += sum(_is_empty(entry.get("mask")) for entry in entries) - doubts
+        dropped = sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
+        report.phrases_dropped += dropped
+        report.phrases_absent += sum(_is_empty(entry.get("mask")) for entry in entries) - dropped
         report.bad_rows += any(problem.severity == "error" for problem in problems)
         report.problems += problems
     return report
 
 
 def _raw_rows(dataset: Dataset | Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Rows with their images as stored: those of `datasets` come decoded otherwise, and a damaged one raises."""
+    """Rows with their images as they are stored: `datasets` would decode them, and raise at a damaged one."""
     if isinstance(dataset, Sequence):
         yield from dataset
         return
@@ -134,40 +134,38 @@ def _raw_rows(dataset: Dataset | Sequence[dict[str, Any]]) -> Iterable[dict[str,
     if "images" not in dataset.column_names:
         yield from rows
         return
-    # As Arrow, nothing is decoded; casting to `Image(decode=False)` would write a copy of the data set.
+    # Arrow's format decodes nothing. A cast to `Image(decode=False)` would write a copy of the data set.
     stored = dataset.with_format("arrow").select_columns("images")
     for row, table in zip(rows, stored, strict=True):
         yield row | {"images": table["images"][0].as_py()}
 
 
 def _read_sizes(images: Any) -> tuple[list[tuple[int, int] | None], list[Problem]]:
-    """Decode images, as `datasets` does (upright): their `(width, height)`, and a problem for each unreadable one."""
-    decode = import_datasets().Image().decode_example
+    """Decode images: the `(width, height)` of each upright image, and a problem for each unreadable one."""
     if not isinstance(images, list | None):
-        return [], [Problem("images", "is not a list; write a list of images, empty where there is none")]
+        return [], [Problem("images", "is not a list; write a list of images, empty if there is none")]
     sizes: list[tuple[int, int] | None] = []
     problems = []
     for i, image in enumerate(images or ()):
-        is_path = isinstance(image, str | os.PathLike)
-        stored = {"path": None, "bytes": None} | (
-            {"path": str(image)} if is_path else image if isinstance(image, dict) else {}
-        )
+        path = image.get("path") if isinstance(image, dict) else None
+        source = image.get("bytes") or path if isinstance(image, dict) else image
         try:
-            decoded = image if hasattr(image, "load") else decode(stored)
-            decoded.load()
-            sizes.append(decoded.size)
-        except Exception as error:  # decoders of damaged files raise almost anything
-            name = f" ({stored['path']})" if stored["path"] else ""
-            text = f"is no readable image{name}, {type(error).__name__}; replace it or remove the row"
-            problems.append(Problem(f"images[{i}]", text))
+            if isinstance(source, Image.Image):
+                source.load()
+                sizes.append(source.size)
+            else:
+                sizes.append(load_image(source).size)
+        except Exception as error:  # decoders of damaged files raise errors of many types
+            file = f" ({path})" if path else ""
+            problems.append(Problem(f"images[{i}]", f"is not readable{file}: {error}; replace it or remove the row"))
             sizes.append(None)
     return sizes, problems
 
 
 def _check_messages(messages: Any, column: str) -> Iterator[Problem]:
-    """Problems of the form of a list of messages."""
+    """Problems of a column of messages."""
     if not isinstance(messages, list):
-        yield Problem(column, 'is missing or no list; write a list of {"role": …, "content": …}')
+        yield Problem(column, 'is missing or not a list; write a list of {"role": …, "content": …}')
     elif not messages:
         yield Problem(column, "is empty; write at least one message, or remove the row")
     else:
@@ -195,12 +193,12 @@ def _check_message(message: Any, column: str, where: str) -> Iterator[Problem]:
         elif kind == "text" and not isinstance(part.get("text"), str):
             yield Problem(place, 'is a text part without text; write {"type": "text", "text": …}')
         elif kind == "image" and (role == "tool" or column in ("chosen", "rejected")):
-            # TRL hands out images to the prompt's messages, and passes over those of tools.
+            # TRL gives images to the prompt's messages only, and skips those of tools.
             yield Problem(place, "shows an image in a tool's message or an answer; move it to a user's message")
 
 
-def _places_of_images(messages: list[dict]) -> list[tuple[int, int]]:
-    """Where each image is shown: the message's index, and how many characters of its text come before."""
+def _image_places(messages: list[dict]) -> list[tuple[int, int]]:
+    """The place of each image part: the message's index, and the number of characters of its text before the part."""
     places = []
     for i, message in enumerate(messages):
         before = 0
@@ -212,33 +210,35 @@ def _places_of_images(messages: list[dict]) -> list[tuple[int, int]]:
     return places
 
 
-def _check_span(entry: dict, where: str, messages: list[dict], shown: list[tuple[int, int]]) -> Iterator[Problem]:
-    """Problems of where a phrase stands."""
+def _check_span(
+    entry: dict, where: str, messages: list[dict], image_places: list[tuple[int, int]]
+) -> Iterator[Problem]:
+    """Problems of a phrase's place in the messages."""
     message, start, end, image = (entry.get(key) for key in ("message", "start", "end", "image"))
     if not _is_index(message, len(messages)):
         yield Problem(f"{where}.message", f"is {message!r}, but there are {len(messages)} messages, from 0 on")
         return
     text = message_text(messages[message])
     if not (_is_index(start, len(text) + 1) and _is_index(end, len(text) + 1)):
-        rule = f"the text of message {message} has {len(text)} characters, from 0 on"
-        yield Problem(where, f"has the span {start!r} to {end!r}, but {rule}")
+        limit = f"the text of message {message} has {len(text)} characters, from 0 on"
+        yield Problem(where, f"has the span {start!r} to {end!r}, but {limit}")
         return
     if start >= end:
         yield Problem(where, f"has an empty or reversed span, {start} to {end}; `end` is one past the last character")
         return
     phrase = text[start:end]
     if phrase != phrase.strip():
-        yield Problem(where, f"has a span that begins or ends with white space, {phrase!r}; leave that out")
-    if _is_index(image, len(shown)) and shown[image] > (message, start):
+        yield Problem(where, f"has a span that begins or ends with white space, {phrase!r}; exclude it")
+    if _is_index(image, len(image_places)) and image_places[image] > (message, start):
         yield Problem(
             where,
-            f"names something in image {image} before the image is shown, where {phrase!r} cannot look at it; move "
-            "the image part to an earlier place or leave the entry out",
+            f"names something in image {image} before the image is shown, so {phrase!r} cannot attend to it; move "
+            "the image part to an earlier place or remove the entry",
         )
 
 
 def _check_region(entry: dict, where: str, image_sizes: Sequence[tuple[int, int] | None]) -> Iterator[Problem]:
-    """Problems of what a phrase names in an image."""
+    """Problems of a phrase's image, box, mask and score."""
     image, box, mask, score = (entry.get(key) for key in ("image", "box", "mask", "score"))
     size = None
     if not _is_index(image, len(image_sizes)):
@@ -246,7 +246,9 @@ def _check_region(entry: dict, where: str, image_sizes: Sequence[tuple[int, int]
     else:
         size = image_sizes[image]
     if box is None and mask is None:
-        yield Problem(where, "has neither box nor mask; a mask teacher that takes phrases can add one", "note")
+        yield Problem(
+            where, "has neither box nor mask; a mask teacher that starts from phrases can add a mask", "note"
+        )
     if box is not None:
         yield from _check_box(box, f"{where}.box", size)
     if mask is not None:
@@ -264,7 +266,7 @@ def _check_box(box: Any, where: str, size: tuple[int, int] | None) -> Iterator[P
         yield Problem(where, f"is empty or reversed, {box}; write [left, top, right, bottom] in pixels")
     if min(box) < 0 or (size is not None and (max(x0, x1) > size[0] or max(y0, y1) > size[1])):
         image = "the image" if size is None else f"the image of {size[0]} x {size[1]} pixels"
-        yield Problem(where, f"reaches outside {image}, {box}; write pixels of the image as it is, upright")
+        yield Problem(where, f"reaches outside {image}, {box}; write pixels of the upright image at its own size")
 
 
 def _is_empty(mask: Any) -> bool:
@@ -275,12 +277,12 @@ def _is_empty(mask: Any) -> bool:
 
 
 def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any) -> Iterator[Problem]:
-    # The size comes first: decoding one that a mask only claims to have could take any amount of memory.
-    claimed = mask.get("size") if isinstance(mask, dict) else None
-    if size is not None and isinstance(claimed, list | tuple) and tuple(claimed) != size[::-1]:
+    # The size is checked first: to decode a mask of a wrong size could take any amount of memory.
+    mask_size = mask.get("size") if isinstance(mask, dict) else None
+    if size is not None and isinstance(mask_size, list | tuple) and tuple(mask_size) != size[::-1]:
         yield Problem(
             where,
-            f"has the size {list(claimed)}, but its image is {size[1]} high and {size[0]} wide; make them the same",
+            f"has the size {list(mask_size)}, but its image is {size[1]} high and {size[0]} wide; make them the same",
         )
         return
     try:
@@ -289,7 +291,9 @@ def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any)
         yield Problem(where, f"{error}; encode it with agevlm.processing.rows.mask_to_rle")
         return
     if empty and score is not None:
-        yield Problem(where, "is empty and has a score: its teacher was not sure, and the phrase is dropped", "note")
+        yield Problem(
+            where, "is empty and has a score: its teacher was not sure, so training drops the phrase", "note"
+        )
 
 
 def _is_index(value: Any, length: int) -> TypeGuard[int]:
