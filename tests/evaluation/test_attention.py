@@ -9,25 +9,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import llava, run
 from PIL import Image
-from test_benchmark import llava
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import GRID, open_gates, tiny_llama, tiny_vision
 from tokenizers import processors
 
-from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, cli, from_parts
+from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
 from agevlm.evaluation import attention as attention_maps
+from agevlm.evaluation.answers import Question, answer_batch, render_question
 from agevlm.evaluation.attention import (
+    Phrase,
     attend,
     block_titles,
     choose_phrases,
     decode_with_offsets,
     find_phrase,
-    phrase_maps,
 )
-from agevlm.evaluation.benchmark import Question, render_question, reply_greedily
-from agevlm.evaluation.scenes import SceneQuestion, answer_questions
-from agevlm.plots import draw_heatmaps
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
@@ -164,8 +162,6 @@ def test_maps_of_the_question_are_those_of_its_tokens_whatever_the_answer(parts,
         attention = attend(model, processor, picture(), QUESTION, answer, **options)
         assert [phrase.source for phrase in attention.phrases] == ["question"]
         np.testing.assert_allclose(attention.maps[:, 0], expected, atol=1e-5)
-    again = phrase_maps(model, processor, text, picture(), [find_phrase(text, phrase)])
-    np.testing.assert_allclose(again[:, 0], expected, atol=1e-5)
 
 
 def test_maps_of_a_given_answer(parts):
@@ -186,7 +182,7 @@ def without_bos(template: str) -> str:
 
 
 @pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, without_bos(DEFAULT_CHAT_TEMPLATE)])
-@pytest.mark.parametrize("way", ["attend", "phrase_maps", "answer_questions", "reply_greedily"])
+@pytest.mark.parametrize("way", ["attend", "answer_batch"])
 def test_the_special_tokens_are_those_that_the_chat_template_writes(template, way):
     """The tokenizer would add a BOS token, as Llama 3's does, to the one that the template has written or not."""
     model, processor = build(template)
@@ -199,13 +195,8 @@ def test_the_special_tokens_are_those_that_the_chat_template_writes(template, wa
     )
     if way == "attend":
         attend(model, processor, picture(), QUESTION, max_new_tokens=2)
-    elif way == "phrase_maps":
-        phrase_maps(model, processor, text, picture(), [find_phrase(text, "dog")])
-    elif way == "answer_questions":
-        asked = SceneQuestion(0, "existence", QUESTION, "Yes", spans=[find_phrase(QUESTION, "dog")])
-        answer_questions(model, processor, [asked], {0: picture()}, max_new_tokens=2, progress=None)
     else:
-        reply_greedily(model, processor, [Question("q", picture, QUESTION)], 2)
+        answer_batch(model, processor, [Question("q", picture, QUESTION)], 2)
     prompts = [ids for ids in seen if len(ids) > 1]  # in generation, the later tokens come alone
     assert prompts
     for ids in prompts:
@@ -232,6 +223,7 @@ def test_phrases_are_looked_for_in_the_answer_and_then_in_the_question():
     assert [phrase.text for phrase in choose_phrases(question, answer)] == words
     for phrase in choose_phrases(question, answer):
         assert answer[phrase.start : phrase.end] == phrase.text
+    assert choose_phrases(question, answer, [Phrase("dog", "question", 7, 10)]) == [Phrase("dog", "question", 7, 10)]
     for phrase in ("cat", ""):
         with pytest.raises(ValueError, match=f"'{phrase}' occurs neither in the question .* choose words"):
             choose_phrases(question, answer, [phrase])
@@ -242,6 +234,7 @@ def test_phrases_are_looked_for_in_the_answer_and_then_in_the_question():
 
 def test_letters_that_change_their_length_move_no_phrase():
     assert len("İ".lower()) == 2
+    assert find_phrase("A dog, a Dog?", "dog") == (9, 12)
     assert find_phrase("İİ dog", "Dog") == (3, 6)
     assert find_phrase("a.a dog? a(", "a(") == (9, 11)
 
@@ -285,6 +278,14 @@ def test_a_character_that_was_not_generated_to_its_end():
 
 
 # --- places in the image ---
+
+
+@pytest.mark.parametrize(("width", "height", "cells"), [(50, 50, (4, 4)), (60, 30, (2, 4)), (10, 40, (4, 1))])
+def test_maps_lie_on_the_image(parts, width, height, cells):
+    model, processor = parts
+    maps = attend(model, processor, picture(width, height), QUESTION, "", ["dog", QUESTION]).maps
+    assert maps.shape == (len(block_titles(model)), 2, *cells)
+    np.testing.assert_allclose(maps.sum((-2, -1)), 1, atol=1e-5)  # nothing is lost with the padding
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (50, 33), (33, 50), (200, 61), (9, 70)])
@@ -397,18 +398,6 @@ def test_a_figure_has_a_row_a_phrase_and_nothing_overlaps(parts, tmp_path, monke
         assert image.height <= 3000
 
 
-def test_the_strongest_cell_is_framed_where_it_lies_in_the_image(tmp_path, monkeypatch):
-    drawn = panels(monkeypatch)
-    maps = np.zeros((1, 2, 3, 4))
-    maps[0, 0, 2, 1] = maps[0, 1, 0, 3] = 1
-    draw_heatmaps(picture(40, 25), maps, ["a", "b"], tmp_path / "x.png", labels=["dog"], cell=(10, 10))
-    frames = [axis.patches[0].get_bbox().extents.tolist() for axis in drawn[0].axes[1:]]
-    assert frames == [[10, 20, 20, 30], [30, 0, 40, 10]]
-    for axis in drawn[0].axes:  # the last row of cells reaches beyond the image
-        assert (axis.get_xlim(), axis.get_ylim()) == ((0, 40), (25, 0))
-    assert drawn[0].axes[1].images[1].get_extent() == [0, 40, 30, 0]
-
-
 def test_without_matplotlib(parts, tmp_path, monkeypatch):
     model, processor = parts
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -419,16 +408,6 @@ def test_without_matplotlib(parts, tmp_path, monkeypatch):
 
 
 # --- the commands ---
-
-
-def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """Exit code and what was printed."""
-    monkeypatch.setattr(sys, "argv", ["agevlm", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as exit_info:
-        sys.exit(cli.main())
-    captured = capsys.readouterr()
-    return exit_info.value.code or 0, captured.out + captured.err
 
 
 @pytest.mark.parametrize("predicting", [False, True])
@@ -467,21 +446,40 @@ def test_command_with_phrases_of_question_and_answer(monkeypatch, capsys, tmp_pa
     assert found == [("dog", "answer", 7), ("not there", "question", QUESTION.index("not there"))]
 
 
-def test_ask_draws_the_maps_of_the_question(monkeypatch, capsys, tmp_path, folders, parts):
+@pytest.mark.parametrize("phrase", ["dog", None])
+def test_ask_draws_the_maps_of_the_question(monkeypatch, capsys, tmp_path, folders, parts, phrase):
+    """With one pass of the image through the tower, and the figure of `attend`."""
     model, processor = parts
+    seen = []
+    generate, attended = type(model).generate, type(model).get_image_features
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kw: seen.append("answer") or generate(*args, **kw))
+    monkeypatch.setattr(
+        type(model), "get_image_features", lambda *args, **kw: seen.append("tower") or attended(*args, **kw)
+    )
     code, printed = run(
         monkeypatch, capsys, "ask", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION,
-        "--phrase", "dog", "--heatmap", tmp_path / "heatmap.png", "--max-new-tokens", 4,
+        *(["--phrase", phrase] if phrase else []), "--heatmap", tmp_path / "heatmap.png", "--max-new-tokens", 4,
     )  # fmt: skip
     assert code == 0, printed
-    attention = attend(model, processor, picture(), QUESTION, max_new_tokens=4)
-    assert attention.answer.strip() in printed
-    text = render_question(processor, QUESTION)
-    place = text.index("Dog")  # the last one
-    maps = phrase_maps(model, processor, text, picture(), [(place, place + 3)])[:, 0]
-    caption = f"{QUESTION}  {attention.answer.strip()}    [dog]"
-    draw_heatmaps(picture(), maps, block_titles(model), tmp_path / "expected.png", caption)
+    assert sorted(seen) == ["answer", "tower"]
+    place = QUESTION.index("Dog")  # the last one
+    span = (place, place + 3) if phrase else (0, len(QUESTION))
+    asked = Phrase(QUESTION[slice(*span)], "question", *span)
+    expected = attend(model, processor, picture(), QUESTION, phrases=[asked], max_new_tokens=4)
+    assert expected.answer.strip() in printed
+    assert expected.phrases == [asked]
+    expected.draw(tmp_path / "expected.png")
     assert (tmp_path / "heatmap.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+def test_ask_looks_up_its_phrase_in_the_question(monkeypatch, capsys, tmp_path, folders):
+    command = ["ask", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION]
+    code, printed = run(monkeypatch, capsys, *command, "--phrase", "cat", "--heatmap", tmp_path / "x.png")
+    assert code == 2
+    assert "The phrase 'cat' does not occur in the text" in printed
+    code, printed = run(monkeypatch, capsys, *command, "--phrase", "dog")
+    assert code == 2
+    assert "name the PNG to write with --heatmap" in printed
 
 
 def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys, tmp_path, folders):
@@ -489,7 +487,7 @@ def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys
     code, printed = run(monkeypatch, capsys, *command, "--max-new-tokens", 4)
     assert code == 0, printed
     model, processor = llava()
-    (expected,) = reply_greedily(model, processor, [Question("q", picture, "Is there a dog?")], 4)
+    (expected,) = answer_batch(model, processor, [Question("q", picture, "Is there a dog?")], 4)
     assert "".join(expected["answer"].split()) in "".join(printed.split())
     code, printed = run(monkeypatch, capsys, *command, "--heatmap", tmp_path / "x.png")
     assert code == 2
