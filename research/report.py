@@ -243,11 +243,7 @@ def _titles(results: Results) -> dict[str, str]:
 def draw_curves(results: Results, path: Path, reference: str | None = None) -> None:
     """Draws the language modelling loss and the pointing accuracy of training; the `reference` is black."""
     titles, colors = _titles(results), choose_colors(results, reference)
-    logs = {
-        # The loss of a concatenating model has no other part.
-        titles[name]: [[{"lm_loss": entry.get("loss", math.nan), **entry} for entry in run["log"]] for run in runs]
-        for name, runs in results.items()
-    }
+    logs = {titles[name]: [run["log"] for run in runs] for name, runs in results.items()}
     log = next(iter(results.values()))[0]["log"]
     ends = [entry["step"] for entry, after in itertools.pairwise(log) if entry["stage"] != after["stage"]]
     draw_training(
@@ -310,7 +306,9 @@ def write_report(
 
     def add_table(heading: str, rows: Rows) -> None:
         lines.extend(["", f"**{heading}**", "", markdown_table(rows)])
-        tables.append(rich_table(rows, heading))
+        table = rich_table(rows)
+        table.title, table.title_justify = heading, "left"
+        tables.append(table)
 
     def add_figure(name: str) -> Path:
         lines.extend(["", f"![{name.replace('_', ' ')}]({name}.png)"])

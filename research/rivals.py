@@ -41,7 +41,8 @@ class ConcatenationModel(LlavaModel):
 
     def __init__(self, config: LlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # Convolutional towers have no attention, and refuse the implementations that the text model is asked to use.
+        self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -227,3 +228,8 @@ class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trai
         inputs = {name: value for name, value in inputs.items() if name != "pixel_attention_mask"}
         inputs = expand_image_tokens(inputs, self.model.config.image_token_id, self._tokens_per_image)
         return super().compute_loss(model, keep_learnt(inputs), return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # which has no part of guidance
+            logs["lm_loss"] = logs["loss"]
+        super().log(logs, start_time)

@@ -269,7 +269,7 @@ def run(variant: Variant, name: str, seed: int, laboratory: Laboratory) -> dict[
     Returns:
         What it writes to `result.json`: `scores` and `similarity` by split (see [`~agevlm.evaluation.evaluate_scenes`] and
         [`~agevlm.evaluation.measure_similarity`]); `text_loss`, see [`text_loss`]; the training `log`; `seconds`; `settings` and
-        `versions`. Beside it are the curves in `training.png` and the trained weights in `trained.safetensors`.
+        `versions`. Beside it are the trained weights in `trained.safetensors`.
     """
     folder = laboratory.run_dir(name, seed)
     settings = laboratory.settings(variant, name, seed)
@@ -311,7 +311,6 @@ def run(variant: Variant, name: str, seed: int, laboratory: Laboratory) -> dict[
     }
     weights = {key: p.detach().to("cpu", torch.bfloat16) for key, p in model.named_parameters() if p.requires_grad}
     save_file({key: weight.contiguous() for key, weight in weights.items()}, folder / "trained.safetensors")
-    shutil.copy(training / "training.png", folder)
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / "result.json")

@@ -35,7 +35,7 @@ def result(name, seed, *, hits, pointing=None, auroc=0.6, relation=0.5, loss=2.5
         scores["pointing"]["by_block"] = [pointing - 0.1, pointing + 0.1]
     similarity = {"auroc": auroc, "overlap": 0.7, "matching_mean": 0.4, "random_mean": 0.2, "pairs": 50}
     log = [
-        {"step": step, "stage": stage, "loss": 3 / step + seed / 10}
+        {"step": step, "stage": stage, "lm_loss": 3 / step + seed / 10}
         for step, stage in zip((10, 20, 30), ("align", "guide", "guide"), strict=True)
     ]
     if pointing is not None and name != "unguided":
@@ -218,12 +218,11 @@ def test_topics_have_their_own_tables_and_figures(results, tmp_path):
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"topic_loss.png", "training_loss.png"}
 
 
-def test_curves_of_a_model_without_guidance_are_its_loss(results, tmp_path, monkeypatch):
+def test_curves_are_compared_by_title_and_stages_are_marked(results, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "research.report.draw_training", lambda logs, path, ends, **kwargs: drawn.update(logs, ends=ends)
+        "research.report.draw_training", lambda logs, path, ends, **kwargs: drawn.update(logs=logs, ends=ends)
     )
     write_report(results, tmp_path / "report", title="Evidence")
-    curve = [entry["lm_loss"] for entry in drawn["the arm concatenation"][1]]
-    assert curve == [entry["loss"] for entry in results["concatenation"][1]["log"]]
+    assert drawn["logs"] == {f"the arm {name}": [run["log"] for run in runs] for name, runs in results.items()}
     assert drawn["ends"] == [10]

@@ -171,7 +171,7 @@ def test_its_trainer_learns_the_same_from_features_as_from_pixels(processor, tmp
             **features,
         )
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append([entry["lm_loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
