@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import llava, run
+from figures import drawn_figures
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import GRID, open_gates, tiny_llama, tiny_vision
@@ -347,21 +349,6 @@ def test_everything_is_in_the_json(parts):
 # --- figures ---
 
 
-def panels(monkeypatch):
-    """The figures that are drawn from now on: each a table of (title, label that is drawn)."""
-    import matplotlib.figure
-
-    drawn = []
-    save = matplotlib.figure.Figure.savefig
-
-    def savefig(figure, *args, **kwargs):
-        save(figure, *args, **kwargs)
-        drawn.append(figure)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
-    return drawn
-
-
 @pytest.mark.parametrize(
     ("count", "width", "height"), [(1, 60, 30), (3, 30, 60), (4, 32, 32), (12, 20, 90), (30, 90, 20)]
 )
@@ -371,7 +358,7 @@ def test_a_figure_has_a_row_a_phrase_and_nothing_overlaps(parts, tmp_path, monke
     answer = " ".join(words[i % len(words)] for i in range(count))
     wanted = None if count > 4 else words[:count]
     attention = attend(model, processor, picture(width, height), QUESTION * 3, answer, wanted)
-    drawn = panels(monkeypatch)
+    drawn = drawn_figures(monkeypatch)
     attention.draw(tmp_path / "attention.png")
     (figure,) = drawn
     columns = len(block_titles(model)) + 2  # the image, the blocks, their average
@@ -383,7 +370,7 @@ def test_a_figure_has_a_row_a_phrase_and_nothing_overlaps(parts, tmp_path, monke
     if len(attention.phrases) > 12:
         assert f"the first 12 of {len(attention.phrases)} phrases" in figure.get_suptitle()
 
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [axis.title for axis in figure.axes] + [figure._suptitle]
     boxes = [artist.get_window_extent(renderer) for artist in [*texts, *figure.axes]]
     for i, box in enumerate(boxes):
