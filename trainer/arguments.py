@@ -63,6 +63,7 @@ class AgeVlmArgumentsMixin:
         default=None, metadata={"help": "Learning rates by group of parameters."}
     )
     tokens_per_batch: int | None = field(default=None, metadata={"help": "Most text tokens of a device's batch."})
+    optim: str = field(default=TrainingArguments.optim, metadata={"help": "Transformers' optimizers, or muon."})
 
     def __post_init__(self):
         optim = self.optim

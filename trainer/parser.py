@@ -196,8 +196,12 @@ def parse_script(classes: Sequence[type], arguments: Sequence[str] | None = None
     """
     from trl import TrlParser
 
+    class Parser(TrlParser):
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage of hundreds of flags
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = TrlParser(classes)
+    parser = Parser(classes)
     try:
         values: dict[str, Any] = {}
         if "--config" in arguments:
@@ -210,12 +214,12 @@ def parse_script(classes: Sequence[type], arguments: Sequence[str] | None = None
             apply_override(values, arguments.pop(0))
         check_fields(values, classes)
         parser.set_defaults_with_config(**values)
-        *parsed, remaining = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         fields = [field.name for cls in classes for field in dataclasses.fields(cls)]
-        check_names([text.partition("=")[0].lstrip("-").replace("-", "_") for text in remaining], fields)
-        return tuple(parsed)
+        unknown = parser.parse_known_args(arguments)[1]
+        check_names([text.partition("=")[0].lstrip("-").replace("-", "_") for text in unknown], fields)
+        return parser.parse_args_into_dataclasses(arguments)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.error(str(error))
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -53,6 +53,7 @@ from .parser import apply_override, check_fields, parse, read_mapping
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
+    from ..data.features import FeatureStore
     from .arguments import AgeVlmTrainingArguments
 
 MODEL_TYPE = "agevlm"
@@ -344,6 +345,328 @@ def train(
             model = trainer = None  # type: ignore[assignment]
             gc.collect()  # model, trainer and optimizer refer to each other
     return trainer
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
+
+
+def cache_features(
+    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
+) -> dict[str, FeatureStore]:
+    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
+
+    Stopped and called again, it goes on where it was.
+
+    Args:
+        recipe: a YAML file, or a recipe.
+        overrides: as for [`load_recipe`].
+        batch_size: images that go through the tower together.
+
+    Returns:
+        By folder, the features; see [`~agevlm.data.features.compute_features`].
+
+    Raises:
+        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
+        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from ..data.features import compute_features
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    recipe = load_recipe(recipe, overrides)
+    check_model(recipe.model)
+    stages_of_folder: dict[str, list[Recipe]] = {}
+    for stage in recipe.split():
+        if stage.features is not None:
+            stages_of_folder.setdefault(stage.features, []).append(stage)
+    if not stages_of_folder:
+        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
+    model_args = _resolve_model_args(recipe, None)
+    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        model.to(accelerator)
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    found = {}
+    for folder, stages in stages_of_folder.items():
+        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
+        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+    return found
 
 
 def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None) -> ModelArgs:

@@ -9,39 +9,9 @@ With LoRA on the language model, beside full training of the adapter and the cro
 place of `--stage`.
 """
 
-from transformers import AutoProcessor
-from trl import TrlParser, get_peft_config
+from common import run
 
-from agevlm import AgeVlmForConditionalGeneration
-from agevlm.data.readers import read_rows
-from agevlm.trainer.trl_trainers import AgeVlmModelConfig, AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmSFTTrainer
-
-
-def main(script_args: AgeVlmScriptArguments, training_args: AgeVlmSFTConfig, model_args: AgeVlmModelConfig) -> None:
-    model = AgeVlmForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
-    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    evaluates = training_args.eval_strategy != "no"
-
-    trainer = AgeVlmSFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=read_rows(script_args.dataset_name, script_args.dataset_train_split),
-        eval_dataset=read_rows(script_args.dataset_name, script_args.dataset_test_split) if evaluates else None,
-        processing_class=processor,
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
-
+from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmSFTTrainer, parse_script
 
 if __name__ == "__main__":
-    parser = TrlParser((AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmModelConfig))
-    main(*parser.parse_args_and_config())
+    run(AgeVlmSFTTrainer, *parse_script((AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmModelConfig)))

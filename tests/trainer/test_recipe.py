@@ -430,7 +430,7 @@ def test_evaluates_and_draws(recipe, parts, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "training.png").is_file()
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
-    run(recipe, f"training.output_dir={tmp_path / 'plain'}")
+    run(recipe, "training.logging_steps=1", f"training.output_dir={tmp_path / 'plain'}")
     assert "No training.png, which needs matplotlib: pip install 'agevlm[eval]'" in capsys.readouterr().out
     assert (tmp_path / "plain" / "training.json").is_file()
     assert not (tmp_path / "plain" / "training.png").exists()
@@ -463,10 +463,10 @@ SHARD_ON_CPU = """
 from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 from agevlm import cli
-from agevlm.trainer import recipes, trainer
+from agevlm.trainer import recipe, trainer
 
-def training_arguments(recipe, made=recipes.training_arguments):
-    args = made(recipe)
+def training_arguments(stage, made=recipe.training_arguments):
+    args = made(stage)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
 
@@ -476,7 +476,7 @@ class Trainer(trainer.AgeVlmTrainer):
         assert isinstance(self.model_wrapped, FSDPModule)
         return result
 
-recipes.training_arguments, trainer.AgeVlmTrainer = training_arguments, Trainer
+recipe.training_arguments, trainer.AgeVlmTrainer = training_arguments, Trainer
 cli.main()
 """
 

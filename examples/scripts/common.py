@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training scripts share: loading, data, training and saving."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoProcessor, Trainer, TrainingArguments
+from trl import get_peft_config
+
+from agevlm import AgeVlmForConditionalGeneration, read_rows
+from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments
+
+
+def run(
+    trainer_class: Callable[..., Trainer],
+    script_args: AgeVlmScriptArguments,
+    training_args: TrainingArguments,
+    model_args: AgeVlmModelConfig,
+    prepare: Callable[[AgeVlmForConditionalGeneration], Any] | None = None,
+    **trainer_kwargs: Any,
+) -> None:
+    """Trains a model of a folder or the Hub on the rows of a data set, and saves it.
+
+    Args:
+        prepare: called with the model before it trains, where PEFT does not decide what trains.
+        trainer_kwargs: further arguments of the trainer.
+    """
+    model = AgeVlmForConditionalGeneration.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+    )
+    peft_config = get_peft_config(model_args)
+    if prepare is not None and peft_config is None:
+        prepare(model)
+    evaluates = training_args.eval_strategy != "no"
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=read_rows(script_args.dataset_name, script_args.dataset_train_split),
+        eval_dataset=read_rows(script_args.dataset_name, script_args.dataset_test_split) if evaluates else None,
+        processing_class=AutoProcessor.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision
+        ),
+        peft_config=peft_config,
+        **trainer_kwargs,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
