@@ -327,7 +327,8 @@ def build_checkpoint(
         image_token: the special token that stands for an image; see [`find_image_token`].
         image_size: side in pixels of the square that images are fitted into.
         image_mean, image_std: by channel; the vision model's own by default, else CLIP's.
-        chat_template: a Jinja template for texts, which gets image support ([`add_image_support`]); by default the
+        chat_template: a Jinja template for texts, which gets image support
+            ([`~agevlm.processing.processing_agevlm.add_image_support`]); by default the
             tokenizer's own.
         trained_weights: a file for [`load_trained_weights`]; by default adapter and cross-attention are untrained.
         dtype: of the parts loaded here.
