@@ -15,14 +15,8 @@ from .optimizer import OptimizerMixin as OptimizerMixin
 from .parser import parse_script as parse_script
 from .recipe import Recipe as Recipe
 from .recipe import Stage as Stage
+from .recipe import cache_features as cache_features
 from .recipe import load_recipe as load_recipe
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
-from .recipe import cache_features as cache_features
 from .recipe import train as train
 from .sampling import GroupedBatches as GroupedBatches
 from .sampling import SamplingMixin as SamplingMixin

@@ -225,6 +225,44 @@ def check_model(model: str) -> None:
         raise ValueError(f"{model} has the model_type '{found}', but '{MODEL_TYPE}' is what trains here. {build}.")
 
 
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    """The model that a recipe starts from, as its `model_args` say, and its processor.
+
+    Raises:
+        ValueError: if it is of another architecture.
+        OSError: if there is none.
+    """
+    from transformers import AutoProcessor
+
+    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+
+    check_model(recipe.model)
+    recipe = replace(recipe, model_args=_resolve_model_args(recipe))
+    return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), AutoProcessor.from_pretrained(recipe.model)
+
+
+def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe: Recipe) -> PreTrainedModel:
+    given = {name: value for name, value in dataclasses.asdict(recipe.model_args).items() if value is not None}
+    return model_class.from_pretrained(source, **given)
+
+
+def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:
+    """The same for all stages: a given model's own type and attention, and what `auto` and `fastest` stand for."""
+    from transformers import PreTrainedConfig
+
+    from .optimizer import fastest_dtype
+
+    given = recipe.model_args
+    if model is not None:
+        dtype = str(model.dtype)
+        given = replace(given, attn_implementation=model.config._attn_implementation)
+    elif given.dtype == "auto":
+        dtype = PreTrainedConfig.get_config_dict(recipe.model)[0].get("dtype") or "auto"
+    else:
+        dtype = str(fastest_dtype()) if given.dtype == "fastest" else given.dtype
+    return replace(given, dtype=dtype.removeprefix("torch."))
+
+
 def check_output(folders: Iterable[str | os.PathLike], resume: bool) -> None:
     """Looks for the output of a former run.
 
@@ -323,7 +361,7 @@ def train(
         source = recipe.model if number == 0 else folders[number - (not finished[number])]
         given = number == 0 and model is not None
         if not given:
-            model = model_class.from_pretrained(source, **_given(recipe.model_args))
+            model = _load(model_class, source, recipe)
         trainer = (trainer_class or AgeVlmTrainer)(
             model=model,
             args=training_arguments(stage),  # anew, because accelerate's state is that of the last that were made
@@ -367,327 +405,25 @@ def cache_features(
         OSError: if the model or data are missing, or a folder has features of another tower or image processor.
     """
     import torch
-    from transformers import AutoProcessor
 
     from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 
     recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
     stages_of_folder: dict[str, list[Recipe]] = {}
     for stage in recipe.split():
         if stage.features is not None:
             stages_of_folder.setdefault(stage.features, []).append(stage)
     if not stages_of_folder:
         raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
+    model, processor = load_model(recipe)
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
     found = {}
     for folder, stages in stages_of_folder.items():
         data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
         datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
         found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
     return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def cache_features(
-    recipe: str | os.PathLike | Recipe, overrides: Iterable[str] = (), *, batch_size: int = 16
-) -> dict[str, FeatureStore]:
-    """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
-
-    Stopped and called again, it goes on where it was.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        overrides: as for [`load_recipe`].
-        batch_size: images that go through the tower together.
-
-    Returns:
-        By folder, the features; see [`~agevlm.data.features.compute_features`].
-
-    Raises:
-        ValueError: if the recipe names no `features`, or its model is no AGE-VLM.
-        OSError: if the model or data are missing, or a folder has features of another tower or image processor.
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from ..data.features import compute_features
-    from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-
-    recipe = load_recipe(recipe, overrides)
-    check_model(recipe.model)
-    stages_of_folder: dict[str, list[Recipe]] = {}
-    for stage in recipe.split():
-        if stage.features is not None:
-            stages_of_folder.setdefault(stage.features, []).append(stage)
-    if not stages_of_folder:
-        raise ValueError("The recipe has no `features`: name the folder to write, as features=outputs/features.")
-    model_args = _resolve_model_args(recipe, None)
-    model = AgeVlmForConditionalGeneration.from_pretrained(recipe.model, **_given(model_args)).eval()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        model.to(accelerator)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    found = {}
-    for folder, stages in stages_of_folder.items():
-        data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
-        datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
-    return found
-
-
-def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None) -> ModelArgs:
-    """The same for all stages: a given model's own type and attention, and what `auto` and `fastest` stand for."""
-    from transformers import PreTrainedConfig
-
-    from .optimizer import fastest_dtype
-
-    given = recipe.model_args
-    if model is not None:
-        dtype = str(model.dtype)
-        given = replace(given, attn_implementation=model.config._attn_implementation)
-    elif given.dtype == "auto":
-        dtype = PreTrainedConfig.get_config_dict(recipe.model)[0].get("dtype") or "auto"
-    else:
-        dtype = str(fastest_dtype()) if given.dtype == "fastest" else given.dtype
-    return replace(given, dtype=dtype.removeprefix("torch."))
-
-
-def _given(settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
 
 
 def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
