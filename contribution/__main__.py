@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -42,17 +43,28 @@ def run_tests(folder: Path) -> tuple[int, dict[str, Counter]]:
         (package / "__init__.py").touch()
     paths = [folder / "src", REPOSITORY, REPOSITORY / "tests" / "fixtures"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    results = folder / "results.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "contribution.in_tree", "-o", "log_cli=0"]
-    code = subprocess.run(
-        [*command, f"--junitxml={results}", TESTS], cwd=folder, env=environment, check=False
-    ).returncode
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        "-p",
+        "contribution.in_tree",
+        "-o",
+        "log_cli=0",
+        str(TESTS),
+    ]
+    with tempfile.TemporaryDirectory() as tmp:
+        command.append(f"--junitxml={tmp}/results.xml")
+        code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+        results = ElementTree.parse(f"{tmp}/results.xml")
     counts: dict[str, Counter] = {}
-    for case in ElementTree.parse(results).iter("testcase"):
+    for case in results.iter("testcase"):
         file = next(part for part in case.get("classname", "").split(".") if part.startswith("test_"))
         outcomes = {"failure": "failed", "error": "failed", "skipped": "skipped"}
         outcome = next((outcomes[child.tag] for child in case if child.tag in outcomes), "passed")
-        counts.setdefault(f"{TESTS}/{file}.py", Counter())[outcome] += 1
+        counts.setdefault(f"{file}.py", Counter())[outcome] += 1
     return code, counts
 
 
@@ -62,7 +74,7 @@ def main() -> int:
     files = lay_out(source)
     console.print(f"A pull request, in {TARGET.relative_to(REPOSITORY)}:", *files, sep="\n  ")
     code, counts = run_tests(TARGET)
-    table = Table("", "passed", "failed", "skipped", title=f"In the tree of {source.name}")
+    table = Table("", "passed", "failed", "skipped", title=f"{TESTS} in the tree of {source.name}")
     total: Counter = Counter()
     for file, outcomes in counts.items():
         table.add_row(file, *(str(outcomes[name]) for name in ("passed", "failed", "skipped")))
@@ -73,7 +85,7 @@ def main() -> int:
     console.print("NOT RUN, because the source distribution does not contain it:")
     for file, contents in NOT_RUN.items():
         if not (source / file).exists():
-            console.print(f"  {file}: {contents}", highlight=False)
+            console.print(f"  {file}: {contents}", highlight=False, soft_wrap=True)
     return 1 if code != 0 or not total["passed"] else 0
 
 

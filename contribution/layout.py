@@ -125,7 +125,7 @@ def lay_out(source: Path, target: Path = TARGET) -> list[Path]:
     code = [str(path) for path in files if path.suffix == ".py"]
     for arguments in (["check", "--fix", "--select", "F401,I"], ["format"], ["check"]):
         result = subprocess.run(
-            [sys.executable, "-m", "ruff", arguments[0], "--quiet", *arguments[1:], *code],
+            [sys.executable, "-m", "ruff", arguments[0], "--quiet", "--no-cache", *arguments[1:], *code],
             cwd=target, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if result.returncode != 0:
@@ -242,6 +242,11 @@ def _in_tree(code: str) -> str:
     code = re.sub(r"^from transformers\.", "from ...", code, flags=re.M)
     code = re.sub(r"^from transformers import ", "from ... import ", code, flags=re.M)
     code = re.sub(r"(?:^#.*\n)*^\w+\.register_for_auto_class\(.*\)\n", "", code, flags=re.M)
+    code = re.sub(r"^( *>>> )from agevlm import ", r"\1from transformers import ", code, flags=re.M)
+    code = re.sub(r"^ *>>> import agevlm\b.*\n", "", code, flags=re.M)
+    # Why the files are as they are on the Hub.
+    code = re.sub(r'\n\n(?:This file travels|Both backends are in this one file)[^"]*?(?=\n\n|\n?""")', "", code)
+    code = re.sub(r'^"""([^"\n]+)\n"""$', r'"""\1"""', code, count=1, flags=re.M)
     return _split_image_imports(_license(code))
 
 
