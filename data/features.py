@@ -95,7 +95,7 @@ class FeatureStore:
                 f"The features in {self.folder} are of another vision tower or image processor ({changes}): name another "
                 f"folder as `features`, and compute them with `{COMMAND}`."
             )
-        if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
+        if any(p.requires_grad for name, p in model.named_parameters() if "vision_tower." in name):
             raise ValueError(
                 f"The vision tower trains, so the features in {self.folder} are wrong after the first step: leave out "
                 "`features`, or choose a stage that freezes the tower."
@@ -143,6 +143,7 @@ def image_digest(image: Image.Image) -> str:
 
 def feature_settings(model: PreTrainedModel, processor: AgeVlmProcessor) -> dict[str, Any]:
     """What features depend on beside the image: the tower's weights and configuration, and the image processor."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
     general = PreTrainedConfig().to_dict()  # labels, version of Transformers and the like
     config = {k: v for k, v in model.config.vision_config.to_dict().items() if k not in general}
     preprocessing = processor.image_processor.to_dict()

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from . import ask, build, data, eval, train
+from . import ask, build, data, eval, features, train
 
 app = typer.Typer(
     help="AGE-VLM: vision-language models that are taught where to look.",
@@ -17,6 +17,7 @@ for command in (
     build.build,
     data.scenes,
     data.masks,
+    features.features,
     train.train,
     ask.ask,
     ask.attention,

@@ -16,7 +16,15 @@ from tiny_training import dataset, tiny_processor, tiny_trainable
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from agevlm import AgeVlmDataCollator, AgeVlmImageProcessorPil, AgeVlmProcessor, AgeVlmTrainer, AgeVlmTrainingArguments
+from agevlm import (
+    AgeVlmDataCollator,
+    AgeVlmImageProcessorPil,
+    AgeVlmProcessor,
+    AgeVlmTrainer,
+    AgeVlmTrainingArguments,
+    cli,
+    train,
+)
 from agevlm.data import FeatureStore, compute_features
 from agevlm.data.features import image_digest
 from agevlm.processing.collator import row_images
@@ -307,7 +315,7 @@ def test_training_with_features_equals_training_with_pixels(rows, tmp_path):
             model=model,
             args=AgeVlmTrainingArguments(
                 str(tmp_path / name),
-                stage="guide",
+                stage="align",
                 max_steps=4,
                 per_device_train_batch_size=3,
                 learning_rate=1e-2,
@@ -334,3 +342,73 @@ def test_training_with_features_equals_training_with_pixels(rows, tmp_path):
     for key, value in features.model.state_dict().items():
         assert torch.allclose(value, trained[key], rtol=1e-4, atol=1e-5), key
     assert any(not torch.equal(value, start[key]) for key, value in trained.items())
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def recipe(rows, tmp_path) -> Path:
+    """A recipe of two stages about a saved model and data; only the first freezes the tower."""
+    tiny_trainable().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    rows.select(range(0, NUMBER, 2)).save_to_disk(tmp_path / "first")
+    rows.select(range(1, NUMBER, 2)).save_to_disk(tmp_path / "second")
+    values = {
+        "model": str(tmp_path / "model"),
+        "data": [{"path": str(tmp_path / "second")}],
+        "training": {"output_dir": str(tmp_path / "out"), "max_steps": 1, "save_strategy": "no", "report_to": "none"},
+        "stages": [
+            {
+                "name": "align",
+                "training": {"stage": "align"},
+                "data": [{"path": str(tmp_path / "first")}],
+                "features": str(tmp_path / "features"),
+            },
+            {"name": "guide", "training": {"stage": "guide"}},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    return tmp_path / "recipe.yaml"
+
+
+def agevlm(monkeypatch, *words: str | Path) -> int:
+    """The exit code of a command."""
+    monkeypatch.setattr(sys, "argv", ["agevlm", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+class Recorder(AgeVlmTrainer):
+    """Remembers of each step whether its batch had features or pixels."""
+
+    seen: list[bool] = []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append("mm_encoder_outputs" in inputs)
+        assert self.seen[-1] != ("pixel_values" in inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_recipe_trains_with_the_features_that_the_command_computes(recipe, rows, tmp_path, monkeypatch, capsys):
+    assert agevlm(monkeypatch, "train", recipe) == 2
+    assert "`agevlm features RECIPE`" in " ".join(capsys.readouterr().err.split())
+
+    assert agevlm(monkeypatch, "features", recipe) == 0
+    images = [image for row in rows.select(range(0, NUMBER, 2)) for image in row_images(row)]
+    store = FeatureStore(tmp_path / "features")
+    assert len(store) == len(images)
+    assert all(image in store for image in images)
+    assert f"features of {len(images)} images" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(Recorder, "seen", [])
+    train(recipe, trainer_class=Recorder)
+    assert Recorder.seen == [True, False]
+
+    # Other data, a stage that trains the tower, and a recipe that names no folder.
+    out = f"training.output_dir={tmp_path / 'other'}"
+    assert agevlm(monkeypatch, "train", recipe, out, f"stages.align.data.0.path={tmp_path / 'second'}") == 2
+    assert "have no features" in " ".join(capsys.readouterr().err.split())
+    assert agevlm(monkeypatch, "train", recipe, out, f"stages.guide.features={tmp_path / 'features'}") == 2
+    assert agevlm(monkeypatch, "features", recipe, "stages.align.features=null") == 2
+    assert "features=outputs/features" in capsys.readouterr().err
