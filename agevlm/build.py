@@ -346,7 +346,9 @@ def build_checkpoint(
         tokenizer_path = text_model
         if text_model.endswith(".gguf"):
             tokenizer_path, gguf["gguf_file"] = os.path.split(text_model)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **gguf)
+        # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
+        # where the tokenizer's own files do not name a side.
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, padding_side="left", **gguf)
         image_token = find_image_token(tokenizer, image_token)
         mean, std = _image_statistics(vision_model)
         image_processor = AgeVlmImageProcessor(
@@ -354,7 +356,6 @@ def build_checkpoint(
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"  # generation continues from the right end
         tokenizer.chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         processor = AgeVlmProcessor(image_processor, tokenizer, image_token=image_token)
         if chat_template is not None:

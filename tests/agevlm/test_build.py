@@ -478,6 +478,7 @@ def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
     assert code == 0, printed
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "untrained")
     processor = AutoProcessor.from_pretrained(tmp_path / "untrained")
+    assert processor.tokenizer.padding_side == "left", "also from GGUF, which names no side"
     assert model.config.text_config.cross_attention_sink
     assert torch.equal(
         model.get_input_embeddings().weight, LlamaForCausalLM.from_pretrained(text_dir).get_input_embeddings().weight
