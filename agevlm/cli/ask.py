@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .options import check_folder
+
 
 def _check_question(question: str) -> str:
     """The question without spaces at its ends, which chat templates may cut off."""
@@ -20,7 +22,10 @@ def ask(
     model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
     image: Annotated[str, typer.Option(help="Image file or URL.")],
     heatmap: Annotated[
-        Path | None, typer.Option(help="PNG to write: where --phrase looks, for each cross-attention block.")
+        Path | None,
+        typer.Option(
+            help="PNG to write: where --phrase looks, for each cross-attention block.", callback=check_folder
+        ),
     ] = None,
     phrase: Annotated[
         str | None,
@@ -37,8 +42,6 @@ def ask(
     if phrase is not None and heatmap is None:
         raise ValueError("--phrase says what --heatmap shows: name the PNG to write with --heatmap.")
     start, end = (0, len(question)) if phrase is None else find_phrase(question, phrase)
-    if heatmap is not None and not heatmap.absolute().parent.is_dir():
-        raise ValueError(f"--heatmap {heatmap}: there is no folder {heatmap.absolute().parent}.")
 
     from transformers import AutoConfig
 

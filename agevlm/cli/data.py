@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from .options import parse_names, parse_numbers
+from .options import check_folder, parse_names, parse_numbers
 
 # The number of bad rows that `data check` prints.
 _MAX_BAD_ROWS = 20
@@ -96,29 +96,27 @@ def masks(
     batch_size: Annotated[int, typer.Option(help="Images that are encoded together.")] = 8,
     save_every: Annotated[int, typer.Option(help="Number of rows after which work is saved.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    preview: Annotated[Path | None, typer.Option(help="PNG to write: some rows with their masks.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the models' numbers.")
+    ] = "float32",
+    preview: Annotated[
+        Path | None, typer.Option(help="PNG to write: some rows with their masks.", callback=check_folder)
+    ] = None,
 ) -> None:
     """Add masks from Segment Anything or GrabCut to a grounding data set. Stopped, the same command resumes."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got '{dtype}'.")
-    if preview is not None and not preview.absolute().parent.is_dir():
-        raise ValueError(f"--preview {preview}: there is no folder {preview.absolute().parent}.")
-    if not any((dataset / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise FileNotFoundError(f"{dataset} is not a data set that `save_to_disk` of Hugging Face datasets wrote.")
-
     import datasets
     import torch
 
     from ..data.masks import add_masks
-    from ..data.teachers import load_teacher
+    from ..data.teachers import load_teacher, process_state
     from ..files import check_new_folder
     from ..plots import draw_masks
 
     check_new_folder(out)  # before the models are loaded
+    rows = datasets.load_from_disk(dataset)
     attribution = dataset / "ATTRIBUTION.md"
     masked, outcomes = add_masks(
-        datasets.load_from_disk(dataset),
+        rows,
         load_teacher(
             teacher,
             checkpoint,
@@ -134,9 +132,7 @@ def masks(
         save_every=save_every,
         attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
     )
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     Console().print(
         f"[green]Saved[/green] {out}: of {outcomes.total()} phrases {outcomes['masked']} have a new mask, "
@@ -150,12 +146,11 @@ def masks(
 def check(
     path: Annotated[str, typer.Argument(help="Data set: folder, .json, .jsonl or .parquet file, or Hub id.")],
     split: Annotated[str | None, typer.Option(help="The split, if there are several.")] = None,
-    report: Annotated[Path | None, typer.Option(help="JSON file to write: the counts and every problem.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="JSON file to write: the counts and every problem.", callback=check_folder)
+    ] = None,
 ) -> None:
     """Check the format, phrases and images of every row of a data set. Exit code 1: bad rows."""
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ValueError(f"--report {report}: there is no folder {report.absolute().parent}.")
-
     from dataclasses import asdict
 
     from rich.table import Table

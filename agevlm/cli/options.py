@@ -2,7 +2,10 @@
 """How options of several commands are read."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+import typer
 
 
 def parse_json(text: str | None, option: str) -> dict[str, Any]:
@@ -15,6 +18,13 @@ def parse_json(text: str | None, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{option} must be a JSON object, got {text}.")
     return value
+
+
+def check_folder(option: typer.CallbackParam, file: Path | None) -> Path | None:
+    """The callback of an option for a file to write: its folder must exist before work begins."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"{option.opts[0]} {file}: there is no folder {file.absolute().parent}; create it")
+    return file
 
 
 def parse_names(text: str | None) -> list[str] | None:
