@@ -308,7 +308,6 @@ def answer(
         }
         answers = _kept_answers(Path(file), json.loads(json.dumps(header)))
     left = [question for question in questions if question.key not in answers]
-    left.sort(key=lambda question: question.kind)  # whose answers are about as long: a batch waits for its longest
     model.eval()
     with Progress(disable=progress is None) as bar:
         task = bar.add_task(progress or "", total=len(questions), completed=len(answers))

@@ -78,7 +78,9 @@ class Scenes:
         return {**place, "cross_attention_before_layers": cross_attention_layers(config) or None}
 
     def questions(self, limit: int | None = None) -> list[Question]:
-        """The questions in order, each asked in a conversation of its own; `source` is the number of the scene.
+        """The questions by kind, each asked in a conversation of its own; `source` is the number of the scene.
+
+        Answers of one kind are about as long as each other, which saves time: a batch waits for its longest answer.
 
         `span` is the first phrase that names something in the image, if there is one, `mask` is what it names, and
         `objects` are the masks of all that any conversation about the scene names.
@@ -113,6 +115,7 @@ class Scenes:
                         objects=tuple(objects[row["scene"]].values()) if named else (),
                     )
                 )
+        questions.sort(key=lambda question: KINDS.index(question.kind))
         return first_of_each(questions, limit, lambda question: question.kind)
 
     def inspect(

@@ -95,6 +95,8 @@ def scene_objects(dataset: Dataset) -> dict[str, list[dict]]:
 def test_questions_are_those_of_the_rows(scenes):
     dataset = scenes["test"]
     questions = Scenes(dataset).questions()
+    assert [q.kind for q in questions] == sorted((q.kind for q in questions), key=KINDS.index)
+    questions.sort(key=lambda question: int(question.key.split("/")[1]))
     assert [q.key for q in questions] == [f"{q.kind}/{number}" for number, q in enumerate(questions, 1)]
     assert len(questions) == sum(len(row["answers"]) for row in dataset)
     objects = scene_objects(dataset)
@@ -124,7 +126,8 @@ def test_a_limit_keeps_the_first_of_each_kind(scenes):
 
 
 def test_scores_are_those_of_the_answers(scenes):
-    found = evaluate_scenes(age_vlm(), data=scenes["test"], batch_size=3, progress=None)
+    options = {"batch_size": 6, "max_new_tokens": 10, "progress": None}
+    found = evaluate_scenes(age_vlm(), data=scenes["test"], **options)
     assert set(found.scores) == {*KINDS, "pointing"}
     given = {key: answered["answer"] for key, answered in found.answers.items()}
     assert len(set(given.values())) > 5
@@ -234,10 +237,11 @@ def test_scores_of_maps_are_kept_with_the_answers(monkeypatch, capsys, tmp_path,
 
 def test_the_command_gives_what_a_model_in_memory_gives(monkeypatch, capsys, tmp_path, folders, scenes):
     command = ["--model", folders / "age_vlm", "--data", folders / "scenes", "--out", tmp_path / "out"]
-    code, printed = run(monkeypatch, capsys, *command, "--batch-size", 5)
+    code, printed = run(monkeypatch, capsys, *command, "--batch-size", 5, "--max-new-tokens", 12)
     assert code == 0, printed
     model, processor = age_vlm()
-    expected = evaluate_scenes((model, processor), data=scenes["test"], batch_size=1, progress=None)
+    options = {"data": scenes["test"], "batch_size": 1, "max_new_tokens": 12, "progress": None}
+    expected = evaluate_scenes((model, processor), **options)
     close(results(tmp_path / "out")["scores"], json.loads(json.dumps(expected.scores)))
     assert [entry["answer"] for entry in entries(tmp_path / "out")] == [
         given["answer"] for given in expected.answers.values()
@@ -328,11 +332,7 @@ def test_parts_of_the_scenes(monkeypatch, capsys, tmp_path, folders, scenes):
     options = ["--split", "validation", "--limit", 2, "--max-new-tokens", 2, "--dtype", "bfloat16", "--device", "cpu"]
     code, printed = run(monkeypatch, capsys, *command, *options)
     assert code == 0, printed
-    expected, seen = [], Counter()
-    for question in Scenes(scenes["validation"]).questions():
-        seen[question.kind] += 1
-        if seen[question.kind] <= 2:
-            expected.append((question.key, question.text))
+    expected = [(question.key, question.text) for question in Scenes(scenes["validation"]).questions(2)]
     assert [(entry["key"], entry["question"]) for entry in entries(tmp_path / "out")] == expected
     assert results(tmp_path / "out")["settings"] == {
         "benchmark": "grounded scenes",
@@ -483,5 +483,5 @@ def test_the_tower_sees_a_scene_once_a_batch(scenes):
     evaluate_scenes((model, processor), **options)
     batches = [questions[start : start + 7] for start in range(0, len(questions), 7)]
     assert seen == [len({question.source for question in batch}) for batch in batches]
-    assert sum(seen) < len(questions) / 2
+    assert sum(seen) < len(questions)
     assert torch.is_grad_enabled()
