@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grounding data: readers, their check, mixtures, masks, scenes, and features of a frozen tower."""
+"""Training data: readers of every format, the check of rows, mixtures, masks, scenes, and features of a frozen tower."""
 
 import lazy_loader
 

@@ -1,3 +1,5 @@
+from .check import Problem as Problem
+from .check import Report as Report
 from .check import check_dataset as check_dataset
 from .check import check_row as check_row
 from .features import FeatureStore as FeatureStore
@@ -15,4 +17,5 @@ from .readers import read_rows as read_rows
 from .scene_builder import build_scenes as build_scenes
 from .scene_builder import load_cutouts as load_cutouts
 from .teachers import MaskTeacher as MaskTeacher
+from .teachers import Prompt as Prompt
 from .teachers import load_teacher as load_teacher

@@ -202,7 +202,7 @@ def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progr
     messages are `DESCRIBE` and the caption. A phrase with several boxes has an entry of `grounding` for each; training
     joins the masks that teachers make from them.
 
-    Arguments, result and errors are those of `read_llava`; `id` is the key.
+    Arguments, result and errors are as for `read_llava`; `id` is the key.
     """
     return _read(path, image_folder, _grit_row, progress)
 

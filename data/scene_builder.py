@@ -545,7 +545,7 @@ def build_scenes(
     """Compose scenes from cut-outs and photographs, and write them as a data set with questions and exact masks.
 
     A scene is a random square of a photograph with pasted objects of up to `max_objects` classes. One of the classes, the one
-    to be counted, appears one to three times. The splits share no photographs, except that `zero_shot` has those of `test`. All
+    to be counted, appears one to three times. The splits share no photographs, except that `zero_shot` has the photographs of `test`. All
     splits but `zero_shot` share their classes and cut-outs; `zero_shot` has classes that no other split shows or asks about.
     The same arguments give the same data set, byte for byte (with the same versions of the libraries).
 
@@ -580,7 +580,7 @@ def build_scenes(
         image_size: side of the square images, in pixels.
         max_objects: most classes in a scene; it has up to two more objects than classes.
         questions_per_scene: most existence questions about a scene.
-        classes: names of the classes; by default those of all cut-outs.
+        classes: names of the classes; by default the classes of all cut-outs.
         zero_shot_classes: number of classes reserved for the split `zero_shot`, drawn with `seed`.
         cooccurrence: from 0, all classes equally frequent and independent, to 1: the inequality of the classes' frequencies,
             and the probability that an object comes with a companion, a class of the same small group.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask teachers: their masks against those of Transformers, of made-up parts, and of known shapes."""
+"""Mask teachers: compared with Transformers, with fake parts, and with known shapes."""
 
 import os
 import sys
@@ -149,7 +149,7 @@ def test_sam_gives_the_logits_and_masks_of_transformers_sam(checkpoint, referenc
             np.testing.assert_array_equal(mask[clear], (wanted > 0).numpy()[clear])
             assert score == pytest.approx(wanted_iou.item(), abs=1e-4)
             varied += mask.any() and not mask.all()
-    assert varied == 6  # masks that are all one colour would prove little
+    assert varied == 6  # constant masks would prove little
 
 
 def test_sam_encodes_each_image_once_and_decodes_many_boxes(checkpoint, monkeypatch):

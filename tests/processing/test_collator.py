@@ -25,7 +25,7 @@ from agevlm.processing.collator import mask_coverage, render_conversation, row_i
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessorPil
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, add_image_support
 from agevlm.processing.rows import mask_to_rle, message_text, place_images, row_messages
-from agevlm.trainer.trainer import visual_grid
+from agevlm.trainer.guidance import visual_grid
 
 GRID = (4, 4)
 NUM_VISUAL = 16
@@ -340,16 +340,16 @@ def test_midnight_between_two_renderings_does_no_harm(monkeypatch, template):
 
 
 def learned_texts(processor: AgeVlmProcessor, batch: dict) -> list[list[str]]:
-    """What is to be learnt of each row, each run of tokens by itself."""
+    """The learned text of each row: a string for each run of tokens."""
     texts = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         learn = (labels != -100).tolist()
         assert torch.equal(labels[labels != -100], ids[labels != -100])
         runs, begin = [], None
-        for i, learnt in enumerate([*learn, False]):
-            if learnt and begin is None:
+        for i, learned in enumerate([*learn, False]):
+            if learned and begin is None:
                 begin = i
-            elif not learnt and begin is not None:
+            elif not learned and begin is not None:
                 runs.append(processor.decode(ids[begin:i]))
                 begin = None
         texts.append(runs)
@@ -395,7 +395,7 @@ def test_labels_are_the_same_with_and_without_marks(name, conversation):
 
 
 def test_an_end_of_turn_that_is_a_line_break_is_learned():
-    """It is all that tells the model to stop."""
+    """Only the end of turn teaches the model to stop."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -433,7 +433,7 @@ def test_of_prompt_and_completion_the_completion_is_learned():
     assert learned_texts(collator.processor, collator(examples)) == [
         both[1:], [f"No.{EOT}", f"Quite.{EOT}"], both[1:], both, [], both
     ]  # fmt: skip
-    # In whatever messages the rows come, the inputs are those of the whole conversation.
+    # However the rows divide the conversation, the inputs are the same.
     batch, same = collator(examples[:1]), collator([whole])
     assert torch.equal(batch["input_ids"], same["input_ids"])
     everything = make_collator(assistant_only_loss=False)(examples[:1])
