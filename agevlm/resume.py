@@ -71,9 +71,11 @@ def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bo
         return False
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        refuse_changes(kept, settings, file.parent)
-    except (ValueError, AttributeError, TypeError) as error:
+        if not isinstance(kept, dict):
+            raise ValueError("expected a JSON object")
+    except ValueError as error:
         raise ValueError(f"{file} is not a file of settings ({error}); {FIX.format(place=file.parent)}") from error
+    refuse_changes(kept, settings, file.parent)
     return True
 
 

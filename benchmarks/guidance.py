@@ -305,12 +305,10 @@ HEADER = ["training step", "ms (median)", "× unguided (quartiles)", "peak MiB",
 
 def draw(results: dict, title: str, path: Path) -> None:
     """Bars of both ratios, with quartiles and the targets as lines."""
-    import matplotlib
+    from agevlm.plots import new_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    figure = new_figure(10, 3.6)
+    axes = figure.subplots(1, 2, sharey=True)
     names = list(results)
     time_ratios = [results[name]["time_ratio"] for name in names]
     medians = [ratio["median"] for ratio in time_ratios]
@@ -337,8 +335,7 @@ def draw(results: dict, title: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 def main() -> None:
