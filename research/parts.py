@@ -60,7 +60,7 @@ console = Console()
 
 
 def build_model(folder: Path) -> None:
-    """SmolLM2-135M-Instruct and EfficientNet-Lite0, of which the visual tokens are the 16x16 features of stage 3."""
+    """SmolLM2-135M-Instruct and EfficientNet-Lite0, whose 16x16 features of stage 3 are the visual tokens."""
     vision = load_timm(
         "tf_efficientnet_lite0",
         VISION_WEIGHTS,

@@ -94,7 +94,7 @@ def summarize(results: Results) -> dict[str, dict[str, dict[str, Summary]]]:
 
     Chance of F1 is that of always answering "Yes", `2p / (1 + p)` where a share `p` of the answers is yes; of pointing, that of
     pointing at any object of the scene; of `similarity, AUROC` it is 0.5, and of `similarity, overlap (low is good)` 1. All others
-    are those of [`~agevlm.evaluation.evaluate_scenes`].
+    come from [`~agevlm.evaluation.evaluate_scenes`].
     """
     summaries: dict[str, dict[str, dict[str, Summary]]] = {}
     for name, runs in results.items():
@@ -149,7 +149,7 @@ def score_tables(results: Results) -> dict[str, Rows]:
 
 
 def _seeds(results: Results, several: str) -> str:
-    """What the numbers are: `several`, or those of a single seed."""
+    """What the numbers are: `several`, or a single seed's."""
     return several if len(next(iter(results.values()))) > 1 else "1 seed"
 
 

@@ -320,8 +320,8 @@ def run(variant: Variant, name: str, seed: int, laboratory: Laboratory) -> dict[
 
 @torch.no_grad()
 def text_loss(model: PreTrainedModel, processor: AgeVlmProcessor, checkpoint: Path) -> dict[str, float]:
-    """The next-token loss of [`TEXT`] without an image: of a trained `model`, and of the `language_model` alone, as it is in the
-    checkpoint that training began with."""
+    """The next-token loss of [`TEXT`] without an image: of a trained `model`, and of the `language_model` alone, loaded
+    from the checkpoint that training began with."""
     config = AgeVlmConfig.from_pretrained(checkpoint)
     text = config.text_config.to_dict()
     for name in ("model_type", "architectures", "cross_attention_layers", "cross_attention_sink"):

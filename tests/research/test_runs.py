@@ -44,7 +44,7 @@ def laboratory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(laboratory):
-    """By variant, the result of a run with seed 0, made when it is asked for; with the batches that it saw as `batches`."""
+    """By variant, the result of a run with seed 0, trained when a test asks for it; with the batches that it saw as `batches`."""
     done = {}
 
     def get(name):
