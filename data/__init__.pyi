@@ -4,8 +4,6 @@ from .check import check_dataset as check_dataset
 from .check import check_row as check_row
 from .features import FeatureStore as FeatureStore
 from .features import compute_features as compute_features
-from .features import image_features as image_features
-from .features import select_features as select_features
 from .masks import add_masks as add_masks
 from .mixture import DataPart as DataPart
 from .mixture import read_mixture as read_mixture
