@@ -8,7 +8,7 @@ from tiny_training import tiny_processor, tiny_trainable
 
 from agevlm import AgeVlmTrainer, AgeVlmTrainingArguments
 from agevlm.data.scene_builder import build_scenes
-from agevlm.evaluation.scenes import evaluate_scenes
+from agevlm.evaluation import evaluate_scenes
 
 COLOURS = {"red": (255, 30, 30), "green": (20, 230, 20), "blue": (30, 30, 255), "yellow": (240, 240, 20)}
 
@@ -66,8 +66,8 @@ def pointing(scenes, folder, guidance_weight: float) -> dict:
         train_dataset=scenes["train"].filter(lambda kind: kind != "existence", input_columns="kind"),
     )
     trainer.train()
-    results, _ = evaluate_scenes(model.eval(), processor, scenes["test"], progress=None)
-    return results["pointing"]
+    options = {"batch_size": 32, "max_new_tokens": 1, "progress": None}
+    return evaluate_scenes((model, processor), data=scenes["test"], **options).scores["pointing"]
 
 
 def test_guidance_makes_phrases_look_at_their_objects(scenes, tmp_path):

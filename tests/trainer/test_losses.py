@@ -21,6 +21,8 @@ from agevlm.trainer.losses import (
     dice_loss,
     guidance_losses,
     kl_loss,
+    pointing_cells,
+    pointing_chances,
     pointing_hits,
     resolve_loss,
 )
@@ -362,6 +364,34 @@ def test_pointing_is_to_attend_the_object_most():
     maps = torch.tensor([[0.0, 0.0, 0.4, 0.0, 0.0, 0.6], [0.6, 0.0, 0.4, 0.0, 0.0, 0.0]])[:, None, None]
     assert pointing_hits(maps, targets[:, :1]).all()
     assert not pointing_hits(maps[:1], targets[:, :1]).any()
+
+
+def test_the_chances_of_pointing_are_the_shares_of_the_cells_that_hit():
+    """By counting: where each one-hot map on the image, or on an object of it, points."""
+    target = torch.tensor([0.0, 0.2, 0.8, 0.4, 0.39, 0.0, 0.0, 0.0])
+    other = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.2, 1.0, 0.9, 0.0])
+    visible = torch.tensor([True] * 7 + [False])  # the last cell is padding
+    assert pointing_cells(target).tolist() == [False, False, True, True, False, False, False, False]
+    hits = pointing_hits(torch.eye(8)[None, None], target.expand(1, 8, 8))[0]
+    on_objects = pointing_cells(torch.stack([target, other])).any(0)
+    assert on_objects.nonzero().flatten().tolist() == [2, 3, 5, 6]
+    expected = hits[visible].float().mean().item(), hits[on_objects].float().mean().item()
+    assert expected == pytest.approx((2 / 7, 2 / 4))
+    assert pointing_chances(target, torch.stack([target, other]), visible) == pytest.approx(expected)
+    assert pointing_chances(target, target[None], visible)[1] == 1, "the only object of the image"
+    assert pointing_chances(target * 0, other[None], visible) == (0, 0)
+    assert pointing_chances(target[:0], other[None, :0], visible[:0]) == (0, 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 40)])
+def test_the_chance_of_pointing_anywhere_is_the_objects_share_of_the_image(height, width):
+    """Up to its border: cells that it covers by half count as a whole, the others not at all."""
+    processor = AgeVlmImageProcessor(size={"height": 64, "width": 64})
+    mask = np.zeros((height, width), dtype=bool)
+    mask[8:40, 9:29] = True
+    cover = functools.partial(mask_coverage, grid=(16, 16), image_processor=processor)
+    share, _ = pointing_chances(cover(mask), cover(mask)[None], cover(np.ones_like(mask)) > 0)
+    assert share == pytest.approx(mask.mean())
 
 
 def test_iou_equals_its_definition():
