@@ -148,7 +148,7 @@ def _read_sizes(images: Any) -> tuple[list[tuple[int, int] | None], list[Problem
     problems = []
     for i, image in enumerate(images or ()):
         path = image.get("path") if isinstance(image, dict) else None
-        source = image.get("bytes") or path if isinstance(image, dict) else image
+        source: Any = (image.get("bytes") or path) if isinstance(image, dict) else image
         try:
             if isinstance(source, Image.Image):
                 source.load()
