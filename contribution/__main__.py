@@ -42,7 +42,7 @@ def run_tests(folder: Path) -> tuple[int, dict[str, Counter]]:
     ):  # without these two the distribution's tests are no package
         (package / "__init__.py").touch()
     paths = [folder / "src", REPOSITORY, REPOSITORY / "tests" / "fixtures"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "RUN_SLOW": "1"}
     command = [
         sys.executable,
         "-m",

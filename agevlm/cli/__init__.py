@@ -26,13 +26,13 @@ for command in (
     app.command()(command)
 
 data_app = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
-for command in (data.check, data.convert):
-    data_app.command()(command)
+for data_command in (data.check, data.convert):
+    data_app.command()(data_command)
 app.add_typer(data_app, name="data")
 
 eval_app = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
-for name, command in eval.COMMANDS.items():
-    eval_app.command(name)(command)
+for name, eval_command in eval.COMMANDS.items():
+    eval_app.command(name)(eval_command)
 app.add_typer(eval_app, name="eval")
 
 
