@@ -199,8 +199,9 @@ def run_all(
             kept = json.loads(file.read_text(encoding="utf-8"))
             refuse_changes(kept, laboratory.settings(variants[name], name, seed), file.parent)
     left = [(name, seed) for name, seed in runs if not (laboratory.run_dir(name, seed) / "result.json").is_file()]
-    for name in dict(left):  # before several processes would each do it
-        prepare_features(variants[name], laboratory)
+    waiting = [variants[name] for name in dict(left)]
+    for variant in {(laboratory.features(variant), variant.scenes): variant for variant in waiting}.values():
+        prepare_features(variant, laboratory)  # before several processes would each do it
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=(threads,))
     with Progress() as bar:
