@@ -157,7 +157,7 @@ def draw_heatmaps(
     heights = [height + 0.15 * (label.count("\n") + 1) + 0.15 for label in labels]
     total = sum(heights) + 0.15 + (0.18 * len(lines) + 0.1) * bool(lines)
     figure = new_figure(columns * width, total)
-    figure.get_layout_engine().set(h_pad=0.06)
+    figure.get_layout_engine().set(h_pad=0.06)  # type: ignore[call-arg]
     from matplotlib.patches import Rectangle
 
     cell = cell or (image.width / maps.shape[3], image.height / maps.shape[2])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resume or refuse: work that was stopped goes on with the settings that it was begun with, and with no others.
+"""Resume or refuse: work that was stopped resumes with the settings that it began with, and with no others.
 
 One engine for answers of benchmarks, masks of teachers, cached features, runs of experiments and stages of training.
 """
@@ -49,17 +49,17 @@ def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
-    """Compares `settings` with those that the work beside `file` was begun with, or begins it.
+    """Compares `settings` with those that the work beside `file` began with, or begins it.
 
     Args:
         file: the JSON file of the settings. Where it does not exist, it is written, whole or not at all.
         settings: all that the result depends on, and nothing else; values that JSON can hold.
 
     Returns:
-        True where work was begun with the same settings and can be resumed, False where it begins now.
+        True where work began with the same settings and can be resumed, False where it begins now.
 
     Raises:
-        FileExistsError: where work was begun with other settings; names each one and the fix.
+        FileExistsError: where work began with other settings; names each one and the fix.
         ValueError: where the file is not a file of settings.
     """
     file = Path(file)
@@ -82,7 +82,7 @@ def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bo
 def refuse_changes(kept: Mapping[str, Any], wanted: Mapping[str, Any], place: str | os.PathLike) -> None:
     """
     Args:
-        kept: the settings that the work in `place` was begun with.
+        kept: the settings that the work in `place` began with.
         wanted: the settings of this run.
         place: the file or folder that holds the work, for the message.
 

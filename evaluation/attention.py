@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a phrase looks: its cross-attention maps, on the image."""
+"""Where a phrase attends: its cross-attention maps, on the image."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def choose_phrases(question: str, answer: str, wanted: Sequence[str | Phrase] | 
 
 @dataclass
 class Attention:
-    """Where phrases of a question and its answer look in an image; made by [`attend`].
+    """Where phrases of a question and its answer attend in an image; [`attend`] makes it.
 
     `maps` is float32 `(blocks, phrases, rows, columns)`, `cell` the width and height in pixels of the image that one
     of its cells covers; cells at the right and at the bottom may reach beyond the image. `tokens` are those that make
@@ -185,14 +185,14 @@ def attend(
     predicting: bool = False,
     max_new_tokens: int = 64,
 ) -> Attention:
-    """Where phrases of a question about an image, and of its answer, look.
+    """Where phrases of a question about an image, and of its answer, attend.
 
     A phrase's map is the mean over the tokens that it is made of, in question and answer alike, each read at its own
-    position: the token is the query. So it says what the model looks at once it has read the token, and it is what
-    guidance trains. What the model looks at while it chooses a token is read one position earlier (`predicting`).
+    position: the token is the query. This is the attention of a model that has read the token, and it is what guidance
+    trains. The attention while the model chooses a token is read one position earlier (`predicting`).
 
     Args:
-        image: the image as it is, before any resizing.
+        image: before any resizing.
         answer: by default, the model's own (greedy decoding); maps are then of the very tokens that were generated.
         phrases: words of the answer or the question; all words of the answer by default (see [`choose_phrases`]).
         predicting: read phrases of the answer at the tokens before theirs, which predict them.
@@ -250,8 +250,8 @@ def attend(
 def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, torch.Tensor]:
     """The text of generated tokens, without special ones, and the characters `(start, end)` of each, `(len(ids), 2)`.
 
-    To tokenise the text again would not always give the tokens that were generated. A token that is a part of a character
-    has that character; a special one none, its `start` is its `end`.
+    Tokenizing the text again would not always give the tokens that were generated. A token that is a part of a character
+    has that character. A special token has none: its `start` is its `end`.
     """
     text = ""
     offsets: list[tuple[int, int]] = []

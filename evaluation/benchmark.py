@@ -29,7 +29,7 @@ Scores = dict[str, dict[str, Any]]
 """Numbers by what is scored (a category, a task) and by their name."""
 
 TextTable = Sequence[Sequence[str]]
-"""Rows of a table, the first of which is its header."""
+"""Rows of a table; the first one is its header."""
 
 
 class Benchmark(Protocol):
@@ -191,7 +191,7 @@ def evaluate_pope(
     categories: Sequence[str] | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """[`evaluate`] a model on POPE. `data`, `images` and `categories` are those of [`~agevlm.evaluation.pope.Pope`]."""
+    """[`evaluate`] a model on POPE. See [`~agevlm.evaluation.pope.Pope`] for `data`, `images`, `categories`."""
     return evaluate(Pope(data, images, categories), model, out, **settings)
 
 
@@ -204,7 +204,7 @@ def evaluate_cv_bench(
     tasks: Sequence[str] | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """[`evaluate`] a model on CV-Bench. `data`, `images` and `tasks` are those of [`~agevlm.evaluation.cv_bench.CvBench`]."""
+    """[`evaluate`] a model on CV-Bench. See [`~agevlm.evaluation.cv_bench.CvBench`] for `data`, `images`, `tasks`."""
     return evaluate(CvBench(data, images, tasks), model, out, **settings)
 
 
@@ -216,7 +216,7 @@ def evaluate_scenes(
     split: str = Scenes.split,
     **settings: Any,
 ) -> Evaluation:
-    """[`evaluate`] a model on grounded scenes. `data` and `split` are those of [`~agevlm.evaluation.scenes.Scenes`]."""
+    """[`evaluate`] a model on grounded scenes. See [`~agevlm.evaluation.scenes.Scenes`] for `data`, `split`."""
     return evaluate(Scenes(data, split), model, out, **settings)
 
 

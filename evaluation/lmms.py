@@ -3,7 +3,7 @@
 
 Needs the extra `lmms`. lmms-eval finds [`manifest`] by the entry point `lmms_eval.models` of this package, whatever model it
 runs; so nothing here may import `lmms_eval.models` or the model's code before a model is made. Nor may anything here ever import
-`lmms_eval.evaluator`, which lets PIL read truncated images in the whole process: who evaluates has it, nobody else gets it.
+`lmms_eval.evaluator`, which lets PIL read truncated images in the whole process.
 """
 
 import mimetypes
@@ -293,7 +293,7 @@ def _generation_kwargs(request: Instance) -> dict[str, Any]:
 
 
 def _options(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` for the settings of a task; those of the checkpoint that would sample are overruled."""
+    """Arguments of `generate` for the settings of a task; they override the checkpoint's own, which may sample."""
     options = {name: gen_kwargs[name] for name in _OPTIONS if gen_kwargs.get(name) is not None}
     temperature, do_sample = options.get("temperature"), gen_kwargs.get("do_sample")
     sample = (bool(temperature) if do_sample is None else bool(do_sample)) and temperature != 0

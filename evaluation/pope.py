@@ -23,7 +23,7 @@ METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 def parse_yes_no(answer: str) -> str:
     """`yes` or `no`, by the rules of POPE's `evaluate.py`.
 
-    Of the first sentence, without its commas, the words between spaces are looked at: with `No`, `no` or `not` among them
+    Only the words of the first sentence count, without its commas and split at spaces. With `No`, `no` or `not` among them
     the answer is `no`, and otherwise `yes`, whatever it says.
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
@@ -80,7 +80,7 @@ class Pope:
     categories: Sequence[str] | None = None
 
     title = "POPE"
-    prompt_suffix = ""  # POPE asks the question as it is
+    prompt_suffix = ""  # POPE asks the question alone
     max_new_tokens = 128
     inspect = None
 

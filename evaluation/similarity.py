@@ -201,7 +201,7 @@ def _places_from_end(processor: ProcessorMixin, rendered: str, text: str) -> lis
     start = rendered.rfind(text.strip())
     if start < 0 or not text.strip():
         raise ValueError(
-            f"The chat template does not write the answer {text!r} as it is, so its tokens cannot be found."
+            f"The chat template changes the answer {text!r}, so its tokens cannot be found: use a template that writes contents unchanged."
         )
     end = start + len(text.strip())
     special = adds_special_tokens(processor, rendered)

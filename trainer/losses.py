@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention guidance: teaching the cross-attention maps where to look (paper, section on mask guidance).
+"""Attention guidance: teaching cross-attention maps to lie on what phrases name (paper, section on mask guidance).
 
 Shapes: `maps` are `cross_attention_maps` `(blocks, B, P, V)`, `targets` `(B, P, V)` say how much of each visual token's
 cell a phrase's object covers, in [0, 1]; for `B` rows of the batch, `P` phrases a row has at most and `V` visual tokens.
@@ -31,7 +31,7 @@ def dice_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-3, *, r
         maps: probabilities `(..., num_visual_tokens)`, such as `cross_attention_maps`.
         targets: coverages in [0, 1], of a shape that broadcasts to that of `maps`.
         eps: keeps the quotient finite.
-        rescale: compare the map on the scale of the mask (`scale_to_area`). False takes it as it is: the loss of an object
+        rescale: compare the map on the scale of the mask (`scale_to_area`). False compares it unscaled: the loss of an object
             of `n` tokens is then `(n - 1) / (n + 1)` at best.
 
     Returns:
@@ -118,11 +118,11 @@ def guidance_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The guidance loss of each phrase, averaged over the blocks.
 
-    Not averaged over phrases: whoever accumulates gradients, or trains on several devices, divides by the number of
-    phrases in all of the step's batches.
+    It is not averaged over phrases: a trainer that accumulates gradients, or uses several devices, divides by the number of
+    phrases in all batches of the step.
 
-    What a map lacks to a sum of 1 is in the attention sink, which counts as one more visual token: no object covers it,
-    and a phrase whose object is not there is to look at it alone.
+    The rest of a map's sum to 1 is in the attention sink, which counts as one more visual token. No object covers it, and
+    it is the whole target of a phrase whose object is not in the image.
 
     Args:
         maps: `(blocks, B, P, V)`.

@@ -24,7 +24,7 @@ def ask(
     heatmap: Annotated[
         Path | None,
         typer.Option(
-            help="PNG to write: where --phrase looks, for each cross-attention block.", callback=check_folder
+            help="PNG to write: heat maps of --phrase, by cross-attention block and averaged.", callback=check_folder
         ),
     ] = None,
     phrase: Annotated[
@@ -66,7 +66,9 @@ def attention(
     model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
     image: Annotated[str, typer.Option(help="Image file or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.json; must not exist yet.")],
-    answer: Annotated[str | None, typer.Option(help="An answer to look into; by default, the model's own.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="The answer whose words are shown; by default, the model's own.")
+    ] = None,
     phrase: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,13 +80,13 @@ def attention(
         bool,
         typer.Option(
             "--predicting",
-            help="Show what the model looks at while it chooses the answer's words (one token earlier), rather than "
+            help="Show the attention while the model chooses the answer's words (one token earlier), rather than "
             "once it has read them.",
         ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model, in tokens.", min=1)] = 64,
 ) -> None:
-    """Show where words of a question and its answer look in an image: heat maps by block and averaged."""
+    """Show where words of a question and its answer attend in an image: heat maps by block and averaged."""
     from ..evaluation.attention import attend, check_cross_attention, choose_phrases
     from ..files import check_new_folder
 
