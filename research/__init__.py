@@ -1,1 +1,1 @@
-"""The laboratory: what the evidence, the ablations and the demo are made with. It is not installed."""
+"""The laboratory: the evidence, the ablations, and the pictures and weights of the demo. It is not installed."""
