@@ -224,6 +224,6 @@ class StagesMixin(AnyTrainer):
                 f"The frozen part of the model is {half.pop()} and what trains is float32: train with `bf16=True`, or load "
                 "the model in float32."
             )
-        if args.device.type == "cpu":
+        if args.device.type == "cpu" and args.world_size == 1:  # FSDP2 refuses it
             # Several times faster for the convolutions of towers, whose values keep their meaning.
             base.model.vision_tower.to(memory_format=torch.channels_last)

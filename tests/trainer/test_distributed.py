@@ -47,7 +47,7 @@ CASES = {
         "checkpointing": {**CHECKPOINTING, "gradient_accumulation_steps": 2},
         "resumed": {**CHECKPOINTING, "gradient_accumulation_steps": 2, "resume": "checkpointing/checkpoint-2"},
         "sft": {"stage": "guide", "trainer": "sft"},
-        "tokens": {"stage": "guide", "tokens_per_batch": 110, "train_sampling_strategy": "random"},
+        "tokens": {"stage": "guide", "tokens_per_batch": 90, "train_sampling_strategy": "random"},
         "muon": MUON,
     },
     "fsdp": {
