@@ -153,6 +153,12 @@ class Batch:
         """The image features of an AGE-VLM, a row for each prompt."""
         return self.inputs["mm_encoder_outputs"]["image"]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an AGE-VLM's visual tokens."""
+        assert self.features.grid is not None
+        return self.features.grid
+
 
 def read_batch(
     model: PreTrainedModel,

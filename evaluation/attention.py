@@ -205,6 +205,7 @@ def attend(
     image, tokenizer = to_rgb(image), processor.tokenizer
     prompt = render_question(processor, question)
     batch = read_batch(model, processor, [prompt], [image])
+    assert batch.offsets is not None
     if answer is None:
         written = generate_greedily(model, processor, batch.inputs, max_new_tokens)
         answer, answer_offsets = decode_with_offsets(tokenizer, written[0].tolist())
@@ -234,7 +235,7 @@ def attend(
         map_queries=map_queries.to(model.device),
         use_cache=False,
     )
-    placed = (batch.features.grid, processor.image_processor, image.size)
+    placed = (batch.grid, processor.image_processor, image.size)
     return Attention(
         image=image,
         question=question,

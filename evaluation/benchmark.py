@@ -60,7 +60,7 @@ class Benchmark(Protocol):
     def score(self, questions: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]) -> Scores:
         """The scores of answers, which are given by the questions' keys."""
 
-    def tables(self, scores: Scores, settings: Mapping[str, Any]) -> list[TextTable]:
+    def tables(self, scores: Scores, settings: Mapping[str, Any]) -> Sequence[TextTable]:
         """The scores as tables."""
 
 
@@ -84,7 +84,7 @@ class Evaluation:
     scores: Scores
     questions: list[Question]
     answers: dict[str, dict[str, Any]]
-    tables: list[TextTable]
+    tables: Sequence[TextTable]
 
     @property
     def title(self) -> str:

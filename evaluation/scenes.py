@@ -134,7 +134,7 @@ class Scenes:
         outputs = model.model(**batch.inputs, map_queries=queries.to(model.device), use_cache=False)
         maps = outputs.cross_attention_maps[:, :, 0].float().cpu()
         return [
-            {"maps": score_maps(maps[:, row], question, batch.features.grid, processor.image_processor)}
+            {"maps": score_maps(maps[:, row], question, batch.grid, processor.image_processor)}
             if question.span
             else {}
             for row, question in enumerate(questions)
