@@ -42,7 +42,8 @@ class StoredImageFeatures(AgeVlmImageFeatures):
 
     def pin_memory(self) -> StoredImageFeatures:
         """A copy in page-locked memory. PyTorch's data loaders call it, because they cannot pin a `ModelOutput` themselves."""
-        return type(self)(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in self.items()})
+        pinned: dict[str, Any] = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in self.items()}
+        return type(self)(**pinned)
 
 
 class FeatureStore:

@@ -86,7 +86,7 @@ def _read_part(part: DataPart, seed: int, first_group: int | None) -> Dataset:
         if missing := [str(value) for value in weights if value not in set(values)]:
             raise ValueError(f"{part.path} has no rows whose {column} is {' or '.join(missing)}.")
         number = {value: first_group + i for i, value in enumerate(weights)}
-        marks = {
+        marks: dict[str, list] = {
             GROUP_COLUMN: [number.get(value, -1) for value in values],
             WEIGHT_COLUMN: [weights.get(value, 0.0) for value in values],
         }

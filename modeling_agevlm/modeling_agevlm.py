@@ -1,10 +1,23 @@
-# SPDX-License-Identifier: Apache-2.0
-"""AGE-VLM: gated cross-attention from a frozen Llama to convolutional image tokens (arXiv 2511.17793).
+# Copyright 2026 The AGE-VLM contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch AGE-VLM model: gated cross-attention from a frozen Llama to the image tokens of a vision tower (arXiv 2511.17793).
 
-This file travels to the Hub with every saved model, so it imports nothing but libraries and its sibling configuration.
+`save_pretrained` copies this file to the Hub with every model. It therefore imports libraries and its sibling
+configuration only.
 
-Shapes used throughout: `B` rows of the batch, `S` text tokens, `N` images of the batch in order, `T` visual tokens an
-image, `V` visual tokens a row sees at most (its images one after another), `P` phrases, `D` the text model's width.
+Shapes: `B` rows of the batch, `S` text tokens, `N` images of the batch in order, `T` visual tokens per image, `V` visual
+tokens per row (the row's images one after another, padded), `P` phrases, `D` width of the text model.
 """
 
 import math
@@ -46,21 +59,21 @@ from .configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
 
 logger = logging.get_logger(__name__)
 
-# The position of a visual token that nobody may see: one that covers only padding, or fills up a row with fewer images.
+# Position of a visual token that no text token may see: it covers only padding, or fills up a row with fewer images.
 NEVER = torch.iinfo(torch.long).max
 
 
-@auto_docstring(custom_intro="Image features as the vision tower and the adapter give them.")
+@auto_docstring(custom_intro="Image features: the output of the vision tower and of the adapter.")
 @dataclass
 class AgeVlmImageFeatures(BaseModelOutputWithPooling):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, vision_width)`):
-        The vision tower's tokens, row by row of the image. Given alone as `mm_encoder_outputs["image"]`, they go
-        through the adapter only, so that the features of a frozen tower can be computed once and kept.
+        Tokens of the vision tower, row by row of the image. The features of a frozen tower can be computed once and
+        kept: passed without `pooler_output` as `mm_encoder_outputs["image"]`, they go through the adapter only.
     pooler_output (`torch.Tensor` of shape `(num_images, num_visual_tokens, hidden_size)`):
-        The visual tokens after the adapter, which the cross-attention reads.
+        Visual tokens after the adapter. The cross-attention reads them.
     visual_attention_mask (`torch.Tensor` of shape `(num_images, num_visual_tokens)`, *optional*):
-        False for visual tokens that cover only padding. None when every token covers some of the image.
+        False for visual tokens that cover only padding. None if every token covers a part of the image.
     grid (`tuple[int, int]`):
         Rows and columns of the visual tokens, `num_visual_tokens = rows * columns`.
     """
@@ -74,35 +87,37 @@ class AgeVlmImageFeatures(BaseModelOutputWithPooling):
 class AgeVlmModelOutputWithPast(MultimodalBaseModelOutputWithPast):
     r"""
     cache (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
-        The self-attention layers' keys and values, followed by one layer a cross-attention block that holds the
-        visual tokens' keys and values.
+        Keys and values of the self-attention layers, followed by one layer per cross-attention block with the keys
+        and values of the visual tokens.
+    hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+        The input of the first Llama layer, and the output of each Llama layer. The blocks are not layers of their own.
     image_outputs (`AgeVlmImageFeatures`, *optional*, returned with images):
-        What `get_image_features` gives; its `pooler_output` are the visual tokens after the adapter.
+        Output of `get_image_features`. Its `pooler_output` holds the visual tokens after the adapter.
     cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
-        One tensor a cross-attention block of shape `(batch_size, num_heads, sequence_length, num_visual_tokens)`; rows
-        of text tokens that see no image are zero. Eager attention only.
+        One tensor of shape `(batch_size, num_heads, sequence_length, num_visual_tokens)` per cross-attention block.
+        Rows of text tokens that see no image are zero. Eager attention only.
     cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
-        Where each phrase looks: float32 attention probabilities averaged over heads and over the phrase's tokens, the
-        row's images one after another. A phrase whose tokens see an image sums to 1 (less what the attention sink holds,
-        where there is one), one before any image to 0.
+        Where each phrase looks: float32 attention probabilities, averaged over heads and over the tokens of the phrase.
+        A map sums to 1 if the phrase stands after an image, and to 0 otherwise. With an attention sink, the sum is less
+        by the attention to the sink.
     """
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_maps: torch.Tensor | None = None
 
 
-@auto_docstring(custom_intro="Output of AGE-VLM with its language modelling head.")
+@auto_docstring(custom_intro="Output of AGE-VLM with its language modeling head.")
 @dataclass
 class AgeVlmCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Language modelling loss (for next-token prediction).
+        Language modeling loss (for next-token prediction).
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
-        Prediction scores of the language modelling head, before softmax.
+        Prediction scores of the language modeling head, before softmax.
     cache (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
         See [`AgeVlmModelOutputWithPast`].
     image_outputs (`AgeVlmImageFeatures`, *optional*, returned with images):
-        What `get_image_features` gives; its `pooler_output` are the visual tokens after the adapter.
+        See [`AgeVlmModelOutputWithPast`].
     cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
         See [`AgeVlmModelOutputWithPast`].
     cross_attention_maps (`torch.Tensor` of shape `(num_blocks, batch_size, num_phrases, num_visual_tokens)`, *optional*, returned with `map_queries`):
@@ -114,16 +129,16 @@ class AgeVlmCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
 
 
 class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
-    """Keys and values of the visual tokens that one cross-attention block has computed, and whose image they are.
+    """Keys and values of one cross-attention block for the visual tokens, and the positions of their images.
 
-    Appended behind the self-attention layers of the cache the caller brought, dynamic or static, so that beams, batch
-    selection and reset reach it like any other layer. It grows with images, not with text.
+    These layers follow the self-attention layers of the caller's cache, dynamic or static. Beam search, batch selection
+    and reset therefore reach them like any other layer. A layer grows with images, not with text.
 
     `positions` `(B, V)` holds, for each visual token, the cache index of the text token that stands for its image,
     or `NEVER`. A text token at index `q` sees exactly the visual tokens with `positions <= q`.
     """
 
-    # Reading it in a compiled decoding step changes no shape.
+    # A compiled decoding step only reads the layer, which changes no shape.
     is_compileable = True
     is_croppable = True
     supports_early_init = False
@@ -142,7 +157,7 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends `(B, kv_heads, V', head_dim)` keys and values with their `(B, V')` positions; returns all of them."""
+        """Appends keys and values `(B, kv_heads, V', head_dim)` with their positions `(B, V')`; returns all keys and values."""
         if self.is_initialized:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
@@ -162,18 +177,18 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        # Small, and needed again by the next token: it stays where it was computed.
+        # The layer is small and the next token needs it again, so it stays on its device.
         pass
 
     def reset(self) -> None:
-        # Dropped rather than zeroed: the next prompt brings its own images, or none.
+        # Dropped rather than filled with zeros: the next prompt has other images, or none.
         self.keys = self.values = self.positions = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Images whose text token is still there stay whole; those whose token was removed are seen by nobody."""
+        """Keeps an image whole if its text token remains; hides it from all text tokens otherwise."""
         if self.is_initialized and tokens_to_remove != 0:
-            # The self-attention layers come first in the cache and are cropped already.
+            # The self-attention layers come first in the cache, so they are cropped already.
             length = self.text_layer.get_seq_length()
             self.positions = self.positions.masked_fill(self.positions >= length, NEVER)
 
@@ -192,65 +207,63 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
 
 
 def append_cross_attention_layers(cache: Cache, config: AgeVlmTextConfig) -> None:
-    """Gives a cache built for the self-attention layers alone its cross-attention layers. Does nothing the second time."""
-    if cache.layer_class_to_replicate is not None:  # `DynamicCache()` without a configuration makes its layers late
-        cache.layers += [cache.layer_class_to_replicate() for _ in range(config.num_hidden_layers - len(cache.layers))]
-    if len(cache.layers) == config.num_hidden_layers:
+    """Appends the cross-attention layers to a cache that has self-attention layers only; otherwise does nothing."""
+    num_layers = config.num_hidden_layers
+    if cache.layer_class_to_replicate is not None:  # `DynamicCache()` without a configuration creates its layers late
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(num_layers - len(cache.layers))]
+    if len(cache.layers) == num_layers:
         cache.layers += [AgeVlmCrossAttentionCacheLayer(cache.layers[0]) for _ in config.cross_attention_llama_layers]
 
 
 def num_cached_tokens(cache: Cache | None) -> int | torch.Tensor:
-    """How many text tokens of the batch are in the cache. Continuous batching, which is for text alone, has a cache of
-    another kind, whose texts tell their places by `position_ids`."""
+    """Number of text tokens in the cache.
+
+    Continuous batching, which supports text only, has a cache of another class and passes `position_ids`.
+    """
     return cache.get_seq_length() if isinstance(cache, Cache) else 0
 
 
 def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> torch.Tensor | None:
-    """Positions `(B, V)` of the visual tokens in the cache, None when it holds none."""
-    if not isinstance(cache, Cache) or not config.cross_attention_layers:
-        return None
-    if len(cache.layers) <= config.num_hidden_layers:
-        return None
-    return cache.layers[config.num_hidden_layers].positions
+    """Positions `(B, V)` of the visual tokens in the cache, None if it holds none."""
+    cross_attention_layers = cache.layers[config.num_hidden_layers :] if isinstance(cache, Cache) else []
+    return cross_attention_layers[0].positions if cross_attention_layers else None
 
 
+# A `ModelOutput`, because `device_map` and FSDP2 look for the tensors of a module's inputs inside mappings. The tensors that
+# select map rows are not floating point, because the mixed precision of FSDP2 would round them.
+@auto_docstring(custom_intro="Inputs that all gated blocks of a forward pass share, apart from the visual tokens.")
 @dataclass
 class AgeVlmCrossAttentionInputs(ModelOutput):
     r"""
-    What all gated blocks of one forward pass share, beside the visual tokens themselves.
-
-    It is a `ModelOutput`, so that `device_map` and FSDP2 find the tensors in it and move them with a block's other inputs.
-    The tensors for maps hold no floating point numbers, which FSDP2's mixed precision would round on the way.
-
     visible (`torch.Tensor` of shape `(batch_size, sequence_length, num_visual_tokens)`):
-        Which visual tokens each text token may see, the cached ones included.
+        Which visual tokens each text token may see, including the cached ones.
     attention_mask (`torch.Tensor` or `BlockMask`, *optional*):
-        `visible` in the form of the attention implementation in use.
+        `visible` in the form that the attention implementation expects.
     positions (`torch.Tensor` of shape `(batch_size, num_new_visual_tokens)`, *optional*):
-        Positions of the visual tokens that are new in this pass, see [`AgeVlmCrossAttentionCacheLayer`].
+        Positions of the new visual tokens, see [`AgeVlmCrossAttentionCacheLayer`].
     map_index (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
-        The text tokens that `map_queries` asks for, so that each block computes the maps of these rows alone.
+        Text tokens of all phrases in `map_queries`, padded. The blocks compute maps for these rows only.
     map_members (`torch.Tensor` of shape `(batch_size, num_phrases, num_rows)`, *optional*):
         Which of these rows belong to each phrase.
     """
 
-    visible: torch.Tensor | None = None
+    visible: torch.Tensor
     attention_mask: Any = None
     positions: torch.Tensor | None = None
-    map_index: torch.Tensor | None = None
-    map_members: torch.Tensor | None = None
+    map_index: Any = None
+    map_members: Any = None
 
 
 class AgeVlmCrossAttention(GradientCheckpointingLayer):
-    """The gated block: `tanh(gate) * rms(h) * CrossAttention(RMSNorm(h), visual)`, to be added to `h` (paper, section 3).
+    """The gated block `tanh(gate) * rms(h) * CrossAttention(RMSNorm(h), visual)`, which is added to `h` (paper, section 3).
 
-    Grouped-query attention with the language model's own head counts, RMSNorm on queries and keys, no FFN. `gate`
-    starts at 0, so a fresh block adds exactly nothing. With `config.cross_attention_sink` there is one more key, whose value
-    is zero: what attention goes to it is taken over from nowhere. The block's output is scaled by each token's residual RMS,
-    because a trained language model's residual stream is many times larger than a fresh block's output.
+    The block has grouped-query attention with the head counts of the language model, RMSNorm on queries and keys, and no
+    feed-forward network. `gate` starts at 0, so a new block adds exactly nothing. `config.cross_attention_sink` adds one
+    key whose value is zero, so that a text token can attend to nothing. The output is scaled by the RMS of each token's
+    residual, because the residual stream of a trained language model is many times larger than the output of a new block.
     """
 
-    # SDPA takes a missing flag for True and would hide later visual tokens from earlier text.
+    # Without this flag SDPA assumes a causal mask, which would hide later visual tokens from earlier text tokens.
     is_causal = False
 
     def __init__(self, config: AgeVlmTextConfig, cache_layer_idx: int):
@@ -271,7 +284,8 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.gate = nn.Parameter(torch.zeros(1))
-        # A visual token of no image, of unit scale as those are that the adapter gives.
+        # Unit scale, like the visual tokens after the adapter.
+        # CODEPATH: age-vlm-1b has no sinks, as in the paper; the demo checkpoint has them.
         self.sink = nn.Parameter(torch.randn(config.hidden_size)) if config.cross_attention_sink else None
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -285,23 +299,24 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
         """
         Args:
             hidden_states: `(B, S, D)`, the residual stream.
-            cross_attention_states: `(B, V', D)`, visual tokens that are new in this call; None to read the cache alone.
-                Not a field of `inputs`, because reentrant checkpointing gives gradients to positional tensors only.
-            inputs: what all blocks share.
+            cross_attention_states: `(B, V', D)`, the new visual tokens; None to read the cached ones only. It is not a
+                field of `inputs`, because reentrant checkpointing keeps gradients of positional tensors only.
+            inputs: shared by all blocks.
+            cache: keeps the keys and values of the new visual tokens.
 
         Returns:
-            What to add to the residual stream `(B, S, D)`, exactly zero for text tokens that see no image; the attention
-            weights `(B, heads, S, V)` (eager only); the maps `(B, P, V)`.
+            The update of the residual stream `(B, S, D)`, exactly zero for text tokens that see no image; the attention
+            weights `(B, heads, S, V)`, with eager attention only; the maps `(B, P, V)`, if `inputs` selects rows.
         """
         input_shape = hidden_states.shape[:-1]
 
         def heads(states: torch.Tensor) -> torch.Tensor:
-            # The count is spelt out because a turn may bring no new visual token at all.
+            # An explicit number of heads, because -1 is ambiguous for a turn without visual tokens.
             return states.unflatten(-1, (states.shape[-1] // self.head_dim, self.head_dim))
 
         query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states)))).transpose(1, 2)
         if cross_attention_states is not None:
-            # The block may be float32 in a bfloat16 model.
+            # A block that trains is float32, also in a bfloat16 model.
             cross_attention_states = cross_attention_states.to(self.k_proj.weight.dtype)
             key_states = self.k_norm(heads(self.k_proj(cross_attention_states))).transpose(1, 2)
             value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
@@ -313,7 +328,7 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
             cached = cache.layers[self.cache_layer_idx]
             key_states, value_states = cached.keys, cached.values
         if self.sink is not None:
-            # The last key, behind all images; its value is zero.
+            # The sink is the last key, and its value is zero.
             sink = self.k_norm(heads(self.k_proj(self.sink)))[None, :, None].expand(key_states.shape[0], -1, -1, -1)
             key_states = torch.cat([key_states, sink.to(key_states)], dim=2)
             value_states = nn.functional.pad(value_states, (0, 0, 0, 1))
@@ -334,7 +349,7 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
 
         rms = hidden_states.detach().float().pow(2).mean(-1, keepdim=True).add(self.config.rms_norm_eps).sqrt()
-        # Back to the stream's own type: a float32 block in a bfloat16 model must not widen all that follows.
+        # A float32 block in a bfloat16 model must not change the dtype of the residual stream.
         attn_output = (self.gate.tanh() * attn_output * rms).to(hidden_states.dtype)
         sees_image = inputs.visible.any(-1)
         attn_output = attn_output.masked_fill(~sees_image[..., None], 0.0)
@@ -348,12 +363,12 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
     def attention_map(
         self, query_states: torch.Tensor, key_states: torch.Tensor, inputs: AgeVlmCrossAttentionInputs
     ) -> torch.Tensor:
-        """Attention probabilities `(B, P, V)` of the selected rows, in float32, averaged over heads and phrase tokens."""
+        """Attention probabilities `(B, P, V)` of the selected rows in float32, averaged over heads and tokens of a phrase."""
         batch_size, num_heads, _, head_dim = query_states.shape
         num_rows = inputs.map_index.shape[1]
         query_states = query_states.gather(2, inputs.map_index[:, None, :, None].expand(-1, num_heads, -1, head_dim))
         visible = inputs.visible.gather(1, inputs.map_index[..., None].expand(-1, -1, inputs.visible.shape[-1]))
-        # Query heads of one group share a key head: fold the group into the rows instead of repeating the keys.
+        # The query heads of a group share a key head. They become rows, so that the keys need not be repeated.
         query_states = query_states.reshape(batch_size, -1, self.num_key_value_groups * num_rows, head_dim)
         with maybe_autocast(device_type=query_states.device.type, enabled=False):
             scores = query_states.float() @ key_states.float().transpose(2, 3) * self.scaling
@@ -361,7 +376,7 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
             hidden = ~visible[:, None]
             if self.sink is not None:
                 hidden = nn.functional.pad(hidden, (0, 1), value=False)
-            # The lowest finite number, not -inf: a row that sees nothing must give 0, and a gradient of 0, not NaN.
+            # The lowest finite number rather than -inf: a row that sees nothing has the map 0 and the gradient 0, not NaN.
             probabilities = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
             members = inputs.map_members.float()
             weights = members / members.sum(-1, keepdim=True).clamp(min=1)
@@ -370,11 +385,11 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer as it is. The gated blocks stand beside the layers, see [`AgeVlmTextModel`]."""
+    """A Llama layer without any change. The gated blocks are modules of [`AgeVlmTextModel`], beside the layers."""
 
 
 class AgeVlmMultiModalProjector(nn.Module):
-    """The adapter: LayerNorm, a two-layer MLP from vision to text width, an optional fixed position signal, RMSNorm."""
+    """The adapter: LayerNorm, an MLP of two layers from vision to text width, an optional position signal, RMSNorm."""
 
     def __init__(self, config: AgeVlmConfig, vision_width: int):
         super().__init__()
@@ -387,10 +402,11 @@ class AgeVlmMultiModalProjector(nn.Module):
         self.output_norm = LlamaRMSNorm(hidden_size, eps=config.text_config.rms_norm_eps)
 
     def forward(self, visual_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """`(N, T, vision_width)` tokens on a `grid` of rows and columns to `(N, T, D)`."""
+        """Tokens `(N, T, vision_width)` on a `grid` of rows and columns to visual tokens `(N, T, D)`."""
         visual_tokens = self.linear_2(self.act(self.linear_1(self.layernorm(visual_tokens))))
         if self.visual_position_embedding:
-            # Content and place at the same scale, and no MLP between the place and what reads it.
+            # Content and position have the same scale. The signal follows the MLP, so that nothing stands between it and
+            # the cross-attention.
             visual_tokens = nn.functional.rms_norm(
                 visual_tokens, visual_tokens.shape[-1:], eps=self.output_norm.variance_epsilon
             )
@@ -399,11 +415,11 @@ class AgeVlmMultiModalProjector(nn.Module):
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> torch.Tensor:
-    """Fixed sine-cosine position signal `(rows * columns, width)`, float32.
+    """Fixed 2-D sine-cosine position signal `(rows * columns, width)` in float32.
 
-    A quarter of the width each holds the sine and cosine of the row, and of the column, at frequencies from 1 down to
-    that of the grid's longer side, so that all of them vary over the image (at 1/10000, as for texts, most would not); a
-    width that four does not divide is filled up with zeros.
+    A quarter of the width each is for the sine of the row, the cosine of the row, the sine of the column and the cosine of
+    the column. The frequencies go from 1 to 1 / (longer side of the grid), so that each of them varies over the image.
+    The remainder of a width that is not divisible by 4 is zero.
     """
     quarter = width // 4
     frequencies = float(max(grid)) ** (-torch.arange(quarter) / quarter)
@@ -421,18 +437,12 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["AgeVlmDecoderLayer", "AgeVlmCrossAttention"]
-    # Flash attention has no mask for "this text may see those images": cross-attention would look at every image.
+    # Flash attention has no form of the cross-attention mask: every text token would see every image.
     _supports_flash_attn = False
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        # The text model's, and not that of the first parameter: a tower may be kept in float32, and saving writes this
-        # into the configuration, so that a bfloat16 text model would come back widened.
-        return self.get_input_embeddings().weight.dtype
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -442,25 +452,20 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             if module.sink is not None:
                 init.normal_(module.sink)
 
+    # Without this override `model.set_attn_implementation("sdpa")` raises for a convolutional tower of Transformers'
+    # (ConvNext), which has no attention. It can go when Transformers skips submodels without attention.
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
-        """As in Transformers; a plain name passes over a vision tower that does not support it, see `tower_supports`."""
+        """Sets the attention implementation. A plain name skips a vision tower that does not support it."""
         tower = getattr(self.base_model, "vision_tower", None)
         plain = attn_implementation if isinstance(attn_implementation, str) else None
         if tower is not None and not tower_supports(type(tower), plain):
             attn_implementation = {"": plain, "text_config": plain}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
-    def enable_input_require_grads(self):
-        """As in Transformers, for the text's embeddings alone: the tower's would keep a graph through its frozen part."""
-
-        def require_grads(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            output.requires_grad_(True)
-
-        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grads)
-        self._require_grads_hooks = [self._require_grads_hook]
-
+    # Without this override only the Auto class of the saved class loads the folder with `trust_remote_code`. It can go
+    # when the model is part of Transformers, or when Transformers keeps all registered Auto classes in `auto_map`.
     def save_pretrained(self, save_directory, **kwargs):
-        """As in Transformers, with an `auto_map` that names every Auto class, so that one flag loads all of them."""
+        """Saves the model and its code, with an `auto_map` for every Auto class."""
         self.config.auto_map = {
             "AutoConfig": "configuration_agevlm.AgeVlmConfig",
             "AutoModel": "modeling_agevlm.AgeVlmModel",
@@ -471,7 +476,9 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-@auto_docstring(custom_intro="A Llama model with gated cross-attention blocks. A Llama checkpoint loads as it is.")
+@auto_docstring(
+    custom_intro="A Llama model with gated cross-attention blocks. It loads the weights of a Llama checkpoint."
+)
 class AgeVlmTextModel(AgeVlmPreTrainedModel):
     config: AgeVlmTextConfig
     input_modalities: tuple[str, ...] = ("text",)
@@ -483,10 +490,10 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
 
     def __init__(self, config: AgeVlmTextConfig):
         super().__init__(config)
-        # The names are LlamaModel's own, so that a Llama checkpoint loads with no renaming.
+        # The names are those of `LlamaModel`, so that a Llama checkpoint loads without renaming.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([AgeVlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        # The gated blocks by the Llama layer that each precedes. In a cache they follow the Llama layers.
+        # Key: the Llama layer that the block precedes. In a cache the blocks follow the Llama layers.
         self.cross_attn = nn.ModuleDict(
             {
                 str(layer): AgeVlmCrossAttention(config, cache_layer_idx=config.num_hidden_layers + block)
@@ -517,11 +524,11 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
     ) -> AgeVlmModelOutputWithPast:
         r"""
         cross_attention_states (`torch.Tensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
-            Visual tokens that are new in this call, each row's images one after another.
+            Visual tokens that are new in this call, the images of a row one after another.
         visual_positions (`torch.Tensor` of shape `(batch_size, num_visual_tokens)`, *optional*):
-            Index in the text (the cached part counted) of the token that stands for each visual token's image.
+            For each visual token, the index in the text (including the cached part) of the token that stands for its image.
         map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
-            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+            Which tokens belong to each phrase. `cross_attention_maps` has a map per phrase.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -559,8 +566,8 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         attention_maps = []
         for i, decoder_layer in enumerate(self.layers):
             if cross_attention_inputs is not None and str(i) in self.cross_attn:
-                # The maps are an output of the block rather than captured on the side, so that checkpointing of either
-                # kind keeps their gradient.
+                # The maps are an output of the block rather than captured by a hook, so that both kinds of gradient
+                # checkpointing keep their gradient.
                 attn_output, _, attention_map = self.cross_attn[str(i)](
                     hidden_states, cross_attention_states, cross_attention_inputs, cache=cache
                 )
@@ -597,8 +604,10 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         positions: torch.Tensor | None = None,
         map_queries: torch.Tensor | None = None,
     ) -> AgeVlmCrossAttentionInputs:
-        # A softmax over nothing is NaN, and so is its gradient: such rows look anywhere, and the block zeroes them.
+        # A softmax over no key is NaN, and so is its gradient. Rows that see nothing attend to all keys, and the block sets
+        # its output for them to zero.
         attend = visible | ~visible.any(-1, keepdim=True)
+        # CODEPATH: as in `AgeVlmCrossAttention`.
         if self.config.cross_attention_sink:
             attend = nn.functional.pad(attend, (0, 1), value=True)
         attention_mask = create_bidirectional_mask(
@@ -610,7 +619,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         )
         map_index = map_members = None
         if map_queries is not None:
-            # Each row's tokens of any phrase come first, in order; rows with fewer are padded with tokens of no phrase.
+            # First the tokens of any phrase, in order, then tokens of no phrase as padding.
             asked = map_queries.any(dim=1)
             map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(asked.sum(-1).max())]
             map_members = map_queries.gather(2, map_index[:, None].expand(-1, map_queries.shape[1], -1))
@@ -623,16 +632,20 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         )
 
 
-@auto_docstring(custom_intro="AGE-VLM without a language modelling head: vision tower, adapter and text model.")
+@auto_docstring(custom_intro="AGE-VLM without a language modeling head: vision tower, adapter and text model.")
 class AgeVlmModel(AgeVlmPreTrainedModel):
     def __init__(self, config: AgeVlmConfig):
         super().__init__(config)
+        # The language model comes first, because `dtype` is that of the first parameter and is saved. The tower may be
+        # float32 while the language model is bfloat16.
+        self.language_model = AgeVlmTextModel._from_config(config.text_config)
+        # As for `set_attn_implementation`, here for `from_pretrained(..., attn_implementation="sdpa")`.
         tower_class = AutoModel._model_mapping[type(config.vision_config)]
-        if not tower_supports(tower_class, config.vision_config._attn_implementation):
+        supported = tower_supports(tower_class, config.vision_config._attn_implementation)
+        if not supported:
             config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
-        self.language_model = AgeVlmTextModel._from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -641,12 +654,16 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
+    # Without this override every trainer that calls `model.train()` lets the batch norms of a frozen tower collect
+    # statistics, which changes the tower. It can go when Transformers keeps frozen submodels in evaluation mode.
     def train(self, mode: bool = True) -> "AgeVlmModel":
-        """As in PyTorch, but what is frozen of the vision tower stays in evaluation mode, and so do its batch norms:
-        batches of a fine-tuning are too small for statistics."""
+        """Sets the mode, but leaves the frozen parts of the vision tower and all its batch norms in evaluation mode.
+
+        The batches of fine-tuning are too small for batch statistics.
+        """
         super().train(mode)
         if mode:
-            _train_what_learns(self.vision_tower, False)
+            set_training_mode(self.vision_tower)
         return self
 
     @can_return_tuple
@@ -661,7 +678,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding around it.
+            1 for pixels of the image, 0 for padding.
         """
         tokens, grid, outputs = self.get_vision_tokens(pixel_values, **kwargs)
         visual_attention_mask = None
@@ -681,19 +698,29 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def get_vision_tokens(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
-        """`(N, 3, H, W)` pixels to `(N, T, vision_width)` tokens in row-major order, their rows and columns, and all of
-        the tower's output."""
+        """Runs the vision tower alone.
+
+        Args:
+            pixel_values: `(N, 3, H, W)`.
+
+        Returns:
+            The tokens `(N, T, vision_width)`, row by row of the image; their grid `(rows, columns)`; the output of the
+            tower.
+
+        Raises:
+            ValueError: if the tokens do not form a grid.
+        """
         height, width = pixel_values.shape[-2:]
-        # A frozen tower keeps no graph, whatever asks its input embeddings for gradients.
-        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        # A frozen tower keeps no graph, also where `enable_input_require_grads` has put a hook on its embeddings.
+        is_trainable = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(is_trainable and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         features = outputs.last_hidden_state
-        if isinstance(features, (list, tuple)):  # timm's `features_only`: the last of the stages asked for
+        if isinstance(features, (list, tuple)):  # timm's `features_only`: the last requested stage
             features = features[-1]
         channels = self.multi_modal_projector.layernorm.normalized_shape[0]
         if features.ndim == 4:
-            if features.shape[1] != channels:  # timm models that keep channels last
+            if features.shape[1] != channels:  # some timm models have channels last
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[-2], features.shape[-1])
             return features.flatten(2).transpose(1, 2), grid, outputs
@@ -702,42 +729,48 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         grid = (rows, features.shape[1] // rows)
         if grid[0] * grid[1] != features.shape[1]:
             raise ValueError(
-                f"The vision tower gave {features.shape[1]} tokens for a {height}x{width} image, which is no grid of "
-                "rows and columns: use a tower that keeps the image's layout."
+                f"The vision tower returned {features.shape[1]} tokens for a {height}x{width} image, which do not form a "
+                "grid of rows and columns. Use a tower that keeps the layout of the image."
             )
         return features, grid, outputs
 
     def project_vision_tokens(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """Runs the adapter on tokens `(N, T, vision_width)` of [`~AgeVlmModel.get_vision_tokens`]; returns `(N, T, D)`.
+
+        Raises:
+            ValueError: if `grid` does not fit the number of tokens.
+        """
         if grid is None or grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(
-                f"Image features of {tokens.shape[1]} tokens need their grid of rows and columns to go through the "
-                f"adapter, got grid={grid}: keep what `get_image_features` returns."
+                f"grid={grid} does not fit image features of {tokens.shape[1]} tokens. Pass the grid that "
+                "`get_image_features` returned with them."
             )
         return self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype), grid)
 
     def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """`(B, S)`, true where a token stands for an image; found by its embedding when only embeddings are given."""
+        """Bool `(B, S)`: which tokens stand for an image. Without `input_ids` they are found by their embedding."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        image_token_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
 
     def _place_images(
         self, features: AgeVlmImageFeatures, image_token_mask: torch.Tensor, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lays the images out by row of the batch.
+        """Sorts the images into the rows of the batch.
 
-        Returns `cross_attention_states` `(B, V, D)` and `visual_positions` `(B, V)`, see [`AgeVlmTextModel`].
+        Returns:
+            `cross_attention_states` `(B, V, D)` and `visual_positions` `(B, V)` for [`AgeVlmTextModel`].
 
         Raises:
             ValueError: if there are more or fewer images than image tokens.
         """
         tokens, mask = features.pooler_output, features.visual_attention_mask
         counts = image_token_mask.sum(-1)
-        rows, columns = image_token_mask.nonzero(as_tuple=True)  # row-major, which is the order of the images
+        rows, columns = image_token_mask.nonzero(as_tuple=True)  # row by row, which is the order of the images
         cached = cached_visual_positions(cache, self.language_model.config)
         if tokens.shape[0] != rows.shape[0] and cached is not None:
-            # A later turn may bring the images of the whole conversation again: those in the cache are done.
+            # A later turn may pass the images of the whole conversation again. The cached ones are skipped.
             seen = torch.tensor([row[row != NEVER].unique().numel() for row in cached], device=counts.device)
             if tokens.shape[0] == int((seen + counts).sum()):
                 ends = (seen + counts).cumsum(0)
@@ -763,14 +796,16 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return states.flatten(1, 2), positions.flatten(1, 2)
 
     def _blank_image(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """One visual token a row that nobody may see, made by every module that images go through.
+        """`cross_attention_states` and `visual_positions` of one visual token per row that no text token may see.
 
-        A text-only batch in training must still touch each trainable parameter, or data-parallel workers wait for
-        gradients that never come. What it adds, and the gradients it gives, are exactly zero.
+        It passes through every module that an image passes through, and adds exactly zero to outputs and gradients.
+        Without it, data-parallel training hangs when one process has a batch of text only: FSDP2 waits for the modules
+        that this process did not run, and DDP for their gradients. It can go when Transformers or Accelerate keep the
+        processes in step.
         """
         channels = self.multi_modal_projector.layernorm.normalized_shape[0]
         if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-            # A convolutional tower takes any size; others say theirs in their configuration.
+            # A convolutional tower accepts any size. Other towers have theirs in the configuration.
             size = getattr(self.config.vision_config, "image_size", None) or 64
             tokens, _, _ = self.get_vision_tokens(torch.zeros(1, 3, size, size, device=device))
             tokens = tokens.mean(1, keepdim=True)
@@ -780,14 +815,14 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return states, torch.full((batch_size, 1), NEVER, device=device)
 
     def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
-        # Only at the start of a text: a cached one has had its images, and drafted tokens may be any. Not while
-        # compiling, where looking at a value breaks the graph.
+        # Only at the start of a text: the images of a cached text are cached too, and a draft may propose any token. Not
+        # in compiled code, where reading a value breaks the graph.
         if input_ids is None or is_torchdynamo_compiling():
             return
         if num_cached_tokens(cache) == 0 and (num_tokens := int((input_ids == self.config.image_token_id).sum())):
             raise ValueError(
-                f"Got {num_tokens} image token(s) (id {self.config.image_token_id}) and no image: pass `pixel_values`, "
-                "or take the image token out of the text."
+                f"Got {num_tokens} image token(s) (id {self.config.image_token_id}) and no image. Pass `pixel_values`, "
+                "or remove the image token from the text."
             )
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -809,12 +844,12 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     ) -> tuple | AgeVlmModelOutputWithPast:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
-            All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
-            have none, one or many. With a cache, either the new images alone or those of the whole conversation.
+            All images of the batch, in the order of their image tokens, row by row. A row may have no image, one or
+            several. With a cache, pass either the new images or all images of the conversation.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
+            1 for pixels of the image, 0 for padding. Visual tokens that cover only padding are not attended to.
         map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
-            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+            Which tokens belong to each phrase. `cross_attention_maps` has a map per phrase.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -834,9 +869,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
 
         cross_attention_states = visual_positions = None
         if features is not None:
-            if features.pooler_output is None:  # a frozen tower's features, computed before
+            if features.pooler_output is None:  # precomputed features of a frozen tower
                 pooler_output = self.project_vision_tokens(features.last_hidden_state, features.grid)
-                # A new object: the caller's is good for the next step as well, when the adapter has learnt.
+                # A new object, because the caller passes the same one again after the adapter has changed.
                 features = AgeVlmImageFeatures(**{**features, "pooler_output": pooler_output})
             image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
             cross_attention_states, visual_positions = self._place_images(features, image_token_mask, cache)
@@ -862,20 +897,21 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return AgeVlmModelOutputWithPast(**outputs, image_outputs=features)
 
 
-def _train_what_learns(module: nn.Module, parent_learns: bool) -> None:
-    """Sets the mode of each module below: training where it holds parameters that learn, or none and its parent learns."""
+def set_training_mode(module: nn.Module, parent_is_trainable: bool = False) -> None:
+    """Sets the mode of a module and its children: training if it has trainable parameters, or if it has no parameters and
+    its parent has trainable ones. Batch norms are always in evaluation mode."""
     parameters = list(module.parameters())
-    learns = any(parameter.requires_grad for parameter in parameters) if parameters else parent_learns
-    module.training = learns and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    is_trainable = any(parameter.requires_grad for parameter in parameters) if parameters else parent_is_trainable
+    module.training = is_trainable and not isinstance(module, nn.modules.batchnorm._BatchNorm)
     for child in module.children():
-        _train_what_learns(child, learns)
+        set_training_mode(child, is_trainable)
 
 
 def vision_width(vision_tower: PreTrainedModel) -> int:
-    """Channels of the tokens that a vision tower gives.
+    """Width of the tokens of a vision tower.
 
     Raises:
-        ValueError: if neither the timm model nor the configuration says.
+        ValueError: if neither the timm model nor the configuration has it.
     """
     if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
         if vision_tower.features_only:
@@ -885,17 +921,17 @@ def vision_width(vision_tower: PreTrainedModel) -> int:
     width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else getattr(config, "hidden_size", None)
     if width is None:
         raise ValueError(
-            f"Cannot tell the width of {type(vision_tower).__name__}'s features: its configuration has neither "
+            f"The width of the features of {type(vision_tower).__name__} is unknown: its configuration has neither "
             "`hidden_sizes` nor `hidden_size`. Use a timm model or a ConvNext, ConvNextV2 or DINOv3-ConvNeXt checkpoint."
         )
     return width
 
 
 def tower_supports(tower_class: type[PreTrainedModel], attn_implementation: str | None) -> bool:
-    """Whether a vision tower takes an attention implementation.
+    """Whether a vision tower supports an attention implementation.
 
-    Convolutional towers have no attention and declare support of none, and Transformers refuses to build them with one
-    that was asked for the whole model: such a request is for the text model then.
+    Convolutional towers have no attention and support none. Transformers raises an error if an implementation that was
+    requested for the whole model is set on them.
     """
     flags = {
         "sdpa": "_supports_sdpa",
@@ -906,14 +942,14 @@ def tower_supports(tower_class: type[PreTrainedModel], attn_implementation: str 
 
 
 def num_prefix_tokens(vision_tower: PreTrainedModel) -> int:
-    """How many of a vision tower's tokens stand before those of the image grid (class token, registers)."""
+    """Number of tokens of a vision tower before those of the image grid (class token, registers)."""
     if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
         return getattr(timm_model, "num_prefix_tokens", 0)
-    # Transformers' own towers that give a token sequence put one class token first, and registers where they have any.
+    # A tower of Transformers' that returns a sequence has one class token first, and then its registers, if any.
     return 1 + (getattr(vision_tower.config, "num_register_tokens", None) or 0)
 
 
-@auto_docstring(custom_intro="AGE-VLM with a language modelling head: image and text to text.")
+@auto_docstring(custom_intro="AGE-VLM with a language modeling head: image and text to text.")
 class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -924,7 +960,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AgeVlmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # A generated image token would stand for an image that is not there.
+        # A generated image token would have no image.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
@@ -948,7 +984,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding around it.
+            1 for pixels of the image, 0 for padding.
         """
         return self.model.get_image_features(pixel_values, pixel_attention_mask, **kwargs)
 
@@ -973,14 +1009,14 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     ) -> tuple | AgeVlmCausalLMOutputWithPast:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
-            All images of the batch, in the order of their image tokens, rows of the batch one after another. A row may
-            have none, one or many. With a cache, either the new images alone or those of the whole conversation.
+            All images of the batch, in the order of their image tokens, row by row. A row may have no image, one or
+            several. With a cache, pass either the new images or all images of the conversation.
         pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding around it. Visual tokens that cover only padding are not attended.
+            1 for pixels of the image, 0 for padding. Visual tokens that cover only padding are not attended to.
         labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Labels for computing the language modelling loss, in `[0, ..., vocab_size]` or -100 to be ignored.
+            Labels of the language modeling loss, in `[0, ..., vocab_size]` or -100 to be ignored.
         map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
-            Which tokens make up each phrase whose `cross_attention_maps` are returned.
+            Which tokens belong to each phrase. `cross_attention_maps` has a map per phrase.
 
         Example:
 
@@ -1037,25 +1073,30 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             cross_attention_maps=outputs.cross_attention_maps,
         )
 
-    # `inputs_embeds` is named because Transformers looks for it here before it generates from embeddings.
+    # Without this override a draft model gets no images: Transformers passes `mm_encoder_outputs` in the first iteration only,
+    # and no call of a draft counts as one. It can go when assisted decoding sets `is_first_iteration` for the prefill of a
+    # draft. `inputs_embeds` is a named argument, because Transformers looks for it before it generates from embeddings.
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs)
-        # Transformers takes no call of a draft model for the first, and would leave its images out. A static cache serves
-        # no draft, and comparing its length, a tensor, would make the host wait at every token.
+        # A draft has no static cache. The length of a static cache is a tensor, whose comparison would make the host wait at
+        # every token.
         length = cache.get_seq_length() if cache is not None else None
         if isinstance(length, int) and length == 0:
             inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
         return inputs
 
+    # Without this override chunked prefill cuts the image features by image token, and a draft model cannot have image
+    # features of its own, because Transformers drops the pixels. It can go when Transformers refuses to chunk features
+    # that do not correspond to tokens, and keeps the pixels for the draft.
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
         has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
         if has_images and generation_config.prefill_chunk_size is not None:
             raise ValueError(
-                "Chunked prefill cuts image features by image token, which fits models with one token a feature. "
-                "AGE-VLM has one token an image: pass `prefill_chunk_size=None`, the prompt is short anyway."
+                "Chunked prefill cuts image features by image token, but AGE-VLM has one token per image. Pass "
+                "`prefill_chunk_size=None`."
             )
         pixels = {name: model_kwargs.get(name) for name in ("pixel_values", "pixel_attention_mask")}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
@@ -1065,20 +1106,24 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             model_kwargs["mm_encoder_outputs"]["pixels"] = pixels  # for a draft model
         return model_kwargs
 
+    # Without this override an AGE-VLM draft reads this model's image features, whose width may not be its own. It can go when
+    # Transformers lets a multimodal draft encode the images itself, as it does for encoder-decoder drafts.
     def _get_candidate_generator(self, *args, **kwargs):
-        """Gives a draft model that sees images its own features of them; Transformers hands it this model's."""
+        """Returns the candidate generator. An AGE-VLM draft gets image features from its own vision tower and adapter."""
         generator = super()._get_candidate_generator(*args, **kwargs)
         draft, encoded = kwargs.get("assistant_model"), kwargs["model_kwargs"].get("mm_encoder_outputs")
-        if draft is not None and draft.config.model_type == self.config.model_type and encoded:
+        if isinstance(draft, AgeVlmForConditionalGeneration) and encoded:
             if "pixels" in encoded:
                 features = draft.get_image_features(**encoded["pixels"], return_dict=True)
-            else:  # features of a tower that both share, computed before
+            else:  # precomputed features of a tower that both models share
                 features = AgeVlmImageFeatures(**{**encoded["image"], "pooler_output": None})
             generator.assistant_kwargs["mm_encoder_outputs"] = {"image": features}
         return generator
 
+    # Without this override beam search fails: Transformers expects one image token per feature, and repeats `pooler_output`
+    # only. It can go when Transformers repeats all features of an image by the number of images in each row.
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
-        """Repeats a row's images together with the row (for beams), where Transformers counts one token a feature."""
+        """Repeats the images of a row together with the row, for beams and return sequences."""
         features = mm_encoder_output.get("image")
         if features is None:
             return mm_encoder_output
@@ -1087,7 +1132,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         if sum(counts) != features.pooler_output.shape[0]:
             raise ValueError(
                 f"Got {features.pooler_output.shape[0]} image(s) for {sum(counts)} image token(s) in the prompts (by row "
-                f"of the batch: {counts}). Beam search and several return sequences need every image of the conversation."
+                f"of the batch: {counts}). Beam search and several return sequences need all images of the conversation."
             )
         order = torch.cat([rows.repeat(expand_size) for rows in torch.arange(sum(counts)).split(counts)])
         expanded: Any = {

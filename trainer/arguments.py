@@ -68,7 +68,7 @@ class AgeVlmArgumentsMixin:
     def __post_init__(self):
         optim = self.optim
         if optim == MUON:  # which Transformers does not know
-            self.optim, _ = "adamw_torch", MuonOptions.read(self.optim_args)
+            self.optim, _ = "adamw_torch", MuonOptions.read(self.optim_args)  # type: ignore[attr-defined]
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments, further along
         self.optim = MUON if optim == MUON else self.optim
         if isinstance(self.group_learning_rates, str):  # from a command line

@@ -232,6 +232,8 @@ def optimizer_groups(
 class OptimizerMixin(AnyTrainer):
     """Learning rates by group (`args.group_learning_rates`), no weight decay of norms and gates, and `args.optim="muon"`."""
 
+    optimizer: Any  # of the trainer
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return self.optimizer
@@ -244,7 +246,11 @@ class OptimizerMixin(AnyTrainer):
                 model, args.weight_decay, args.group_learning_rates, learning_rate=args.learning_rate, muon=options
             )
             betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-            settings = {"momentum": options.momentum, "nesterov": options.nesterov, "ns_steps": options.ns_steps}
+            settings: dict[str, Any] = {
+                "momentum": options.momentum,
+                "nesterov": options.nesterov,
+                "ns_steps": options.ns_steps,
+            }
             self.optimizer = Muon(groups, args.learning_rate, betas=betas, eps=eps, **settings)
             return self.optimizer
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)

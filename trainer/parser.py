@@ -94,7 +94,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         where = ".".join(parents[:depth])
         if not isinstance(place, (list, dict)):
             raise ValueError(f"{override}: {where} is {_shown(place)}, in which there is no '{name}'.")
-        step = _find_entry(place, name, f"{override}: {where}") if isinstance(place, list) else name
+        step: Any = _find_entry(place, name, f"{override}: {where}") if isinstance(place, list) else name
         if depth == len(parents):
             place[step] = read_yaml(text, override)
         else:
@@ -198,7 +198,8 @@ def parse_script(classes: Sequence[type], arguments: Sequence[str] | None = None
 
     class Parser(TrlParser):
         def error(self, message: str) -> typing.NoReturn:
-            self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage of hundreds of flags
+            print(f"{self.prog}: error: {message}", file=sys.stderr)  # without the usage of hundreds of flags
+            raise SystemExit(2)
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(classes)

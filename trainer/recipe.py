@@ -254,7 +254,7 @@ def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) ->
 
     given = recipe.model_args
     if model is not None:
-        dtype = str(model.dtype)
+        dtype: Any = str(model.dtype)
         given = replace(given, attn_implementation=model.config._attn_implementation)
     elif given.dtype == "auto":
         dtype = PreTrainedConfig.get_config_dict(recipe.model)[0].get("dtype") or "auto"
@@ -276,20 +276,20 @@ def check_output(folders: Iterable[str | os.PathLike], resume: bool) -> None:
     """
     from .checkpoints import has_model, last_checkpoint
 
-    folders = [Path(folder) for folder in folders]
-    for folder in folders:
+    paths = [Path(folder) for folder in folders]
+    for folder in paths:
         last, trained = last_checkpoint(folder), has_model(folder)
-        if resume and (last or (trained and len(folders) > 1)):
+        if resume and (last or (trained and len(paths) > 1)):
             return
         if not resume and (last or trained):
-            fix = "resume it with --resume" if last or len(folders) > 1 else "delete it"
+            fix = "resume it with --resume" if last or len(paths) > 1 else "delete it"
             found = Path(last).name if last else "a model"
             raise FileExistsError(
                 f"{folder} has {found} of a former run: {fix}, or choose another training.output_dir."
             )
     if resume:
         raise FileNotFoundError(
-            f"There is no checkpoint in {folders[0]} to resume from: leave --resume out for a fresh start."
+            f"There is no checkpoint in {paths[0]} to resume from: leave --resume out for a fresh start."
         )
 
 

@@ -188,7 +188,7 @@ class SamplingMixin(AnyTrainer):
             tokens=tokens,
             rows=self._train_batch_size if tokens is None else None,
             groups=groups,
-            weights=dict(sorted(zip(groups, dataset[WEIGHT_COLUMN], strict=True))) if weighted else None,
+            weights=dict(sorted(zip(groups, dataset[WEIGHT_COLUMN], strict=True))) if groups is not None else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
             processes=args.world_size,
             process=args.process_index,
