@@ -23,7 +23,7 @@ NOT_RUN = {
     "tests/utils/test_configuration_utils.py": "the list of common configuration arguments; a short one stands in",
     "tests/causal_lm_tester.py": "CausalLMModelTester",
     "utils/check_repo.py": "`make fix-repo`: consistency of the repository, docstrings, tables and dummy objects",
-    "utils/modular_model_converter.py": "the converter of modular files",
+    "utils/modular_model_converter.py": "the converter that expands the classes imported from Llama into the modeling file",
     "docs/source/en/_toctree.yml": "building the documentation, and its doctests",
 }
 """What a pull request must pass besides, by the file that a source distribution lacks."""
