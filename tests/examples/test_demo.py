@@ -25,6 +25,7 @@ from agevlm.build import build_checkpoint, load_timm
 from agevlm.data import build_scenes
 from agevlm.evaluation import evaluate_scenes
 from agevlm.evaluation.answers import Question, load_model
+from agevlm.files import resolve_package_file
 from research.assets.openmoji import export_openmoji, export_photographs
 from research.weights import save_trained, trained_parameters
 
@@ -316,14 +317,9 @@ def test_the_last_block_is_one_that_the_image_goes_through(tmp_path):
 
 def test_efficientnet_weights_recognize_photographs():
     """Named by order alone, the weights must still know a cat and a cup of coffee when they see them."""
-    import timm
-
-    from agevlm.build import _match_timm_names
-    from agevlm.files import resolve_package_file
-
     file = resolve_package_file(demo.PARTS[demo.PARTS.index("--vision-weights") + 1])
-    model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(_match_timm_names(torch.load(file, weights_only=True), model, by_order=True))
+    tower = load_timm("tf_efficientnet_lite0", file, by_order=True).timm_model  # gives what the classifier reads
+    weight, bias = list(torch.load(file, weights_only=True).values())[-2:]
     for name, words in (("chelsea.png", ("cat",)), ("coffee.png", ("espresso", "cup", "coffee"))):
         with Image.open(Path(skimage.__file__).parent / "data" / name) as image:
             side = min(image.size)
@@ -331,7 +327,7 @@ def test_efficientnet_weights_recognize_photographs():
             square = image.convert("RGB").crop((left, top, left + side, top + side)).resize((224, 224))
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
-            best = int(model(pixels).argmax())
+            best = int((tower(pixels) @ weight.T + bias).argmax())
         assert any(word in ImageNetInfo().index_to_description(best) for word in words)
 
 
