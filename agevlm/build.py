@@ -88,9 +88,7 @@ def load_timm(
     return model.eval()
 
 
-def _match_timm_names(
-    state_dict: Mapping[str, torch.Tensor], whole: Any, by_order: bool
-) -> dict[str, torch.Tensor]:
+def _match_timm_names(state_dict: Mapping[str, torch.Tensor], whole: Any, by_order: bool) -> dict[str, torch.Tensor]:
     """Checks a file's tensors against a whole timm model, and returns them under the model's names.
 
     Raises:

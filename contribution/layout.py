@@ -23,7 +23,7 @@ TESTS = Path("tests/models/agevlm")
 PAGE = Path("docs/source/en/model_doc/agevlm.md")
 
 LICENSE = """\
-# Copyright 2026 The HuggingFace Team. All rights reserved.
+# Copyright 2026 The AGE-VLM contributors. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -244,10 +244,14 @@ def _in_tree(code: str) -> str:
     code = re.sub(r"(?:^#.*\n)*^\w+\.register_for_auto_class\(.*\)\n", "", code, flags=re.M)
     code = re.sub(r"^( *>>> )from agevlm import ", r"\1from transformers import ", code, flags=re.M)
     code = re.sub(r"^ *>>> import agevlm\b.*\n", "", code, flags=re.M)
-    # Why the files are as they are on the Hub.
-    code = re.sub(r'\n\n(?:This file travels|Both backends are in this one file)[^"]*?(?=\n\n|\n?""")', "", code)
-    code = re.sub(r'^"""([^"\n]+)\n"""$', r'"""\1"""', code, count=1, flags=re.M)
-    return _split_image_imports(_license(code))
+    return _split_image_imports(_without_hub(_license(code)))
+
+
+def _without_hub(code: str) -> str:
+    """The code without those paragraphs of its first docstring that say what the file is on the Hub."""
+    opening, text, closing = re.match(r'((?:#.*\n)*""")(.*?)(\n?""")', code, flags=re.S).groups()  # type: ignore[union-attr]
+    kept = "\n\n".join(paragraph for paragraph in text.split("\n\n") if not re.search(r"\bHub\b|one file", paragraph))
+    return opening + kept + (closing if "\n" in kept else '"""') + code[len(opening + text + closing) :]
 
 
 def _license(code: str) -> str:
