@@ -249,7 +249,7 @@ def _in_tree(code: str) -> str:
 
 def _without_hub(code: str) -> str:
     """The code without those paragraphs of its first docstring that say what the file is on the Hub."""
-    opening, text, closing = re.match(r'((?:#.*\n)*""")(.*?)(\n?""")', code, flags=re.S).groups()  # type: ignore[union-attr]
+    opening, text, closing = re.match(r'((?:#[^\n]*\n)*""")(.*?)(\n?""")', code, flags=re.S).groups()  # type: ignore[union-attr]
     kept = "\n\n".join(paragraph for paragraph in text.split("\n\n") if not re.search(r"\bHub\b|one file", paragraph))
     return opening + kept + (closing if "\n" in kept else '"""') + code[len(opening + text + closing) :]
 

@@ -56,6 +56,9 @@ def test_every_import_is_relative_and_exists(tree):
     for path in (target / layout.MODEL).glob("*.py"):
         code = path.read_text()
         assert "register_for_auto_class" not in code
+        assert not re.search(r"\bHub\b|one file", (ast.get_docstring(ast.parse(code)) or "").partition("Shapes")[0]), (
+            path
+        )
         assert "Licensed under the Apache License, Version 2.0" in code.split("import", 1)[0]
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Import):
