@@ -133,7 +133,8 @@ def examine(args: argparse.Namespace, model: Path, name: str) -> None:
 def train(args: argparse.Namespace) -> Path:
     """Trains a model in all stages, and returns its folder."""
     out, scenes = args.output_dir / "own_run", args.output_dir / "scenes"
-    run(AGEVLM, "build", *PARTS, "--dtype", args.dtype, "--out", args.output_dir / "untrained")
+    options = ["--dtype", args.dtype, "--seed", f"{args.seed}"]
+    run(AGEVLM, "build", *PARTS, *options, "--out", args.output_dir / "untrained")
     build_scenes(args, scenes.name, train=args.scenes, test=1)
     values = {
         "model": args.output_dir / "untrained",

@@ -55,6 +55,7 @@ def build(
         bool, typer.Option(help="Give each block a learned key with value zero, where attention can go.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the adapter's and the cross-attention's untrained weights.")] = 0,
 ) -> None:
     """Assemble an AGE-VLM from a Llama and a vision backbone, and save it with its processor."""
     numbers = {
@@ -66,6 +67,8 @@ def build(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'.")
 
+    import torch
+
     from ..build import build_checkpoint, fresh_modules, load_timm
     from ..files import resolve_package_file
 
@@ -73,13 +76,12 @@ def build(
     if vision_weights is not None:
         vision_model = load_timm(vision, vision_weights, by_order=vision_weights_by_order, **timm_args)
         if dtype != "auto":
-            import torch
-
             vision_model.to(getattr(torch, dtype))
     elif timm_args or vision_weights_by_order:
         raise ValueError(
             "--vision-args and --vision-weights-by-order go with --vision-weights: other backbones bring their own configuration."
         )
+    torch.manual_seed(seed)
     model, processor = build_checkpoint(
         text,
         vision_model,

@@ -460,6 +460,21 @@ def test_command_line_builds_and_asks(monkeypatch, capsys, text_dir, timm_weight
         assert image.width > image.height > 100
 
 
+def test_the_same_seed_builds_the_same_model(monkeypatch, capsys, text_dir, tmp_path):
+    tiny_vision().save_pretrained(tmp_path / "vision")
+    built = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        out = tmp_path / name
+        code, printed = run(
+            monkeypatch, capsys, "build", "--text", text_dir, "--vision", tmp_path / "vision", "--image-size", SIZE,
+            "--seed", seed, "--out", out,
+        )  # fmt: skip
+        assert code == 0, printed
+        built[name] = agevlm.AgeVlmForConditionalGeneration.from_pretrained(out).state_dict()
+    assert all(torch.equal(value, built["again"][name]) for name, value in built["first"].items())
+    assert any(not torch.equal(value, built["other"][name]) for name, value in built["first"].items())
+
+
 def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
     monkeypatch, capsys, text_dir, timm_weights, package, tmp_path
 ):
