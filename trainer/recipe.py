@@ -369,9 +369,9 @@ def train(
             **dataset,
             **({} if stage.features is None else {"features": FeatureStore(stage.features)}),
         )
+        if not given:
+            restore_float32(trainer.model, source)
         if not finished[number]:
-            if not given:
-                restore_float32(trainer.model, source)
             result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
             save_model(trainer)
             if trainer.is_world_process_zero():

@@ -2,9 +2,11 @@
 """`agevlm train` with every recipe of examples/recipes, from start to end on tiny parts; mistakes, overrides, several processes."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +23,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from tiny_training import dataset, rows, tiny_processor, tiny_trainable
+from training_runs import train_recipe
 
+import agevlm
 from agevlm import cli
 from agevlm.data.mixture import DataPart, read_mixture
 from agevlm.plots import draw_training
 from agevlm.processing.rows import message_text
-from agevlm.trainer.recipe import load_recipe, training_arguments
+from agevlm.trainer import AgeVlmTrainer, optimizer
+from agevlm.trainer.recipe import cache_features, load_model, load_recipe, training_arguments
 from agevlm.trainer.stages import PRESETS, group_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +180,9 @@ def test_the_four_stages(parts, tmp_path, capsys):
         assert record["recipe"]["training"]["output_dir"] == str(after)
         assert any("guidance_loss" in entry for entry in logged) == (loaded.training["stage"] == "guide")
         width, height = Image.open(after / "training.png").size
-        assert (width > 2 * height) == (loaded.training["stage"] == "guide"), "a panel, or one for each curve of guidance"
+        assert (width > 2 * height) == (loaded.training["stage"] == "guide"), (
+            "a panel, or one for each curve of guidance"
+        )
         assert not (after / ".unfinished").exists()
         before = after
 
@@ -439,6 +446,188 @@ def test_evaluates_and_draws(recipe, parts, tmp_path, capsys, monkeypatch):
 def test_nothing_is_drawn_of_nothing(tmp_path):
     draw_training([{"loss": 1.0, "step": 1}], tmp_path / "training.png")
     assert not (tmp_path / "training.png").exists()
+
+
+# --- several stages ---
+
+# On top of `recipe`: everything that a stage may have, and dropout in the model.
+STAGES = [
+    "model_args.dtype=bfloat16", "training.max_steps=8", "training.save_steps=2", "training.logging_steps=1", "training.stage=null",
+    "training.tokens_per_batch=90", "training.optim=muon", "training.optim_args=adamw_lr_scale=0.3", "training.learning_rate=5e-3",
+    "training.initial_gate=0.5", "data.0.weight_by={kind: {even: 1, odd: 2}}",
+    "stages=[{name: align, share: 0.5, training: {stage: align, guidance_weight: 0}},"
+    " {name: guide, share: 0.5, training: {stage: guide, group_learning_rates: {vision_last_block: 1e-3}}}]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def staged(parts, tmp_path_factory):
+    """Parts for `STAGES`, and the folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("staged")
+    model = tiny_trainable(gate=0.0)
+    model.config.text_config.attention_dropout = 0.2
+    model.bfloat16().save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    dataset(24).add_column("kind", [("even", "odd")[i % 2] for i in range(24)]).save_to_disk(folder / "rows")
+    return folder
+
+
+def staged_recipe(staged: Path, out: Path) -> list[str]:
+    return [*STAGES, f"model={staged / 'model'}", f"data.0.path={staged / 'rows'}", f"training.output_dir={out}"]
+
+
+@pytest.fixture
+def whole(staged, recipe, monkeypatch):
+    out = staged / "whole"
+    if not out.exists():
+        agevlm.train(recipe, staged_recipe(staged, out))
+    return out
+
+
+def steps_of(file: Path) -> list[tuple]:
+    log = json.loads(file.read_text())["log_history"]
+    return [(e["step"], e.get("stage"), e["loss"], e["grad_norm"], e["guided_phrases"]) for e in log if "loss" in e]
+
+
+def test_stages_run_in_order_and_each_starts_from_the_former(staged, whole):
+    assert sorted(file.name for file in whole.iterdir()) == [
+        "1_align",
+        "2_guide",
+        "recipe.json",
+        "training.json",
+        "training.png",
+    ]
+    start, first, second = weights(staged / "model"), weights(whole / "1_align"), weights(whole / "2_guide")
+    groups = group_parameters(tiny_trainable())
+    for group, name in ((group, name) for group, members in groups.items() for name in members):
+        if group == "vision_last_block":
+            assert torch.equal(first[name].float(), start[name].float())
+            assert not torch.equal(second[name].float(), first[name].float())
+        elif group in PRESETS["align"]:
+            assert first[name].dtype == second[name].dtype == torch.float32
+            assert not torch.equal(second[name], first[name])
+    log = json.loads((whole / "training.json").read_text())
+    assert [entry[:2] for entry in steps_of(whole / "training.json")] == [
+        *((step, "align") for step in range(1, 5)), *((step, "guide") for step in range(5, 9)),
+    ]  # fmt: skip
+    assert [guided > 0 for *_, guided in steps_of(whole / "training.json")][:4] == [False] * 4
+    assert any(guided for *_, guided in steps_of(whole / "training.json"))
+    assert log["metrics"].keys() == {"align", "guide"}
+    assert log["recipe"]["training"]["output_dir"] == str(whole)
+    for folder in ("1_align", "2_guide"):
+        assert {"training.json", "training.png", "checkpoint-4", "config.json"} <= {
+            f.name for f in (whole / folder).iterdir()
+        }
+
+
+def test_a_run_that_was_killed_anywhere_ends_as_one_that_was_not(staged, whole, recipe, tmp_path):
+    """Within the first stage, in the second before its first checkpoint, and after it; to the last bit."""
+    out = tmp_path / "killed"
+    overrides, spawn = staged_recipe(staged, out), multiprocessing.get_context("spawn")
+    for resume, accident in ((False, ("1_align", 3)), (True, ("2_guide", 1)), (True, ("2_guide", 3)), (True, None)):
+        process = spawn.Process(target=train_recipe, args=(str(recipe), overrides, accident, resume))
+        process.start()
+        process.join(300)
+        assert process.exitcode == (0 if accident is None else -signal.SIGKILL), accident
+        assert (out / "1_align" / "config.json").exists() == (accident != ("1_align", 3))
+    for folder in ("1_align", "2_guide"):
+        ended, expected = weights(out / folder), weights(whole / folder)
+        assert ended.keys() == expected.keys()
+        assert all(torch.equal(ended[name], tensor) for name, tensor in expected.items()), folder
+    assert steps_of(out / "training.json") == steps_of(whole / "training.json")
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_changed_one_refused(staged, whole, recipe, capsys):
+    saved = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    overrides = staged_recipe(staged, whole)
+    trainer = agevlm.train(recipe, [*overrides, "training.logging_steps=3"], resume=True)
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(trained[name].to(tensor), tensor) for name, tensor in weights(whole / "2_guide").items())
+    for change in ("training.learning_rate=1e-3", "stages.guide.training.stage=instruct", "data.0.rows=5"):
+        assert "other settings" in fails(capsys, recipe, *overrides, change, "--resume")
+    assert "1_align has checkpoint-4 of a former run: resume it with --resume" in fails(capsys, recipe, *overrides)
+    assert saved == {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+
+
+def test_what_trains_goes_on_in_float32(staged, whole, recipe, tmp_path):
+    """The second stage begins with the first one's values, not with those rounded to the model's bfloat16."""
+    still = ["stages.guide.training.learning_rate=0", "stages.guide.training.group_learning_rates=null"]
+    agevlm.train(recipe, [*staged_recipe(staged, tmp_path / "still"), *still])
+    first, second = (weights(tmp_path / "still" / folder) for folder in ("1_align", "2_guide"))
+    names = [name for name in first if "cross_attn" in name or "multi_modal_projector" in name]
+    assert any(not torch.equal(first[name], first[name].bfloat16().float()) for name in names)
+    assert all(torch.equal(second[name], first[name]) for name in names)
+
+
+def test_a_model_and_a_trainer_of_ones_own(staged, recipe, tmp_path):
+    """The first stage trains the model that is given, later ones are loaded by its class; all by the given trainer."""
+    model, made = tiny_trainable(gate=0.0, seed=5), []
+
+    class OwnModel(type(model)):
+        pass
+
+    class OwnTrainer(AgeVlmTrainer):
+        def __init__(self, **kwargs):
+            made.append(kwargs)
+            super().__init__(**kwargs)
+
+    model.__class__ = OwnModel
+    before = model.state_dict()["lm_head.weight"].clone()
+    overrides = [*staged_recipe(staged, tmp_path / "own"), "training.max_steps=2", "model_args.dtype=auto"]
+    trainer = agevlm.train(recipe, overrides, model=model, processor=tiny_processor(), trainer_class=OwnTrainer)
+    assert made[0]["model"] is model
+    assert [type(kwargs["model"]) for kwargs in made] == [OwnModel, OwnModel]
+    assert [kwargs["args"].data_seed for kwargs in made] == [421, 422], "other batches in each stage"
+    assert isinstance(trainer, OwnTrainer)
+    assert torch.equal(trainer.model.state_dict()["lm_head.weight"], before), "in its own type, float32"
+
+
+def test_features_take_the_place_of_images(staged, recipe, tmp_path):
+    """With the tower frozen, training is the same; where something of it trains they are refused."""
+    features = tmp_path / "features"
+    common = [*staged_recipe(staged, tmp_path / "pixels"), "training.stage=align", "stages=[]", "training.max_steps=2"]
+    common += ["model_args.dtype=float32", "training.guidance_weight=1"]
+    agevlm.train(recipe, common)
+    common += [f"training.output_dir={tmp_path / 'features_run'}", f"features={features}"]
+    with pytest.raises(FileNotFoundError, match="no features"):
+        agevlm.train(recipe, common)
+    cache_features(recipe, common)
+    agevlm.train(recipe, common)
+    logs = [steps_of(tmp_path / name / "training.json") for name in ("pixels", "features_run")]
+    for pixels, ready in zip(*logs, strict=True):
+        assert ready[2:] == pytest.approx(pixels[2:], rel=1e-5)
+    with pytest.raises(ValueError, match="The vision tower trains"):
+        agevlm.train(recipe, [*common, "training.stage=guide", f"training.output_dir={tmp_path / 'refused'}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stages.0.name=guide", "Two stages have the same name"),
+        ("stages.0.name=a/b", "leave output_dir out"),
+        ("stages.0.training.output_dir=x", "leave output_dir out"),
+        ("stages.0.training.stage=null", "no stages.0.training.stage"),
+        ("stages.0.training.max_steps=3", "share is a part of training.max_steps, in place of the stage's own"),
+        ("training.max_steps=null", "share is a part of training.max_steps"),
+        ("stages.0.share=0", "share is a part of training.max_steps"),
+        ("stages.0.trainig={}", "did you mean 'training'"),
+        ("stages.align.training.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("stages.instruct.share=1", "has the entries 0 to 1 (align, guide), no 'instruct'"),
+        ("stages.0.data=[]", "has no data"),
+        ("data.0.weight_by={kind: {other: 1}}", "has no rows whose kind is other"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_stages_are_named(staged, recipe, tmp_path, capsys, change, expected):
+    assert expected in fails(capsys, recipe, *staged_recipe(staged, tmp_path / "none"), change)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_fastest_type_is_that_of_the_machine(recipe, monkeypatch):
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(optimizer, "fastest_dtype", lambda device=None, dtype=dtype: dtype)
+        model, processor = load_model(load_recipe(recipe, ["model_args.dtype=fastest"]))
+        assert {p.dtype for p in model.parameters()} == {dtype}, supported
+        assert type(processor) is type(tiny_processor())
 
 
 # --- several processes ---
