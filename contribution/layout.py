@@ -255,7 +255,7 @@ def _without_hub(code: str) -> str:
 
 
 def _license(code: str) -> str:
-    return re.sub(r"\A# SPDX-License-Identifier: Apache-2.0\n", LICENSE, code)
+    return re.sub(r"\A(?:#.*\n)+", LICENSE, code)
 
 
 def _public_classes(code: str) -> str:
