@@ -1,7 +1,19 @@
-# SPDX-License-Identifier: Apache-2.0
-"""AGE-VLM configuration.
+# Copyright 2026 The AGE-VLM contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""AGE-VLM model configuration.
 
-This file travels to the Hub with every saved model, so it imports nothing but libraries.
+`save_pretrained` copies this file to the Hub with every model. It therefore imports libraries only.
 """
 
 import itertools
@@ -15,11 +27,11 @@ from transformers.utils import auto_docstring
 
 
 def default_cross_attention_layers(num_hidden_layers: int) -> list[int]:
-    """Four blocks spread evenly over a Llama of any depth, in merged numbering.
+    """Default `cross_attention_layers`: four blocks spread evenly over a Llama of any depth.
 
-    Blocks go before Llama layers `round(2 + i * L / 4)`, which for `L = 16` are the paper's 2, 6, 10, 14 (2, 7, 12, 17
-    in the merged stack). Below 12 layers that rule runs past the end, so shallower models take `i * L // 4`, with one
-    block a layer when there are fewer than four.
+    The blocks precede Llama layers `round(2 + i * L / 4)`. For `L = 16` these are layers 2, 6, 10 and 14 as in the paper,
+    or 2, 7, 12 and 17 of the merged stack. Below 12 layers this rule exceeds the depth, so the blocks precede layers
+    `i * L // 4`; with fewer than four layers there is one block per layer.
     """
     if num_hidden_layers >= 12:
         before = [round(2 + i * num_hidden_layers / 4) for i in range(4)]
@@ -34,17 +46,17 @@ def default_cross_attention_layers(num_hidden_layers: int) -> list[int]:
 class AgeVlmTextConfig(LlamaConfig):
     r"""
     cross_attention_layers (`list[int]` or `tuple[int, ...]`, *optional*):
-        Where the gated cross-attention blocks stand, as indices in the merged stack of Llama layers and blocks (the
-        paper's numbering, and Mllama's). `[2, 7, 12, 17]` on 16 Llama layers puts a block before each of Llama layers
-        2, 6, 10 and 14. Must be strictly increasing, with at most one block before each Llama layer. Defaults to four
-        blocks spread evenly over the depth. An empty list is a plain Llama.
+        Indices of the gated cross-attention blocks in the merged stack of Llama layers and blocks, as in the paper and
+        in Mllama. With 16 Llama layers, `[2, 7, 12, 17]` places the blocks before Llama layers 2, 6, 10 and 14. The list
+        must be strictly increasing, with at most one block before each Llama layer. Defaults to four blocks spread
+        evenly over the depth. With an empty list the model is a plain Llama.
     cross_attention_sink (`bool`, *optional*, defaults to `False`):
-        Whether each block has a learned attention sink, a key without a value beside the visual tokens, so that a token
-        which finds nothing to look at takes nothing over. The paper's blocks have none.
+        Whether each block has a learned attention sink: a key with the value zero beside the visual tokens, so that a
+        text token can attend to nothing. The blocks of the paper have no sink.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassClassValidationError`: for a list out of range, unsorted, or with two
-        blocks on one layer.
+        `huggingface_hub.errors.StrictDataclassClassValidationError`: if the list is out of range or unsorted, or has two
+            blocks before one layer.
     """
 
     model_type = "agevlm_text"
@@ -85,13 +97,13 @@ class AgeVlmTextConfig(LlamaConfig):
             }
         if self.cross_attention_layers is None:
             self.cross_attention_layers = default_cross_attention_layers(self.num_hidden_layers)
-        # A list, because JSON has no tuples and a configuration must equal itself after a round trip.
+        # A list, because JSON has no tuples, and a loaded configuration must equal the saved one.
         self.cross_attention_layers = list(self.cross_attention_layers)
         super().__post_init__(**kwargs)
 
     @property
     def cross_attention_llama_layers(self) -> list[int]:
-        """The Llama layers, in Llama's own numbering, that have a cross-attention block in front of them."""
+        """The Llama layers that follow a cross-attention block, counted without the blocks."""
         return [layer - i for i, layer in enumerate(self.cross_attention_layers or [])]
 
     def validate_architecture(self):
@@ -103,15 +115,15 @@ class AgeVlmTextConfig(LlamaConfig):
             layer >= self.num_hidden_layers for layer in before
         ):
             raise ValueError(
-                f"cross_attention_layers={layers} leaves the merged stack of {self.num_hidden_layers} Llama layers and "
-                f"{len(layers)} blocks: each index must lie in 0..{merged - 1} and have a Llama layer after it."
+                f"cross_attention_layers={layers} is out of range for {self.num_hidden_layers} Llama layers and "
+                f"{len(layers)} blocks. Each index must be in 0..{merged - 1} and have a Llama layer after it."
             )
         if any(b <= a for a, b in itertools.pairwise(layers)):
             raise ValueError(f"cross_attention_layers={layers} must be strictly increasing, without repeats.")
         if len(set(before)) != len(before):
             raise ValueError(
-                f"cross_attention_layers={layers} puts two blocks before one Llama layer ({before} in Llama numbering): "
-                "leave at least one Llama layer between two blocks."
+                f"cross_attention_layers={layers} has two blocks before one Llama layer (the blocks precede Llama layers "
+                f"{before}). Place at least one Llama layer between two blocks."
             )
 
 
@@ -122,14 +134,14 @@ class AgeVlmConfig(PreTrainedConfig):
     projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
         Activation between the two linear layers of the adapter.
     visual_position_embedding (`bool`, *optional*, defaults to `False`):
-        Whether the adapter adds a fixed 2-D sine-cosine signal to the visual tokens. Features of a
-        convolutional tower carry hardly any absolute position, which questions such as "where is it?" need.
+        Whether the adapter adds a fixed 2-D sine-cosine signal to the visual tokens. The features of a convolutional
+        tower have little information about absolute positions, which questions such as "where is it?" need.
     image_token_id (`int`, *optional*, defaults to 128002):
-        The token that stands for one image in the text, never expanded. The default is
+        The token that stands for one image in the text. It is never expanded. The default is
         `<|reserved_special_token_0|>` of the Llama 3.2 tokenizers, so that no embedding is resized.
 
-    The defaults are age-vlm-1b: Llama-3.2-1B with cross-attention at merged layers 2, 7, 12 and 17, and a CLIP-trained
-    ConvNeXt-Large through timm, which turns a 768x768 image into 24x24 = 576 tokens of width 1536.
+    The defaults give age-vlm-1b: Llama-3.2-1B with blocks at 2, 7, 12 and 17 of the merged stack, and a ConvNeXt-Large of
+    timm, trained with CLIP. This tower turns a 768x768 image into 24x24 = 576 tokens of width 1536.
 
     Example:
 
@@ -142,7 +154,7 @@ class AgeVlmConfig(PreTrainedConfig):
     ```"""
 
     model_type = "agevlm"
-    # A trainer joins what is left along the batch, which image features and maps do not have first.
+    # A trainer concatenates the other outputs along their first dimension, which must be the batch.
     keys_to_ignore_at_inference = ["cache", "image_outputs", "cross_attention_maps"]
     sub_configs_defaults = {
         "text_config": AgeVlmTextConfig,
@@ -162,7 +174,7 @@ class AgeVlmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # Tying is decided on the outer configuration, because that is the one the head belongs to.
+        # The outer configuration decides, because the head belongs to the outer model.
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
@@ -171,7 +183,7 @@ class AgeVlmConfig(PreTrainedConfig):
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
-                "tokens: name an existing token (a reserved special one), because the embedding is never resized."
+                "tokens. Choose an existing token, such as a reserved one, because the embedding is never resized."
             )
 
 

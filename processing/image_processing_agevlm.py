@@ -1,7 +1,19 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Image processors of AGE-VLM: one geometry, two backends (torchvision and PIL).
+# Copyright 2026 The AGE-VLM contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image processor classes for AGE-VLM, with torchvision and with PIL.
 
-Both backends are in this one file, so that a checkpoint saved from either carries the code of both.
+Both backends are in one file, so that a checkpoint that was saved with one of them contains the code of both.
 """
 
 import base64
@@ -28,7 +40,7 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import logging
+from transformers.utils import auto_docstring, logging
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +48,7 @@ logger = logging.get_logger(__name__)
 def flatten_images(images: Any) -> list[Any]:
     """All images of `images` in order, as a flat list.
 
-    `images` is a single image, a list of images nested to any depth, or arrays of several images (4 dimensions).
+    `images` is one image, a list of images that may be nested to any depth, or an array of several images (4 dimensions).
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
@@ -44,13 +56,13 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def load_image(source: str | os.PathLike | bytes) -> PIL.Image.Image:
-    """Reads an image file, its bytes, a URL or a base64 string into an upright PIL image that keeps its own mode.
+    """Reads an image file, its bytes, a URL or a base64 string into an upright PIL image without changing its mode.
 
-    Transformers' loaders drop the alpha channel of files while its processors composite that of PIL images on white;
-    keeping the mode until the conversion gives a file and the PIL image opened from it the same pixels.
+    `load_image` of Transformers drops the alpha channel, while its image processors composite PIL images on white. Without
+    a change of mode, a file and the PIL image that is opened from it give the same pixels.
 
     Raises:
-        ValueError: if the source cannot be found, is no image, is truncated, or is suspiciously large.
+        ValueError: if the source is not found, is no image, is truncated, or has too many pixels.
     """
     source = os.fspath(source)
     file: Any = source
@@ -67,15 +79,15 @@ def load_image(source: str | os.PathLike | bytes) -> PIL.Image.Image:
         with PIL.Image.open(file) as image:
             return PIL.ImageOps.exif_transpose(_decode(image))
     except PIL.Image.DecompressionBombError as error:
-        raise ValueError(f"Cannot read image {_shorten(source)}: {error} {_BOMB_MEND}") from error
-    except Exception as error:  # decoders raise errors of many types for damaged data
+        raise ValueError(f"Cannot read image {_shorten(source)}: {error} {_BOMB_FIX}") from error
+    except Exception as error:  # decoders raise many types of errors for damaged data
         raise ValueError(
             f"Cannot read image {_shorten(source)}: {error or type(error).__name__}. "
             "Pass the path of an intact image file, an image URL or a base64 encoded image."
         ) from error
 
 
-_BOMB_MEND = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+_BOMB_FIX = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."
 
 
 def _shorten(source: str | bytes, length: int = 120) -> str:
@@ -85,12 +97,12 @@ def _shorten(source: str | bytes, length: int = 120) -> str:
 
 
 def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decodes the pixels of a PIL image: files are opened lazily, so that damage shows only now."""
+    """Decodes the pixels of a PIL image. PIL opens files lazily, so that errors in the data appear here."""
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if isinstance(image, PIL.ImageFile.ImageFile) and limit is not None and image.width * image.height > limit:
         raise ValueError(
             f"its {image.width}x{image.height} pixels exceed the limit of {limit} against decompression bombs. "
-            + _BOMB_MEND
+            + _BOMB_FIX
         )
     try:
         image.load()
@@ -104,7 +116,7 @@ def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scales 16-bit grey images to 8 bits, which PIL's own conversion clips to white."""
+    """Scales 16-bit gray images to 8 bits. The conversion of PIL would clip them to white."""
     if image.mode == "F":
         raise ValueError('PIL mode "F" has no defined range of values. Convert the image to mode "L" or "RGB" first.')
     if not image.mode.startswith("I"):
@@ -112,7 +124,7 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     pixels = np.array(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(
-            f'PIL mode "{image.mode}" is read as 16-bit grey, but its values reach from {pixels.min()} to {pixels.max()}. '
+            f'PIL mode "{image.mode}" is read as 16-bit gray, but its values are from {pixels.min()} to {pixels.max()}. '
             'Convert the image to mode "L" or "RGB" first.'
         )
     return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
@@ -127,31 +139,31 @@ class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     return_pixel_mask: bool | None
 
 
-class AgeVlmImageProcessorMixin(BaseImageProcessor):
-    """What the two backends share: checks of the input, the geometry and the mask of real pixels.
+@auto_docstring(
+    custom_intro="""
+    Base of the image processors of both backends.
 
-    With `do_pad` (the default) an image keeps its aspect ratio: it is resized, up or down, to the largest size that
-    fits `size` (`{"height", "width"}`, in pixels) and padded on the right and at the bottom. Anchoring the image at the
-    top left makes its geometry a mere scaling: pixel (y, x) of the original is at (y * h' / h, x * w' / w) with
-    (h', w') from [`~AgeVlmImageProcessorMixin.get_resized_size`]. The padding is written after normalisation, as
-    zeros, hence in the mean colour: it makes no strong border and the vision tower reads it as "nothing special".
-    Without `do_pad` the image is stretched to `size`.
+    With `do_pad` (the default) an image keeps its aspect ratio. It is resized, up or down, to the largest size that
+    fits into `size` (a height and a width in pixels) and padded on the right and at the bottom. The image is at the top
+    left, so that pixel (y, x) of the original is at (y * h' / h, x * w' / w) with (h', w') from
+    [`~AgeVlmImageProcessorMixin.get_resized_size`]. The padding is zero after normalization. This is the mean color, which
+    makes no strong border. Without `do_pad` the image is stretched to `size`.
 
-    Accepted are PIL images, NumPy arrays and PyTorch tensors (`(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4
-    channels; `uint8`, or floating point in [0, 255], or in [0, 1] along with `do_rescale=False`), file paths, URLs and
-    base64 strings, alone or in lists nested to any depth. Transparent images are composited on white. Files are turned
-    upright by their EXIF orientation; PIL images are taken as they are.
+    Accepted inputs are PIL images, NumPy arrays and PyTorch tensors (`(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4
+    channels; `uint8`, floating point in [0, 255], or floating point in [0, 1] with `do_rescale=False`), file paths, URLs
+    and base64 strings, alone or in lists that may be nested to any depth. Transparent images are composited on white.
+    Files are rotated by their EXIF orientation; PIL images are not.
 
-    Returns, from `preprocess` and `__call__`, a [`~transformers.BatchFeature`] with
+    `preprocess` and `__call__` return a [`~transformers.BatchFeature`] with
 
     - `pixel_values`, float `(num_images, 3, height, width)`: all images of the batch in order;
-    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding. Left
-      out with `return_pixel_mask=False`, a setting that is saved like the others: the model then attends to padding too.
+    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding.
+      With `return_pixel_mask=False` there is no mask, and the model attends to padding too.
 
-    Raises:
-        ValueError: for input that is no valid image, naming the image's index and what to do about it.
+    They raise a `ValueError` for an invalid image. The message has the index of the image and how to fix it.
     """
-
+)
+class AgeVlmImageProcessorMixin(BaseImageProcessor):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -174,10 +186,10 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         do_resize: bool | None = None,
         do_pad: bool | None = None,
     ) -> tuple[int, int]:
-        """The `(height, width)` in pixels which an image of `height` x `width` has after resizing, before padding.
+        """The `(height, width)` in pixels of an image of `height` x `width` after resizing and before padding.
 
-        Whatever belongs to the image (masks, boxes) and is resized to it, then padded on the right and at the bottom
-        to `size`, lies on the image as the model sees it. `size`, `do_resize` and `do_pad` default to the processor's.
+        Masks and boxes that are resized to it and then padded on the right and at the bottom to `size` fit the image that
+        the model receives. `size`, `do_resize` and `do_pad` default to the settings of the processor.
 
         Raises:
             ValueError: if the image has no pixels.
@@ -191,13 +203,13 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         target_height, target_width = int(size["height"]), int(size["width"])
         if not (self.do_pad if do_pad is None else do_pad):
             return target_height, target_width
-        # Integer arithmetic, rounding half up: the same on every platform, never above the target, never 0.
+        # Integer arithmetic that rounds half up gives the same result on every platform, at most the target and at least 1.
         if height * target_width >= width * target_height:
             return target_height, max(1, (2 * width * target_height + height) // (2 * height))
         return max(1, (2 * height * target_width + width) // (2 * width)), target_width
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Reads paths, URLs and base64 strings into PIL images; keeps images and the nesting of lists."""
+        """Reads paths, URLs and base64 strings into PIL images. Images and the nesting of lists stay unchanged."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -212,7 +224,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         do_rescale: bool | None = None,
         **kwargs,
     ) -> Any:
-        """One image in the backend's type, channels first. See the class for what is accepted and what raises."""
+        """Converts one image to the type of the backend, channels first. See the class for accepted types and errors."""
         if isinstance(image, PIL.Image.Image):
             self.get_resized_size(image.height, image.width)  # raises on empty images
             image = _to_8_bits(_decode(image))
@@ -225,7 +237,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
     def _check_array(
         self, image: Any, input_data_format: str | ChannelDimension | None, do_rescale: bool | None
     ) -> tuple[Any, ChannelDimension]:
-        """The image with a channel dimension, as the backends take it, and which dimension that is."""
+        """Returns the image with a channel dimension, and which dimension that is."""
         shape = tuple(image.shape)
         if len(shape) not in (2, 3):
             raise ValueError(f"expected 2 or 3 dimensions, got the shape {shape}.")
@@ -238,7 +250,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         channels = [image.shape[axis] for axis in axes[given_format]]
         if not set(channels) & {1, 3, 4}:
             raise ValueError(
-                f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels first or last, got the shape {shape}. "
+                f"expected 1 (gray), 3 (RGB) or 4 (RGBA) channels first or last, got the shape {shape}. "
                 "Select or merge channels, or fix `input_data_format`."
             )
         if input_data_format is None:
@@ -249,7 +261,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
             image = image.detach().cpu() if isinstance(self, PilBackend) else image.detach()
         else:
             is_float, is_uint8 = np.issubdtype(image.dtype, np.floating), image.dtype == np.uint8
-            # PyTorch takes neither flipped views nor read-only arrays.
+            # PyTorch accepts neither flipped views nor read-only arrays.
             image = image if image.flags.c_contiguous and image.flags.writeable else image.copy()
         if is_float:
             image = image.float() if is_tensor else image.astype(np.float32)
@@ -258,8 +270,8 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
                 raise ValueError("the image has values that are NaN or infinite.")
             if do_rescale and low >= 0 and high <= 1:
                 logger.warning_once(
-                    "Rescaling an image whose values are in [0, 1] already makes it almost black. If it is not meant "
-                    "to be, pass `do_rescale=False`."
+                    "The values of an image are in [0, 1] before rescaling, which makes the image almost black. Pass "
+                    "`do_rescale=False` if it is rescaled already."
                 )
         elif not is_uint8:
             raise ValueError(
@@ -288,14 +300,14 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:  # type: ignore[override]
         super()._validate_preprocess_kwargs(**kwargs)
-        # They would move the image away from what `get_resized_size` says, and its masks with it.
+        # With these options the image would not be where `get_resized_size` says, and masks would not fit it.
         if kwargs.get("do_center_crop") or kwargs.get("pad_size"):
             raise ValueError(
                 "`do_center_crop` and `pad_size` are not supported: images are resized and padded to `size`."
             )
 
     def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs) -> Any:
-        """Resizes `image` `(..., h, w)` to `size`, or to what fits into its `max_height` and `max_width`."""
+        """Resizes `image` `(..., h, w)` to `size`, or to the largest size that fits into its `max_height` and `max_width`."""
         if size.max_height and size.max_width:
             target = SizeDict(height=size.max_height, width=size.max_width)
             height, width = image.shape[-2:]
@@ -304,12 +316,12 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         if image.dtype in (torch.uint8, np.dtype(np.uint8)):
             return super().resize(image=image, size=size, resample=resample, **kwargs)  # type: ignore[misc]
         if isinstance(image, np.ndarray) and isinstance(resample, int):
-            # The inherited way by 8 bits takes a floating point image of zeros and ones for a black one.
+            # The inherited method converts to 8 bits, which turns a floating point image of zeros and ones black.
             channels = [PIL.Image.fromarray(c).resize((size["width"], size["height"]), resample) for c in image]
             resized = np.stack([np.asarray(channel) for channel in channels])
         else:
             resized = super().resize(image=image, size=size, resample=resample, **kwargs)  # type: ignore[misc]
-        # Bicubic resampling overshoots at edges. 8-bit images are clipped, hence others too.
+        # Bicubic resampling overshoots at edges. 8-bit images are clipped, so others are clipped too.
         return resized.clip(min(0.0, float(image.min())), 1.0 if image.max() <= 1 else 255.0)
 
     def _preprocess(  # type: ignore[override]
@@ -334,7 +346,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary; its `auto_map`, if any, names the classes of both backends."""
+        """The configuration as a dictionary. Its `auto_map`, if any, has the classes of both backends."""
         output = super().to_dict()
         auto_map = output.get("auto_map") or {}
         if "AutoImageProcessor" in auto_map:
@@ -343,15 +355,17 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         return output
 
 
+@auto_docstring(custom_intro="The default image processor, with torchvision. See [`AgeVlmImageProcessorMixin`].")
 class AgeVlmImageProcessor(AgeVlmImageProcessorMixin, TorchvisionBackend):  # type: ignore[misc]
-    """Image processor of AGE-VLM on torchvision, the default. See [`AgeVlmImageProcessorMixin`] for what it does."""
+    pass
 
 
+@auto_docstring(custom_intro="The image processor with PIL and NumPy. See [`AgeVlmImageProcessorMixin`].")
 class AgeVlmImageProcessorPil(AgeVlmImageProcessorMixin, PilBackend):  # type: ignore[misc]
-    """Image processor of AGE-VLM on PIL and NumPy. See [`AgeVlmImageProcessorMixin`] for what it does."""
+    pass
 
 
-# Saved processors carry this file, for use where `agevlm` is not installed.
+# A saved processor contains this file, so that it loads without `agevlm`.
 AgeVlmImageProcessor.register_for_auto_class()
 AgeVlmImageProcessorPil.register_for_auto_class()
 

@@ -171,8 +171,8 @@ def test_token_types_are_not_returned():
         (0, [f"a {IMAGE}", "b"], r"text 0 has 1, but there are no images"),
         (1, ["a", "b"], r"the texts have \[0, 0\], 0 in all, but there are 1 images"),
         (3, [f"a {IMAGE}", f"b {IMAGE}"], r"the texts have \[1, 1\], 2 in all, but there are 3 images"),
-        ([1, 1], [f"a {IMAGE * 2}", "b"], r"text 0 has 2, but comes with 1 images"),
-        ([0, 2], ["a", f"b {IMAGE}"], r"text 1 has 1, but comes with 2 images"),
+        ([1, 1], [f"a {IMAGE * 2}", "b"], r"text 0 has 2, but 1 images"),
+        ([0, 2], ["a", f"b {IMAGE}"], r"text 1 has 1, but 2 images"),
         ([1], [f"a {IMAGE}", "b"], r"got 1 lists of images for 2 texts"),
         ([1, 1, 1], [f"a {IMAGE}", f"b {IMAGE}"], r"got 3 lists of images for 2 texts"),
     ],
@@ -375,7 +375,7 @@ def test_sanitized_image_tokens_of_users_are_no_images(processor):
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     outputs = processor.apply_chat_template(messages, sanitize_control_tokens=True, **options)
     assert (outputs.input_ids == processor.image_token_id).sum() == 1
-    with pytest.raises(ValueError, match="text 0 has 2, but comes with 1 images"):
+    with pytest.raises(ValueError, match="text 0 has 2, but 1 images"):
         processor.apply_chat_template(messages, **options)
 
 
