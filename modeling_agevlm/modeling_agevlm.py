@@ -799,7 +799,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         """`cross_attention_states` and `visual_positions` of one visual token per row that no text token may see.
 
         It passes through every module that an image passes through, and adds exactly zero to outputs and gradients.
-        Without it, data-parallel training hangs when one process has a batch of text only: FSDP2 waits for the modules
+        Without it, several processes hang when one of them has a batch of text only: FSDP2 and ZeRO-3 wait for the modules
         that this process did not run, and DDP for their gradients. It can go when Transformers or Accelerate keep the
         processes in step.
         """
@@ -813,6 +813,14 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             tokens = torch.zeros(1, 1, channels, device=device)
         states = self.project_vision_tokens(tokens, (1, 1)).expand(batch_size, -1, -1)
         return states, torch.full((batch_size, 1), NEVER, device=device)
+
+    def _needs_blank_image(self, cache: Cache | None) -> bool:
+        if self.training and torch.is_grad_enabled():
+            return True
+        # Weights that are sharded are gathered in evaluation too. Once is enough for a cache.
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        is_new = cached_visual_positions(cache, self.language_model.config) is None
+        return is_shared and is_new and (cache is None or isinstance(cache, Cache))
 
     def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
         # Only at the start of a text: the images of a cached text are cached too, and a draft may propose any token. Not
@@ -878,7 +886,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             cross_attention_states = cross_attention_states.to(inputs_embeds.device, inputs_embeds.dtype)
         else:
             self._check_no_image_token(input_ids, cache)
-            if self.training and torch.is_grad_enabled():
+            if self._needs_blank_image(cache):
                 cross_attention_states, visual_positions = self._blank_image(
                     inputs_embeds.shape[0], inputs_embeds.device
                 )

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import COUNTS, IMAGE, ROWS, batch, images, pad, text, tiny_age_vlm, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import Cache, CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
@@ -444,3 +445,30 @@ def test_beams_need_every_image_of_the_conversation(model):
     inputs = {"input_ids": row[None], "pixel_values": images(1)}
     with pytest.raises(ValueError, match=r"Got 1 image\(s\) for 2 image token\(s\)"):
         generate(model, inputs, cache=cache, num_beams=2)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+def test_text_alone_keeps_in_step_with_processes_that_have_images(model, expected, kwargs):
+    """FSDP2 gathers a block's weights in the processes that run it, and hangs unless all of them do."""
+    calls = {"model": 0, "block": 0}
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        for name, module in (("model", model), ("block", model.model.language_model.cross_attn["0"]))
+    ]
+    alone = generate(model, one(0), **kwargs)
+    assert calls["model"] > 0
+    assert calls["block"] == 0, "a single process saves itself the work"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for i in (0, 1):
+            calls.update(model=0, block=0)
+            tokens = generate(model, one(i), **kwargs)
+            assert calls["block"] == calls["model"] > 0
+            if i == 0:
+                assert torch.equal(tokens, alone)
+            if "num_beams" not in kwargs:
+                assert torch.equal(tokens[0], expected[i])
+    finally:
+        dist.destroy_process_group()
+        for hook in hooks:
+            hook.remove()
