@@ -804,7 +804,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         processes in step.
         """
         channels = self.multi_modal_projector.layernorm.normalized_shape[0]
-        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+        if is_distributed() or any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             # A convolutional tower accepts any size. Other towers have theirs in the configuration.
             size = getattr(self.config.vision_config, "image_size", None) or 64
             tokens, _, _ = self.get_vision_tokens(torch.zeros(1, 3, size, size, device=device))
@@ -817,10 +817,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def _needs_blank_image(self, cache: Cache | None) -> bool:
         if self.training and torch.is_grad_enabled():
             return True
-        # Weights that are sharded are gathered in evaluation too. Once is enough for a cache.
-        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # Sharded weights are gathered in evaluation too. With a cache, once is enough.
         is_new = cached_visual_positions(cache, self.language_model.config) is None
-        return is_shared and is_new and (cache is None or isinstance(cache, Cache))
+        return is_distributed() and is_new and (cache is None or isinstance(cache, Cache))
 
     def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
         # Only at the start of a text: the images of a cached text are cached too, and a draft may propose any token. Not
@@ -903,6 +902,11 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             **kwargs,
         )
         return AgeVlmModelOutputWithPast(**outputs, image_outputs=features)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def set_training_mode(module: nn.Module, parent_is_trainable: bool = False) -> None:
