@@ -373,12 +373,12 @@ def train(
             restore_float32(trainer.model, source)
         if not finished[number]:
             result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
-            save_model(trainer)
             if trainer.is_world_process_zero():
                 name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
                 _report(trainer, stage, f"Stage {name}", result.metrics)
                 if recipe.stages:
                     _report_all(recipe, folders[: number + 1])
+            save_model(trainer)  # at the end, because a stage with a model is finished
         if number + 1 < len(stages):
             model = trainer = None  # type: ignore[assignment]
             gc.collect()  # model, trainer and optimizer refer to each other
