@@ -257,7 +257,7 @@ class AgeVlmDataCollator:
         texts = [conversation.text for conversation in rendered]
         encode: Callable = self.processor.tokenizer
         if self.features is None:
-            encode = partial(self.processor, images=images if any(images) else None)
+            encode = partial(self.processor, images=images if any(images) else None)  # type: ignore[misc]
         inputs = encode(
             text=texts,
             padding=True,
