@@ -150,7 +150,7 @@ def train(args: argparse.Namespace) -> Path:
 
 
 def choose_examples(questions: Sequence[Question], number: int) -> list[Question]:
-    """Some of each kind of question, existence with both answers, in the order they were asked; no other choice is made."""
+    """The first questions of each kind, existence with both answers, each about another scene; no other choice is made."""
     share = {
         ("existence", "Yes"): 3,
         ("existence", "No"): 2,
@@ -160,13 +160,12 @@ def choose_examples(questions: Sequence[Question], number: int) -> list[Question
     }
     chosen: list[Question] = []
     for (kind, expected), count in share.items():
-        seen = {question.source for question in chosen}
-        fitting = [
-            question
-            for question in questions
-            if question.kind == kind and expected in (None, question.expected) and question.source not in seen
-        ]
-        chosen += fitting[: round(count * number / 10)]
+        left = round(count * number / 10)
+        for question in questions:
+            fits = question.kind == kind and expected in (None, question.expected)
+            if left and fits and question.source not in {other.source for other in chosen}:
+                chosen.append(question)
+                left -= 1
     return chosen
 
 
@@ -266,7 +265,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-questions", type=int, default=100, help="of each kind about held-out scenes")
     parser.add_argument("--classes", default=CLASSES, help="of objects, with commas between them")
     parser.add_argument("--guidance", type=float, default=1.0, help="weight in stages 3 and 4; 0 for none")
-    parser.add_argument("--examples", type=int, default=10, help="questions shown in the report")
+    parser.add_argument("--examples", type=int, default=6, help="questions shown in the report")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of trained weights")
     args = parser.parse_args()

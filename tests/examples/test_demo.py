@@ -212,8 +212,8 @@ def test_examples_are_the_first_of_each_kind():
             ("h", "3", "count", "4"),
         ]
     ]
-    # Not of a scene that a question of another kind shows already.
-    assert [question.key for question in demo.choose_examples(asked, 10)] == ["b", "c", "d", "f", "g"]
+    # Not of a scene that another question shows already.
+    assert [question.key for question in demo.choose_examples(asked, 10)] == ["b", "d", "f", "g"]
 
 
 # ---------------------------------------------------------------------------------------- mistakes
