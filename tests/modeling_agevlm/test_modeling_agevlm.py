@@ -835,7 +835,13 @@ def test_default_configuration_is_that_of_the_paper():
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [([2, 20], "leaves"), ([-1, 4], "leaves"), ([7, 2], "increasing"), ([4, 4], "increasing"), ([2, 3], "two blocks")],
+    [
+        ([2, 20], "out of range"),
+        ([-1, 4], "out of range"),
+        ([7, 2], "increasing"),
+        ([4, 4], "increasing"),
+        ([2, 3], "two blocks"),
+    ],
 )
 def test_impossible_places_of_blocks(layers, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
