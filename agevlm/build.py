@@ -283,7 +283,7 @@ def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[flo
             processor = AutoImageProcessor.from_pretrained(vision_model)
             return processor.image_mean, processor.image_std
         except (OSError, ValueError, AttributeError):
-            logger.warning(f"{vision_model} has no image processor: its images are normalised as CLIP's.")
+            logger.warning(f"{vision_model} has no image processor: its images are normalized as CLIP's.")
     return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 

@@ -103,9 +103,9 @@ def forward(model, batch: dict, **kwargs):
     return model(input_ids=ids, labels=ids, mm_encoder_outputs={"image": features}, use_cache=False, **kwargs)
 
 
-def total_loss(language_modelling: torch.Tensor, maps: torch.Tensor, batch: dict) -> torch.Tensor:
+def total_loss(language_modeling: torch.Tensor, maps: torch.Tensor, batch: dict) -> torch.Tensor:
     losses, named = guidance_losses(maps, batch["targets"])
-    return language_modelling + losses.sum() / named.sum()
+    return language_modeling + losses.sum() / named.sum()
 
 
 def average(weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ def check_agreement(device: torch.device) -> None:
 
 
 def timed(compute: Callable[..., torch.Tensor], model, batch: dict, dtype: torch.dtype) -> float:
-    """Seconds of one step. Reading the loss at its end waits for the forward only, hence the synchronisation."""
+    """Seconds of one step. Reading the loss at its end waits for the forward only, hence the synchronization."""
     if batch["input_ids"].is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()

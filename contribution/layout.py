@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the files of a pull request to Transformers into a copy of its source tree.
 
-Everything but the page of the documentation is derived from this repository's own files: the travelling files with
+Everything but the page of the documentation is derived from this repository's own files: the traveling files with
 relative imports, their tests, and the entries in Transformers' tables.
 """
 
@@ -95,7 +95,7 @@ DERIVED_TESTS = {
 }
 """File in `tests/models/agevlm` -> the file it is derived from, and which definitions of it stay behind."""
 
-# Where the image processors of one travelling file go: Transformers has a file for each backend.
+# Where the image processors of one traveling file go: Transformers has a file for each backend.
 TORCHVISION_CLASS = "AgeVlmImageProcessor"
 
 
@@ -134,8 +134,8 @@ def lay_out(source: Path, target: Path = TARGET) -> list[Path]:
 
 
 def model_files() -> dict[str, str]:
-    """The files of `src/transformers/models/agevlm` by name: the travelling files with relative imports."""
-    travelling = {
+    """The files of `src/transformers/models/agevlm` by name: the traveling files with relative imports."""
+    traveling = {
         name: _in_tree((REPOSITORY / folder / name).read_text("utf-8"))
         for folder, name in [
             ("modeling_agevlm", "configuration_agevlm.py"),
@@ -144,12 +144,12 @@ def model_files() -> dict[str, str]:
             ("processing", "processing_agevlm.py"),
         ]
     }
-    both = travelling.pop("image_processing_agevlm.py")
-    travelling["image_processing_pil_agevlm.py"] = drop_definitions(both, [TORCHVISION_CLASS])
-    travelling["image_processing_agevlm.py"] = _torchvision_file(both)
-    imports = "\n".join(f"    from .{name.removesuffix('.py')} import *" for name in sorted(travelling))
-    travelling["__init__.py"] = LICENSE + INIT.format(imports=imports)
-    return {name: _public_classes(code) for name, code in travelling.items()}
+    both = traveling.pop("image_processing_agevlm.py")
+    traveling["image_processing_pil_agevlm.py"] = drop_definitions(both, [TORCHVISION_CLASS])
+    traveling["image_processing_agevlm.py"] = _torchvision_file(both)
+    imports = "\n".join(f"    from .{name.removesuffix('.py')} import *" for name in sorted(traveling))
+    traveling["__init__.py"] = LICENSE + INIT.format(imports=imports)
+    return {name: _public_classes(code) for name, code in traveling.items()}
 
 
 def test_files() -> dict[str, str]:
@@ -237,7 +237,7 @@ def _definitions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, t
 
 
 def _in_tree(code: str) -> str:
-    """A travelling file as Transformers' own: relative imports, the license in full, no registration for remote code."""
+    """A traveling file as Transformers' own: relative imports, the license in full, no registration for remote code."""
     code = re.sub(r"^from transformers\.models\.", "from ..", code, flags=re.M)
     code = re.sub(r"^from transformers\.", "from ...", code, flags=re.M)
     code = re.sub(r"^from transformers import ", "from ... import ", code, flags=re.M)
@@ -287,7 +287,7 @@ def _torchvision_file(both: str) -> str:
 
 
 def _split_image_imports(code: str) -> str:
-    """Imports from the travelling image processors' file, from the two files that Transformers has for them."""
+    """Imports from the traveling image processors' file, from the two files that Transformers has for them."""
     lines = code.splitlines(keepends=True)
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("image_processing_agevlm"):

@@ -241,7 +241,7 @@ def _titles(results: Results) -> dict[str, str]:
 
 
 def draw_curves(results: Results, path: Path, reference: str | None = None) -> None:
-    """Draws the language modelling loss and the pointing accuracy of training; the `reference` is black."""
+    """Draws the language modeling loss and the pointing accuracy of training; the `reference` is black."""
     titles, colors = _titles(results), choose_colors(results, reference)
     logs = {titles[name]: [run["log"] for run in runs] for name, runs in results.items()}
     log = next(iter(results.values()))[0]["log"]

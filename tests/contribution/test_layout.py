@@ -51,7 +51,7 @@ def test_the_files_of_a_pull_request(tree):
 
 
 def test_every_import_is_relative_and_exists(tree):
-    """No file imports `agevlm` or `transformers` itself, and no travelling code is left behind."""
+    """No file imports `agevlm` or `transformers` itself, and no traveling code is left behind."""
     target, _ = tree
     for path in (target / layout.MODEL).glob("*.py"):
         code = path.read_text()

@@ -71,7 +71,7 @@ def picture(width: int = SIZE, height: int = SIZE) -> Image.Image:
 
 
 def prompt_ids(processor, question) -> list[int]:
-    """As Transformers tokenises a conversation."""
+    """As Transformers tokenizes a conversation."""
     content = [{"type": "image", "image": picture()}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True

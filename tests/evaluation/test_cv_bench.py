@@ -179,7 +179,7 @@ def test_parts_of_cv_bench(cv_files):
             r"test_2d\.jsonl, row 1: its answer must be one of \(A\), \(B\), \(C\), \(D\), got '\(E\)'",
         ),
         ({"answer": "C"}, r"got 'C'"),
-        ({"task": "Colour"}, "its task must be one of Count, Relation, Depth, Distance, got 'Colour'"),
+        ({"task": "Color"}, "its task must be one of Count, Relation, Depth, Distance, got 'Color'"),
         ({"source": "LVIS"}, "its source must be one of ADE20K, COCO, Omni3D, got 'LVIS'"),
         ({"choices": "3 2 1 0"}, "its choices must be a list of texts"),
         ({"choices": ["3", " "]}, "its choices must be a list of texts"),

@@ -378,12 +378,12 @@ def test_conversations_of_several_messages_with_images_between(chat, parts):
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
         {"role": "user", "content": [{"type": "image", "url": second}, {"type": "text", "text": "And this?"}]},
     ]
-    spelt_out = [{"role": "system", "content": [{"type": "text", "text": conversation[0]["content"]}]}]
-    spelt_out += conversation[1:]
+    spelled_out = [{"role": "system", "content": [{"type": "text", "text": conversation[0]["content"]}]}]
+    spelled_out += conversation[1:]
     (found,) = chat.generate_until([chat_request(0, lambda document: conversation, max_new_tokens=10)])
-    assert found.text == answer(parts, spelt_out, 10)
-    swapped = [dict(message) for message in spelt_out]
-    swapped[1]["content"] = [spelt_out[1]["content"][0], {"type": "image", "url": second}]
+    assert found.text == answer(parts, spelled_out, 10)
+    swapped = [dict(message) for message in spelled_out]
+    swapped[1]["content"] = [spelled_out[1]["content"][0], {"type": "image", "url": second}]
     assert found.text != answer(parts, swapped, 10)
 
 

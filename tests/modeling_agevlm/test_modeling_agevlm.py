@@ -185,7 +185,7 @@ def test_missing_part_is_an_os_error(tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_rows_of_a_mixed_batch(model, implementation, side):
-    """A text-only row equals the plain Llama, and no row depends on its neighbours or on padding."""
+    """A text-only row equals the plain Llama, and no row depends on its neighbors or on padding."""
     inputs, llama = batch(side), tiny_llama(attn_implementation=implementation)
     with attention(model, implementation):
         together = model(**inputs).logits
@@ -567,7 +567,7 @@ def test_kept_features_of_a_frozen_tower(model):
     pixels = images(3)
     tokens = model.get_image_features(pixels)
     kept = AgeVlmImageFeatures(last_hidden_state=tokens.last_hidden_state, grid=tokens.grid)
-    for _ in range(2):  # and are kept as they were: the adapter may have learnt by the next step
+    for _ in range(2):  # and are kept as they were: the adapter may have learned by the next step
         logits = model(**pad(ROWS), mm_encoder_outputs={"image": kept}).logits
         assert torch.equal(logits, model(**pad(ROWS), pixel_values=pixels).logits)
         assert kept.pooler_output is None

@@ -296,7 +296,7 @@ def test_visual_tokens(architecture, config_class):
     a = AgeVlmModel(tiny_config(timm_config)).eval()
     b = AgeVlmModel(tiny_config(config_class(depths=list(depths), hidden_sizes=list(widths)))).eval()
     for parameter in a.vision_tower.parameters():
-        parameter.uniform_(-0.5, 0.5)  # those of layer scale and response normalisation would hide what they scale
+        parameter.uniform_(-0.5, 0.5)  # those of layer scale and response normalization would hide what they scale
     weights = to_transformers(a.vision_tower.timm_model.state_dict())
     targets = b.vision_tower.state_dict()
     assert weights.keys() == targets.keys()

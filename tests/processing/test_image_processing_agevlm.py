@@ -65,7 +65,7 @@ def picture(height=30, width=50, mode="RGB"):
 
 
 def restore(processor, pixel_values):
-    """8-bit pixels `(h, w, 3)` of normalised ones `(3, h, w)`."""
+    """8-bit pixels `(h, w, 3)` of normalized ones `(3, h, w)`."""
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return ((pixel_values.permute(1, 2, 0) * std + mean) * 255).round().numpy()
 
@@ -81,7 +81,7 @@ def test_defaults(processor):
     assert set(outputs) == set(processor.model_input_names)
 
 
-def test_padding_is_at_the_right_and_bottom_in_the_mean_colour(processor):
+def test_padding_is_at_the_right_and_bottom_in_the_mean_color(processor):
     tall, wide = processor([picture(80, 40), picture(20, 90)], return_tensors="pt").values()
     (pixels, masks), images = (tall, wide), [(80, 40), (20, 90)]
     for pixel_values, mask, (h, w) in zip(pixels, masks, images, strict=True):
@@ -159,11 +159,11 @@ def test_without_resizing_images_are_only_padded(processor):
 
 
 def test_nested_lists_are_flattened_in_order(processor):
-    colours = [0, 50, 100, 150, 200]
-    images = [Image.new("RGB", (60, 40), (c, c, c)) for c in colours]
+    colors = [0, 50, 100, 150, 200]
+    images = [Image.new("RGB", (60, 40), (c, c, c)) for c in colors]
     nested = [[images[0]], [], [np.array(images[1]), images[2]], np.stack([np.array(i) for i in images[3:]])]
     pixel_values = processor(nested, return_tensors="pt").pixel_values
-    assert [restore(processor, p)[0, 0, 0] for p in pixel_values] == colours
+    assert [restore(processor, p)[0, 0, 0] for p in pixel_values] == colors
 
 
 def test_backends_agree_on_all_kinds_of_images(tmp_path):
@@ -197,13 +197,13 @@ def test_floats_are_clipped_like_8_bit_images(processor):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I"])
 def test_pil_modes(processor, mode):
-    grey = Image.new("L", (60, 40), 102)  # a colour of the web palette
+    gray = Image.new("L", (60, 40), 102)  # a color of the web palette
     if mode.startswith("I"):
         dtype = np.uint16 if mode == "I;16" else np.int32
         image = Image.fromarray(np.full((40, 60), 102 * 257, dtype))
         assert image.mode == mode
     else:
-        image = grey.convert("RGB").convert(mode)
+        image = gray.convert("RGB").convert(mode)
     pixels = restore(processor, processor(image, return_tensors="pt").pixel_values[0])
     if mode == "1":
         assert set(np.unique(pixels)) == {0, 255}

@@ -111,7 +111,7 @@ FAILURES = {
     "weights": ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: No space left on device")),
     "processor": ("agevlm.AgeVlmProcessor.save_pretrained", NO_SPACE),
     # What PyTorch's writer says where the disk is full.
-    "optimiser": ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")),
+    "optimizer": ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")),
     "state": ("transformers.trainer_callback.TrainerState.save_to_json", NO_SPACE),
 }
 

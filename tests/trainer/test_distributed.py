@@ -31,7 +31,7 @@ SHARED = {
     "learning_rate": 0.01,
     "num_train_epochs": 1,
 }
-# Optimisers whose steps do not depend on the sign of what is next to nothing: SGD, and Adam with a large epsilon.
+# Optimizers whose steps do not depend on the sign of what is next to nothing: SGD, and Adam with a large epsilon.
 CHECKPOINTING = {
     "stage": "guide",
     "gradient_checkpointing": True,
@@ -229,9 +229,9 @@ ACCIDENTS = {
     "after the step that follows a checkpoint": (("KillAfter", 3), ["checkpoint-2"]),
     "at a step with a checkpoint, before it": (("KillAfter", 6), ["checkpoint-2", "checkpoint-4"]),
     "in the second epoch": (("KillAfter", 9), ["checkpoint-6", "checkpoint-8"]),
-    # A checkpoint has four such files: the arguments, the optimiser's, the scheduler's and the random state.
+    # A checkpoint has four such files: the arguments, the optimizer's, the scheduler's and the random state.
     "in the second checkpoint's first such file": (("kill_while_saving", 5), [".unfinished", "checkpoint-2"]),
-    "in the second checkpoint's optimiser": (("kill_while_saving", 6), [".unfinished", "checkpoint-2"]),
+    "in the second checkpoint's optimizer": (("kill_while_saving", 6), [".unfinished", "checkpoint-2"]),
     "in the third checkpoint's last such file": (
         ("kill_while_saving", 12),
         [".unfinished", "checkpoint-2", "checkpoint-4"],

@@ -45,7 +45,7 @@ def test_every_guidance_loss_is_a_mean_over_the_phrases_of_the_step(name, rescal
     ("name", "rescale"), [("dice", True), ("dice", False), ("bce", True), ("bce", False), ("kl", True)]
 )
 def test_every_guidance_loss_teaches_where_to_look(name, rescale, tmp_path):
-    """From a quarter of the phrases that point at their object to all, of the rows that are learnt."""
+    """From a quarter of the phrases that point at their object to all, of the rows that are learned."""
     trainer = make_trainer(
         start_model(), "1" * 8, tmp_path, stage="guide", guidance_loss=name, rescale_maps=rescale, max_steps=20,
         learning_rate=0.02, per_device_train_batch_size=8,
@@ -76,7 +76,7 @@ def test_guided_layers_alone_have_their_queries_and_keys_guided(guided, tmp_path
     }
     expected = {name for name in projections if any(name.startswith(blocks[i]) for i in guided)}
     assert moved & projections == expected
-    # The values of a block with a closed gate do not count; its gate learns from the language modelling loss.
+    # The values of a block with a closed gate do not count; its gate learns from the language modeling loss.
     assert not any("v_proj" in name or "o_proj" in name for name in moved)
 
 

@@ -10,18 +10,18 @@ from agevlm import AgeVlmTrainer, AgeVlmTrainingArguments
 from agevlm.data.scene_builder import build_scenes
 from agevlm.evaluation import evaluate_scenes
 
-COLOURS = {"red": (255, 30, 30), "green": (20, 230, 20), "blue": (30, 30, 255), "yellow": (240, 240, 20)}
+COLORS = {"red": (255, 30, 30), "green": (20, 230, 20), "blue": (30, 30, 255), "yellow": (240, 240, 20)}
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Coloured discs on grey backgrounds that training and test do not share."""
+    """Colored discs on gray backgrounds that training and test do not share."""
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "cutouts").mkdir()
     (folder / "backgrounds").mkdir()
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         disc = Image.new("RGBA", (64, 64))
-        ImageDraw.Draw(disc).ellipse((2, 2, 61, 61), fill=(*colour, 255))
+        ImageDraw.Draw(disc).ellipse((2, 2, 61, 61), fill=(*color, 255))
         disc.save(folder / "cutouts" / f"{name}.png")
     generator = torch.Generator().manual_seed(0)
     for i in range(6):

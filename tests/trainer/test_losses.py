@@ -169,7 +169,7 @@ def test_an_empty_mask_gives_no_nan(name, rescale):
 
 
 @every_loss
-def test_attention_moves_towards_the_mask(name, rescale):
+def test_attention_moves_toward_the_mask(name, rescale):
     scores = torch.zeros(16, requires_grad=True)
     mask = torch.zeros(16)
     mask[5:8] = 1
@@ -325,7 +325,7 @@ def test_a_phrase_whose_object_is_not_there_is_to_look_at_the_sink_alone(name, r
     scores = with_sink.log().requires_grad_()
     assert torch.autograd.gradcheck(of_scores, (scores,))
     (gradient,) = torch.autograd.grad(of_scores(scores).sum(), scores)
-    assert (gradient[:, absent][..., -1] < 0).all(), "towards the sink"
+    assert (gradient[:, absent][..., -1] < 0).all(), "toward the sink"
     at_the_sink = torch.zeros_like(maps)
     assert guidance_losses(at_the_sink, targets, loss, absent)[0].abs().max() < 1e-12
 
@@ -465,7 +465,7 @@ def guided_batch(side: str = "left", dtype: torch.dtype = torch.float32):
 
 
 def guided_loss(model, inputs, queries, targets, weight: float = WEIGHT, named=None) -> torch.Tensor:
-    """Language modelling and guidance as they are used in training, through SDPA and `map_queries`."""
+    """Language modeling and guidance as they are used in training, through SDPA and `map_queries`."""
     outputs = model(**inputs, map_queries=queries, use_cache=False)
     losses, named = guidance_losses(outputs.cross_attention_maps, targets, named=named)
     return outputs.loss + weight * losses.sum() / named.sum()
@@ -625,7 +625,7 @@ def test_equals_the_naive_computation_with_sinks_and_objects_that_are_not_there(
 
 
 def test_behind_shut_gates_guidance_alone_teaches_queries_keys_and_adapter():
-    """At gate 0 the language modelling loss reaches nothing but the gates, so that the gradient is guidance's."""
+    """At gate 0 the language modeling loss reaches nothing but the gates, so that the gradient is guidance's."""
     model, (inputs, queries, targets) = guided_model(gate=0.0), guided_batch()
     expected = naive_float64(model, inputs, queries, targets)
     actual = step(guided_loss, model, inputs, queries, targets)

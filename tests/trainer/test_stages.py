@@ -205,7 +205,7 @@ def test_where_a_part_of_the_tower_trains_the_rest_stays_in_evaluation_mode():
             assert not module.training
 
 
-def test_learning_rates_and_weight_decay_reach_the_optimiser():
+def test_learning_rates_and_weight_decay_reach_the_optimizer():
     rates = {"vision_last_block": 2e-6, "cross_attention": 3e-4}
     model = with_tower("convnext")
     trainer = make_trainer(

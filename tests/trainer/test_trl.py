@@ -199,7 +199,7 @@ def completions(number: int) -> list[dict]:
     ]
 
 
-def test_completions_are_learnt_as_trl_learns_them(tmp_path):
+def test_completions_are_learned_as_trl_learns_them(tmp_path):
     expected = DataCollatorForVisionLanguageModeling(tiny_processor(), completion_only_loss=True)
     expected = expected(copy.deepcopy(completions(4)))
     trainer, _ = train(
@@ -230,7 +230,7 @@ def test_settings_that_do_not_fit_the_rows_are_refused(tmp_path):
     assert start(dataset(2), pad_to_multiple_of=32).data_collator(rows(2))["input_ids"].shape[1] % 32 == 0
 
 
-def test_answers_are_learnt_with_templates_that_do_not_mark_them(tmp_path):
+def test_answers_are_learned_with_templates_that_do_not_mark_them(tmp_path):
     """TRL alone refuses those that it does not know, and it knows none with image support."""
     processor = tiny_processor()
     for mark in ("{% generation %}", "{% endgeneration %}"):
@@ -242,7 +242,7 @@ def test_answers_are_learnt_with_templates_that_do_not_mark_them(tmp_path):
 
 
 def test_text_alone_is_left_to_trl(tmp_path):
-    """In a data set of text, so that a language model's data can be learnt as well."""
+    """In a data set of text, so that a language model's data can be learned as well."""
     talk = (
         [{"role": "user", "content": "What is the capital of France?"}],
         [{"role": "assistant", "content": "Paris."}],
