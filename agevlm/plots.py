@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .processing.image_processing_agevlm import to_rgb
 from .processing.rows import mask_from_rle, message_text
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     LogHistory = Sequence[Mapping[str, Any]]
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
-"""Colors that people with color vision deficiency can tell apart (Okabe and Ito)."""
+"""Colors that people with color vision deficiency can distinguish (Okabe and Ito)."""
 
 HISTOGRAM_BINS = 30
 """Bins of the histograms of similarities."""
@@ -96,7 +97,7 @@ def _show_masks(axis: Any, image: Image.Image, phrases: Sequence[tuple[str, np.n
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
-    image = image.convert("RGB")
+    image = to_rgb(image)
     image.thumbnail((640, 640))
     axis.imshow(image)
     legend = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_new_folder, new_folder
-from ..processing.image_processing_agevlm import load_image
+from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.rows import mask_to_rle, message_text, quiet_datasets, row_features
 from ..resume import digest, resume_or_refuse
 from .teachers import MaskTeacher, Prompt, process_state
@@ -155,7 +155,7 @@ def add_masks(
 
 
 def replace_grounding(part: Dataset, results: Sequence[Dataset], fingerprint: str) -> Dataset:
-    """A data set with the column `grounding` of others in place of its own. Nothing is read into memory.
+    """Replaces the column `grounding` of a data set by that of others. Nothing is read into memory.
 
     Args:
         part: the data set.
@@ -280,7 +280,7 @@ def _read_prompt(messages: Sequence[dict[str, Any]], entry: dict[str, Any], wher
 
 def _load_rgb(source: bytes | str, where: str) -> Image.Image:
     try:
-        return load_image(source).convert("RGB")
+        return to_rgb(load_image(source))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: its image cannot be read ({error}); replace it or remove the row") from error
 

@@ -143,7 +143,7 @@ def load_cutouts(
 
 def _load_backgrounds(folder: Path, image_size: int) -> dict[str, Image.Image]:
     """The photographs of a folder, RGB, by their path in it. Their shorter side is at most twice the image size."""
-    from ..processing.image_processing_agevlm import load_image  # see `load_cutouts`
+    from ..processing.image_processing_agevlm import load_image, to_rgb  # see `load_cutouts`
 
     files = _image_files(folder, _PHOTOGRAPH_SUFFIXES)
     if len(files) < 3:
@@ -153,7 +153,7 @@ def _load_backgrounds(folder: Path, image_size: int) -> dict[str, Image.Image]:
         )
     backgrounds = {}
     for path in files:
-        image = load_image(path).convert("RGB")
+        image = to_rgb(load_image(path))
         scale = 2 * image_size / min(image.size)
         if scale < 1:
             image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
@@ -549,7 +549,7 @@ def build_scenes(
     splits but `zero_shot` share their classes and cut-outs; `zero_shot` has classes that no other split shows or asks about.
     The same arguments give the same data set, byte for byte (with the same versions of the libraries).
 
-    Each scene gives a row for some of `KINDS`. Each row is a conversation of its own, so that no row answers another:
+    Each scene gives a row for some of `KINDS`. Each row is a separate conversation, so that no row answers another:
 
     - `existence`: "Is there a dog in the image?", "Yes" or "No". Exactly half of a split's answers are "Yes". Neither the
       class, nor the question's place in the conversation, nor the earlier answers predict the answer: each one is a fair coin
@@ -564,7 +564,7 @@ def build_scenes(
       The questions are about classes that appear once and are clear of the borders between ninths. A scene without such a
       class has no such row.
     - `relation`: "Is the dog to the left or to the right of the car?", "Is the dog above or below the car?", about pairs of
-      classes that appear once and are well apart along that axis; at most two questions a scene.
+      classes that appear once and are well separated along that axis; at most two questions a scene.
 
     The columns are `images` (one), `messages` (roles and content parts, the image part first), `grounding` (for each phrase
     that names a class: `message`, the index of the message; `start` and `end`, its characters in the message's text; `image`,

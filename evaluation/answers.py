@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
-from transformers.image_transforms import convert_to_rgb
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
-from ..processing.image_processing_agevlm import load_image
+from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
 from ..resume import FIX, digest, fingerprint, refuse_changes
 
@@ -64,16 +63,9 @@ class Question:
             ValueError: if the image cannot be read; names the question.
         """
         try:
-            image = self.load_image()
-            image.load()  # files are opened lazily
-            return to_rgb(image)
+            return to_rgb(self.load_image())
         except Exception as error:  # decoders raise errors of many types for damaged data
             raise ValueError(f"question {self.key}: {error or type(error).__name__}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, composited on white where it is transparent."""
-    return image if image.mode == "RGB" else Image.fromarray(convert_to_rgb(image, return_numpy=True))
 
 
 def open_image(source: str | os.PathLike) -> Image.Image:
@@ -274,7 +266,7 @@ def answer(
     inspect: Inspect | None = None,
     progress: str | None = "questions",
 ) -> dict[str, dict[str, Any]]:
-    """Ask a model questions about images, each in a conversation of its own, with greedy decoding.
+    """Ask a model questions about images, each in a separate conversation, with greedy decoding.
 
     The answers go to `file` as they come, a batch at a time, so that a run that was stopped resumes where it was: what the
     file answers already is not asked again. Its first line has all that the answers depend on: `settings`, the longest

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..files import new_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
-from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin
+from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .answers import generate_greedily, read_batch, render_question, to_rgb
+from .answers import generate_greedily, read_batch, render_question
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -187,7 +187,7 @@ def attend(
 ) -> Attention:
     """Where phrases of a question about an image, and of its answer, attend.
 
-    A phrase's map is the mean over the tokens that it is made of, in question and answer alike, each read at its own
+    A phrase's map is the mean over its tokens, in question and answer alike, each read at its own
     position: the token is the query. This is the attention of a model that has read the token, and it is what guidance
     trains. The attention while the model chooses a token is read one position earlier (`predicting`).
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do a model's hidden states tell a matching image from a random one (paper, section on matching and random pairs)?
+"""Whether a model's hidden states distinguish a matching image from a random one (paper: matching and random pairs).
 
 A model reads the same text three times: with the image that it is about, with a random other one, and without any. The
 hidden states of the text's tokens are compared after the last self-attention layer, before its FFN. Every decoder has them,
@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..plots import HISTOGRAM_BINS
+from ..processing.image_processing_agevlm import to_rgb
 from ..processing.rows import mask_from_rle, message_text
-from .answers import adds_special_tokens, read_batch, to_rgb
+from .answers import adds_special_tokens, read_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset

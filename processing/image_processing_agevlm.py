@@ -30,6 +30,7 @@ from huggingface_hub import get_session
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -128,6 +129,15 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
             'Convert the image to mode "L" or "RGB" first.'
         )
     return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A copy of the image in RGB as the image processors read it: composited on white where it is transparent, 16-bit gray scaled.
+
+    Raises:
+        ValueError: if the image cannot be decoded, or its mode has no defined range of values.
+    """
+    return PIL.Image.fromarray(convert_to_rgb(_to_8_bits(_decode(image)), return_numpy=True))
 
 
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -370,4 +380,4 @@ AgeVlmImageProcessor.register_for_auto_class()
 AgeVlmImageProcessorPil.register_for_auto_class()
 
 
-__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "flatten_images", "load_image"]
+__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "flatten_images", "load_image", "to_rgb"]

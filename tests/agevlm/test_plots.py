@@ -36,6 +36,16 @@ def test_preview_shows_masks_and_phrases(tmp_path, monkeypatch):
         draw_masks(make_dataset([make_row(image)]), tmp_path / "none.png")
 
 
+def test_preview_shows_transparent_images_on_white(tmp_path, monkeypatch):
+    drawn = drawn_figures(monkeypatch)
+    image = Image.new("RGBA", (60, 40), (200, 0, 0, 0))
+    draw_masks(
+        make_dataset([make_row(image, ("a dog", None, mask_to_rle(filled(image, (10, 10, 30, 30)))))]),
+        tmp_path / "x.png",
+    )
+    assert np.unique(drawn[0].axes[0].get_images()[0].get_array()).tolist() == [255]
+
+
 def test_drawn_heatmaps(tmp_path):
     maps = np.zeros((2, 3, 3))
     maps[0, 0, 0], maps[1, 2, 2] = 1, 1

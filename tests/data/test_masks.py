@@ -28,6 +28,21 @@ def bytes_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_teachers_see_transparent_images_on_white(tmp_path):
+    image, seen = Image.new("RGBA", (20, 10), (200, 0, 0, 0)), []
+    image.paste((0, 0, 200, 255), (0, 0, 10, 10))
+
+    class Teacher(BoxTeacher):
+        def mask(self, image, prompt):
+            seen.append([image.getpixel((x, 5)) for x in (5, 15)])
+            return super().mask(image, prompt)
+
+    add_masks(
+        make_dataset([make_row(image, ("0.9", [1, 2, 11, 8], None))]), Teacher(), tmp_path / "out", progress=False
+    )
+    assert seen == [[(0, 0, 200), (255, 255, 255)]]
+
+
 def test_missing_masks_are_added_and_rows_do_not_change(tmp_path):
     first, second = photograph(0, (40, 30)), photograph(1, (20, 50))
     kept = mask_to_rle(filled(first, (0, 0, 5, 5)))

@@ -318,7 +318,7 @@ def test_classes_and_counts_are_equally_frequent(plans):
         expected = counter.total() / options
         assert len(counter) == options
         assert all(abs(number - expected) < 5 * np.sqrt(expected) for number in counter.values())
-    # the number of classes, which the other objects show, does not tell the count
+    # the number of classes, which the other objects show, does not predict the count
     for count in counts:
         mean = np.mean([len(set(plan.objects)) for plan in plans if plan.objects.count(plan.counted) == count])
         assert abs(mean - 2.5) < 0.12
@@ -425,6 +425,13 @@ def test_classes_are_chosen(inputs, tmp_path):
     built = build(inputs, tmp_path / "scenes", classes=chosen, num_train=20)
     names = {name for row in rows_of(built, "objects") for name in row["answers"][0].split(", ")}
     assert names == set(chosen)
+
+
+def test_transparent_backgrounds_are_composited_on_white(tmp_path):
+    for i in range(3):
+        Image.new("RGBA", (30, 20), (200, 0, 0, 0)).save(tmp_path / f"{i}.png")
+    for image in scenes._load_backgrounds(tmp_path, 64).values():
+        assert image.getcolors() == [(30 * 20, (255, 255, 255))]
 
 
 def test_sub_folders_are_classes(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from tiny import register_processors
 from transformers_tests import load
 
-from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessor, AgeVlmImageProcessorPil, load_image
+from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessor, AgeVlmImageProcessorPil, load_image, to_rgb
 
 common = load("test_image_processing_common")
 BACKENDS = {"torchvision": AgeVlmImageProcessor, "pil": AgeVlmImageProcessorPil}
@@ -209,6 +209,7 @@ def test_pil_modes(processor, mode):
         assert set(np.unique(pixels)) == {0, 255}
     else:
         np.testing.assert_allclose(pixels, 102, atol=3)
+        np.testing.assert_allclose(np.asarray(to_rgb(image)), 102, atol=3)
 
 
 def test_transparency_is_composited_on_white_however_the_image_comes(processor, tmp_path):
@@ -354,7 +355,7 @@ def test_decompression_bombs_raise(processor, tmp_path, monkeypatch, limit):
         processor(str(tmp_path / "image.png"))
     with image, pytest.raises(ValueError, match=r"Image 0 of 1.*decompression bomb.*MAX_IMAGE_PIXELS"):
         processor(image)
-    assert len(processor(picture()).pixel_values) == 1  # made in memory, hence no bomb
+    assert len(processor(picture()).pixel_values) == 1  # created in memory, so no bomb
 
 
 @pytest.mark.parametrize(
