@@ -478,7 +478,7 @@ def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) ->
     columns = [dataset.select_columns(image)] if image else []
     messages = dataset.select_columns(source)
     if format != "rows" or messages.features["messages"] != features["messages"]:
-        counts = _count_images(dataset, image)
+        counts = count_images(dataset, image)
 
         def to_messages(conversation: Any, number: int) -> dict[str, Any]:
             try:
@@ -517,7 +517,7 @@ def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:
     return conversation
 
 
-def _count_images(dataset: Dataset, column: str | None) -> list[int]:
+def count_images(dataset: Dataset, column: str | None) -> list[int]:
     """The number of images of each row, without decoding any."""
     import pyarrow.compute as pc
 

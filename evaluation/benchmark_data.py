@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,25 @@ def _row_image(images: Any, number: int, name: str) -> Image.Image:
         raise ValueError(
             f"{name}, row {number + 1}: its image cannot be read ({error or type(error).__name__})"
         ) from error
+
+
+def data_settings(data: str | os.PathLike, images: str | os.PathLike | None, **chosen: Sequence[str] | None) -> dict:
+    """A benchmark's settings that say which questions are asked, as values that JSON can hold."""
+    return {
+        "data": str(data),
+        "images": None if images is None else str(images),
+        **{name: None if names is None else list(names) for name, names in chosen.items()},
+    }
+
+
+def check_texts(row: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: if one of a row's `columns` is not a text; names the place in the data, `row["where"]`.
+    """
+    for name in columns:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{row['where']}: its {name} must be a text, got {row[name]!r}")
 
 
 def image_file(path: Path, where: str) -> Callable[[], Image.Image]:

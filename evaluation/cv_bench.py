@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .answers import Question
-from .benchmark_data import check_chosen, first_of_each, image_file, read_lines, read_table
+from .benchmark_data import check_chosen, check_texts, data_settings, first_of_each, image_file, read_lines, read_table
 
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 TASKS = ("Count", "Relation", "Depth", "Distance")
@@ -37,7 +37,7 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
     The answer starts after the last `answer is` or `answer:` in it, as in Cambrian's own evaluation, whose rule is the
     first character after that. Rule 1 reads the same letters from answers that begin with one; it does not take the
-    first letter of a word for a choice (`above` for A). Rules 2 and 3 are those of VLMEvalKit's `can_infer`, for models
+    first letter of a word for a choice (`above` for A). Rules 2 and 3 come from VLMEvalKit's `can_infer`, for models
     that answer in words.
     """
     letters = _LETTERS[: len(choices)]
@@ -60,6 +60,7 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _check_row(row: Mapping[str, Any]) -> None:
+    check_texts(row, ("prompt",))
     for name, known in (("task", TASKS), ("source", SOURCES)):
         if row[name] not in known:
             raise ValueError(f"{row['where']}: its {name} must be one of {', '.join(known)}, got {row[name]!r}")
@@ -96,11 +97,7 @@ class CvBench:
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Which questions are asked."""
-        return {
-            "data": str(self.data),
-            "images": None if self.images is None else str(self.images),
-            "tasks": None if self.tasks is None else list(self.tasks),
-        }
+        return data_settings(self.data, self.images, tasks=self.tasks)
 
     def questions(self, limit: int | None = None) -> list[Question]:
         """The questions; their `kind` is the task, `expected` is the letter of the right choice.
@@ -126,8 +123,11 @@ class CvBench:
         rows: list[dict[str, Any]] = []
         for file in files:
             for number, row in enumerate(read_lines(file, (*_COLUMNS, "filename")), 1):
-                path = Path(file.parent if self.images is None else self.images) / row["filename"]
-                rows.append({**row, "path": path, "where": f"{file}, row {number}"})
+                row["where"] = f"{file}, row {number}"
+                check_texts(row, ("filename",))
+                rows.append(
+                    {**row, "path": Path(file.parent if self.images is None else self.images) / row["filename"]}
+                )
         if not files:
             for number, row in enumerate(read_table(self.data, _COLUMNS), 1):
                 rows.append({**row, "where": f"{self.data}, row {number}"})

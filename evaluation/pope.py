@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .answers import Question
-from .benchmark_data import check_chosen, first_of_each, image_file, read_lines, read_table
+from .benchmark_data import check_chosen, check_texts, data_settings, first_of_each, image_file, read_lines, read_table
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
@@ -86,11 +86,7 @@ class Pope:
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Which questions are asked."""
-        return {
-            "data": str(self.data),
-            "images": None if self.images is None else str(self.images),
-            "categories": None if self.categories is None else list(self.categories),
-        }
+        return data_settings(self.data, self.images, categories=self.categories)
 
     def questions(self, limit: int | None = None) -> list[Question]:
         """The questions; their `kind` is the category, `expected` is `yes` or `no`.
@@ -133,7 +129,8 @@ class Pope:
                 }
                 rows.append({**row, **named})
         for row in rows:
-            if str(row["label"]).strip().lower() not in ("yes", "no"):
+            check_texts(row, ("text", "label", "category", *(["image"] if files else [])))
+            if row["label"].strip().lower() not in ("yes", "no"):
                 raise ValueError(f"{row['where']}: its label must be yes or no, got {row['label']!r}")
 
         check_chosen(self.categories, (row["category"] for row in rows), "category")

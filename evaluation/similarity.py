@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..data.readers import count_images
 from ..plots import HISTOGRAM_BINS
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.rows import mask_from_rle, message_text
@@ -24,6 +25,11 @@ from .answers import adds_special_tokens, read_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_NEEDED = (
+    "Matching and random pairs need at least two rows with one image each in `images`, and `messages` of a question and "
+    "an answer, with different answers."
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,18 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
         limit: only so many pairs, the first.
 
     Raises:
-        ValueError: if there are fewer than two such rows.
+        ValueError: if there are fewer than two such rows, or no such columns.
     """
+    if missing := [name for name in ("images", "messages") if name not in dataset.column_names]:
+        raise ValueError(
+            f"{_NEEDED} The data lacks {' and '.join(missing)}; it has {', '.join(dataset.column_names)}."
+        )
+    counts = count_images(dataset, "images")
     light = dataset.remove_columns("images")
-    numbers = range(len(dataset))
+    numbers = [number for number, count in enumerate(counts) if count == 1]
     if "kind" in dataset.column_names:
-        numbers = [number for number, kind in enumerate(dataset["kind"]) if kind == "objects"]  # type: ignore[assignment]
+        kinds = dataset["kind"]
+        numbers = [number for number in numbers if kinds[number] == "objects"]
     pairs, rows = [], {}
     for number in numbers:
         row = light[number]
@@ -114,8 +126,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
             break
     if len({pair.text for pair in pairs}) < 2:
         raise ValueError(
-            "Matching and random pairs need at least two images with different texts: rows with `images`, and "
-            f"`messages` of a question and an answer. Found {len(pairs)}."
+            f"{_NEEDED} Found {len(pairs)} rows with {len({pair.text for pair in pairs})} different answers; add others."
         )
     return pairs, lambda image: to_rgb(dataset[rows[image]]["images"][0])
 

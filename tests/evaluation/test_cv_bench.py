@@ -184,6 +184,8 @@ def test_parts_of_cv_bench(cv_files):
         ({"choices": "3 2 1 0"}, "its choices must be a list of texts"),
         ({"choices": ["3", " "]}, "its choices must be a list of texts"),
         ({"choices": []}, "its choices must be a list of texts"),
+        ({"filename": 3}, r"test_2d\.jsonl, row 1: its filename must be a text, got 3"),
+        ({"prompt": 3}, "row 1: its prompt must be a text, got 3"),
         ({"filename": ...}, "line 1: lacks filename"),
         ({"filename": "img/no.png"}, r"row 1: no such image file: .*no\.png"),
     ],

@@ -200,6 +200,11 @@ def test_mistakes_in_pope(pope_files, tmp_path):
     with pytest.raises(ValueError, match=r"(?i)random\.json, row 4: cannot read image '.*0001\.jpg'.*truncated"):
         question.load_image()
 
+    for name, kept in (("image", "COCO_val2014_000000000000.jpg"), ("text", "Is there a dog?"), ("label", "no")):
+        changed_line(file, 1, **{name: 3})
+        with pytest.raises(ValueError, match=rf"random\.json, row 2: its {name} must be a text, got 3"):
+            Pope(file, images).questions()
+        changed_line(file, 1, **{name: kept})
     changed_line(file, 1, label="maybe")
     with pytest.raises(ValueError, match=r"random\.json, row 2: its label must be yes or no, got 'maybe'"):
         Pope(file, images).questions()

@@ -25,7 +25,7 @@ def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 def rows(kind: str | None = "objects") -> Dataset:
     """Five images, each with a question and an answer; with `kind`, as grounded scenes."""
-    made = [
+    examples = [
         {
             "images": [picture(number)],
             "messages": [
@@ -36,7 +36,7 @@ def rows(kind: str | None = "objects") -> Dataset:
         }
         for number, answer in enumerate(ANSWERS)
     ]
-    return Dataset.from_list(made)
+    return Dataset.from_list(examples)
 
 
 def gates(model, value: float):
@@ -141,9 +141,9 @@ def test_numbers_by_hand():
     alike = Similarity(*(np.array([0.1, 0.2, 0.3]) for _ in range(3)))
     assert alike.auroc == pytest.approx(0.5)
     assert alike.overlap == pytest.approx(1.0)
-    apart = Similarity(np.array([0.1, 0.2]), np.array([0.8, 0.9]), np.array([0.0, 0.0]))
-    assert apart.auroc == 1.0
-    assert apart.overlap == 0.0
+    separated = Similarity(np.array([0.1, 0.2]), np.array([0.8, 0.9]), np.array([0.0, 0.0]))
+    assert separated.auroc == 1.0
+    assert separated.overlap == 0.0
 
 
 def test_random_images_are_of_other_texts():
@@ -184,9 +184,23 @@ def test_scenes_are_asked_for_their_objects_only():
     assert len(text_pairs(data, 2)[0]) == 2
 
 
+def test_rows_without_one_image_are_dropped():
+    images = [[], [picture(1)], [picture(2), picture(3)], [picture(4)], None]
+    data = Dataset.from_list([{**row, "images": some} for row, some in zip(rows(None), images, strict=True)])
+    pairs, load = text_pairs(data)
+    assert [pair.text for pair in pairs] == [ANSWERS[1], ANSWERS[3]]
+    assert np.array_equal(load(3), picture(4))
+    with pytest.raises(ValueError, match=r"at least two rows with one image each .*Found 0 rows"):
+        text_pairs(data.select([0, 2, 4]))
+
+
 def test_too_few_texts_and_other_decoders_are_refused():
-    with pytest.raises(ValueError, match=r"at least two images with different texts.*Found 1"):
+    with pytest.raises(ValueError, match=r"at least two rows with one image each .*different answers\. Found 1 rows"):
         text_pairs(rows().select([0]))
+    with pytest.raises(
+        ValueError, match=r"at least two rows with one image each .*The data lacks images; it has kind, "
+    ):
+        text_pairs(rows().select_columns(["kind", "messages"]))
     model, processor = age_vlm()
     layer = SimpleNamespace()
     model.get_decoder = lambda: SimpleNamespace(layers=[layer])
