@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training arguments: those of Transformers, and of stages and guidance."""
+"""Training arguments: Transformers' own, and arguments for stages and guidance."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,8 +20,8 @@ class AgeVlmArgumentsMixin:
 
     Args:
         stage (`str` or `list[str]`, *optional*):
-            What trains: a preset of [`agevlm.trainer.stages.PRESETS`], or a list of its groups. By default whatever of
-            the model requires gradients, as it is; so with PEFT, which decides that itself.
+            What trains: a preset of [`agevlm.trainer.stages.PRESETS`], or a list of its groups. By default all
+            parameters that already require gradients; with PEFT always so, because PEFT chooses them.
         guidance_weight (`float`, defaults to 1.0):
             Weight of the guidance loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
         guidance_loss (`str`, defaults to `"dice"`):
@@ -35,8 +36,8 @@ class AgeVlmArgumentsMixin:
         guided_fraction (`float`, defaults to 1.0):
             Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data.
         initial_gate (`float`, *optional*):
-            What gates that are exactly 0, those of a freshly assembled model, are set to when training starts. 20 opens
-            them for good, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
+            Value that replaces gates of exactly 0, as in a freshly assembled model, when training starts. 20 keeps them
+            open, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
         group_learning_rates (`dict[str, float]`, *optional*):
             Learning rates by group of parameters, as `{"vision_last_block": 2e-6}`; the others have `learning_rate`.
         tokens_per_batch (`int`, *optional*):
@@ -72,11 +73,19 @@ class AgeVlmArgumentsMixin:
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments, further along
         self.optim = MUON if optim == MUON else self.optim
         if isinstance(self.group_learning_rates, str):  # from a command line
-            self.group_learning_rates = json.loads(self.group_learning_rates)
+            with contextlib.suppress(json.JSONDecodeError):
+                self.group_learning_rates = json.loads(self.group_learning_rates)
+            if not isinstance(self.group_learning_rates, dict):
+                raise ValueError(
+                    "group_learning_rates must be a mapping of groups to learning rates, as "
+                    f'{{"adapter": 1e-3}}, got {self.group_learning_rates!r}.'
+                )
         if self.stage is not None:
             resolve_groups(self.stage)
         resolve_groups(list(self.group_learning_rates or {}))
         resolve_loss(self.guidance_loss, self.rescale_maps)
+        if self.guided_layers is not None and not self.guided_layers:
+            raise ValueError("guided_layers is empty: leave it out to guide all layers, or set guidance_weight to 0.")
         if self.guidance_weight < 0:
             raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
         if not 0 <= self.guided_fraction <= 1:

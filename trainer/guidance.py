@@ -3,11 +3,12 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing.collator import AgeVlmDataCollator
@@ -25,6 +26,19 @@ def visual_grid(model: AgeVlmForConditionalGeneration, processor: AgeVlmProcesso
     size = processor.image_processor.size
     blank = torch.zeros(1, 3, size["height"], size["width"], device=model.device)
     return model.model.get_vision_tokens(blank)[1]
+
+
+def guided_blocks(config: PreTrainedConfig, guided_layers: Sequence[int] | None) -> list[int]:
+    """Positions of the guided layers among a model's cross-attention layers; of all where `guided_layers` is None.
+
+    Raises:
+        ValueError: if the model lacks one of them.
+    """
+    layers = list(config.text_config.cross_attention_layers)
+    guided = layers if guided_layers is None else guided_layers
+    if unknown := [layer for layer in guided if layer not in layers]:
+        raise ValueError(f"guided_layers has {unknown}, but the cross-attention layers are {layers}.")
+    return [layers.index(layer) for layer in guided]
 
 
 class GuidanceMixin(AnyTrainer):
@@ -48,11 +62,7 @@ class GuidanceMixin(AnyTrainer):
             ValueError: if the model has none of `args.guided_layers`, or there is no such guidance loss.
         """
         base = base_model(model)
-        layers = base.config.text_config.cross_attention_layers
-        guided = list(layers) if args.guided_layers is None else args.guided_layers
-        if unknown := [layer for layer in guided if layer not in layers]:
-            raise ValueError(f"guided_layers has {unknown}, but the cross-attention layers are {list(layers)}.")
-        self._guided_blocks = [list(layers).index(layer) for layer in guided]
+        self._guided_blocks = guided_blocks(base.config, args.guided_layers)
         self._guidance_loss = resolve_loss(args.guidance_loss, args.rescale_maps)
 
         self._captured: list[torch.Tensor | None] | None = None
@@ -140,12 +150,12 @@ class GuidanceMixin(AnyTrainer):
     ) -> torch.Tensor:
         """This batch's part of the mean guidance loss over the phrases of the step."""
         if self.get_tp_size() > 1:
-            raise NotImplementedError(
+            raise ValueError(
                 "Under tensor parallelism each process has attention maps of its own heads only: train with DDP, FSDP2 or "
                 "ZeRO, or with guidance_weight=0."
             )
         if maps is None or (mode == "train" and not maps.requires_grad):
-            raise RuntimeError(
+            raise ValueError(
                 "The attention maps came without a gradient, so guidance would teach nothing: either no part that they "
                 "come from trains (choose a `stage` with the adapter or the cross-attention), or gradient checkpointing is "
                 "reentrant (use gradient_checkpointing_kwargs={'use_reentrant': False}) where nothing before it trains."
@@ -161,7 +171,7 @@ class GuidanceMixin(AnyTrainer):
         sums["absent_attention"] += maps.detach().mean(0).sum(-1)[named & ~there].sum()
         if mode == "eval":
             return losses.sum() / named.sum().clamp(min=1)
-        # Data-parallel training averages over the processes, each of which has some of the phrases.
+        # Data-parallel training averages over the processes; each process has some of the phrases.
         return losses.sum() / self._num_phrases.clamp(min=1) * self.accelerator.num_processes
 
     def _is_scaled(self, num_items_in_batch) -> bool:
@@ -177,7 +187,7 @@ class GuidanceMixin(AnyTrainer):
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Not by the model's mode: after an evaluation it stays as it is until the next step.
+        # Not by the model's mode, which stays in evaluation until the next step.
         mode = "train" if "loss" in logs else "eval" if f"{self._eval_prefix}_runtime" in logs else None
         sums = self._guidance_sums[mode] if mode else None
         if sums:

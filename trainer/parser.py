@@ -109,6 +109,8 @@ def _find_entry(entries: list, name: str, where: str) -> int:
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     if name in names:
         return names.index(name)
+    if not entries:
+        raise ValueError(f"{where} is empty, so it has no '{name}'.")
     named = "".join(f" ({', '.join(known)})" for known in [[str(n) for n in names if n is not None]] if known)
     raise ValueError(f"{where} has the entries 0 to {len(entries) - 1}{named}, no '{name}'.")
 
@@ -184,7 +186,7 @@ def check_fields(values: dict[str, Any], classes: Sequence[type], where: str = "
 def parse_script(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
     """The configuration of a training script: `script.py [FILE.yaml] [KEY=VALUE]... [--FLAG VALUE]...`.
 
-    Overrides replace values of the file, and flags, which are those of TRL's parser, replace both. `--config FILE.yaml` names
+    Overrides replace values of the file, and flags, which TRL's parser reads, replace both. `--config FILE.yaml` names
     the file as well, and its mapping `env` sets environment variables.
 
     Args:

@@ -36,11 +36,12 @@ a number, and `no` a string.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +52,7 @@ from ..resume import resume_or_refuse
 from .parser import apply_override, check_fields, parse, read_mapping
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
     from ..data.features import FeatureStore
     from .arguments import AgeVlmTrainingArguments
@@ -83,7 +84,7 @@ class Stage:
 
     Args:
         name: of its folder.
-        training: arguments that replace those of the recipe's `training`.
+        training: arguments that replace the recipe's `training` arguments.
         share: its part of the recipe's `training.max_steps`, in place of `max_steps`.
         data: replaces the recipe's.
         eval_data: replaces the recipe's.
@@ -123,7 +124,12 @@ class Recipe:
         recipes = []
         for number, stage in enumerate(self.stages, 1):
             where = f"stages.{number - 1}.training"
-            if "output_dir" in stage.training or os.path.basename(stage.name) != stage.name:
+            if os.path.basename(stage.name) != stage.name or not stage.name:
+                raise ValueError(
+                    f"stages.{number - 1}.name is part of a folder's name, so it must not be empty or have a '/', got "
+                    f"'{stage.name}'."
+                )
+            if "output_dir" in stage.training:
                 raise ValueError(f"{where}: a stage's folder is output_dir/{number}_NAME: leave output_dir out.")
             training = {**self.training, **stage.training}
             if stage.share is not None:
@@ -151,6 +157,10 @@ def _check_stage(recipe: Recipe, where: str) -> Recipe:
             raise ValueError(f"The recipe has no {'training' if name == 'output_dir' else where}.{name}.")
     if not recipe.data:
         raise ValueError("The recipe has no data: `data` is a list with at least one entry.")
+    for name, folder in (("training.output_dir", recipe.training["output_dir"]), ("features", recipe.features)):
+        for path in (Path(folder), *Path(folder).parents) if folder is not None else ():
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{name} must be a folder, but {path} is a file.")
     return recipe
 
 
@@ -272,20 +282,25 @@ def check_output(folders: Iterable[str | os.PathLike], resume: bool) -> None:
 
     Raises:
         FileNotFoundError: if there is nothing to resume.
-        FileExistsError: if a fresh start would meet a former run's checkpoints or model.
+        FileExistsError: if a fresh start would meet a former run's checkpoints or model, or there is one stage, which
+            is finished and has no checkpoint.
     """
     from .checkpoints import has_model, last_checkpoint
 
     paths = [Path(folder) for folder in folders]
     for folder in paths:
         last, trained = last_checkpoint(folder), has_model(folder)
-        if resume and (last or (trained and len(paths) > 1)):
+        if trained and not last and len(paths) == 1:
+            raise FileExistsError(
+                f"{folder} has the model of a finished run, and no checkpoint to resume from: delete the folder, or choose "
+                "another training.output_dir."
+            )
+        if resume and (last or trained):
             return
-        if not resume and (last or trained):
-            fix = "resume it with --resume" if last or len(paths) > 1 else "delete it"
+        if last or trained:
             found = Path(last).name if last else "a model"
             raise FileExistsError(
-                f"{folder} has {found} of a former run: {fix}, or choose another training.output_dir."
+                f"{folder} has {found} of a former run: resume it with --resume, or choose another training.output_dir."
             )
     if resume:
         raise FileNotFoundError(
@@ -334,12 +349,13 @@ def train(
         raise ImportError("Training needs accelerate and datasets: pip install 'agevlm[train]'.")
     from transformers import AutoProcessor
 
-    from ..data.features import FeatureStore
+    from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
+    from .stages import base_model
     from .trainer import AgeVlmTrainer
 
-    # All that may be wrong is looked at before weights are loaded or anything is written.
+    # Every check runs before weights are loaded or anything is written.
     recipe = load_recipe(recipe, overrides)
     if model is None:
         check_model(recipe.model)
@@ -348,40 +364,42 @@ def train(
     every_args = [training_arguments(stage) for stage in stages]
     folders = [Path(args.output_dir) for args in every_args]
     check_output(folders, resume)
+    config = AgeVlmConfig.from_pretrained(recipe.model) if model is None else base_model(model).config
+    stores = [_check_fit(stage, args, config) for stage, args in zip(stages, every_args, strict=True)]
     processor = processor or AutoProcessor.from_pretrained(recipe.model)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
-    _begin(recipe, resume)
 
     model_class = AgeVlmForConditionalGeneration if model is None else type(model)
     finished = [len(stages) > 1 and has_model(folder) for folder in folders]
     first = min([number for number, done in enumerate(finished) if not done] or [len(stages) - 1])
-    for number in range(first, len(stages)):
-        stage, dataset = stages[number], mixtures[number]
-        source = recipe.model if number == 0 else folders[number - (not finished[number])]
-        given = number == 0 and model is not None
-        if not given:
-            model = _load(model_class, source, recipe)
-        trainer = (trainer_class or AgeVlmTrainer)(
-            model=model,
-            args=training_arguments(stage),  # anew, because accelerate's state is that of the last that were made
-            processing_class=processor,
-            **dataset,
-            **({} if stage.features is None else {"features": FeatureStore(stage.features)}),
-        )
-        if not given:
-            restore_float32(trainer.model, source)
-        if not finished[number]:
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
-            if trainer.is_world_process_zero():
-                name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
-                _report(trainer, stage, f"Stage {name}", result.metrics)
-                if recipe.stages:
-                    _report_all(recipe, folders[: number + 1])
-            save_model(trainer)  # at the end, because a stage with a model is finished
-        if number + 1 < len(stages):
-            model = trainer = None  # type: ignore[assignment]
-            gc.collect()  # model, trainer and optimizer refer to each other
+    with _begin(recipe, folders, resume):
+        for number in range(first, len(stages)):
+            stage, dataset = stages[number], mixtures[number]
+            source = recipe.model if number == 0 else folders[number - (not finished[number])]
+            given = number == 0 and model is not None
+            if not given:
+                model = _load(model_class, source, recipe)
+            trainer = (trainer_class or AgeVlmTrainer)(
+                model=model,
+                args=training_arguments(stage),  # anew, because accelerate keeps the state of the last arguments
+                processing_class=processor,
+                **dataset,
+                **({} if stores[number] is None else {"features": stores[number]}),
+            )
+            if not given:
+                restore_float32(trainer.model, source)
+            if not finished[number]:
+                result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
+                if trainer.is_world_process_zero():
+                    name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
+                    _report(trainer, stage, f"Stage {name}", result.metrics)
+                    if recipe.stages:
+                        _report_all(recipe, folders[: number + 1])
+                save_model(trainer)  # at the end, because a stage with a model is finished
+            if number + 1 < len(stages):
+                model = trainer = None  # type: ignore[assignment]
+                gc.collect()  # model, trainer and optimizer refer to each other
     return trainer
 
 
@@ -431,16 +449,66 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     return {"train_dataset": read_mixture(stage.data, seed), "eval_dataset": evaluated}
 
 
-def _begin(recipe: Recipe, resume: bool) -> None:
-    """Keeps what the result depends on, or compares it with what was kept."""
+def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> FeatureStore | None:
+    """A stage's features, where it has any, once its settings fit the model's configuration.
+
+    Raises:
+        ValueError: if the model is no AGE-VLM or has none of the guided layers, or a tower with features trains.
+        FileNotFoundError: if there are no features.
+    """
+    from ..data.features import FeatureStore
+    from .guidance import guided_blocks
+    from .stages import resolve_groups
+
+    if config.model_type != MODEL_TYPE:
+        raise ValueError(
+            f"The model has the model_type '{config.model_type}', but '{MODEL_TYPE}' is what trains here."
+        )
+    guided_blocks(config, args.guided_layers)
+    if stage.features is None:
+        return None
+    if any(group.startswith("vision") for group in resolve_groups(args.stage)):
+        raise ValueError(
+            f"The vision tower trains in the stage {args.stage}, so the features in {stage.features} are wrong after the "
+            "first step: leave out `features`, or choose a stage that freezes the tower."
+        )
+    return FeatureStore(stage.features)
+
+
+@contextlib.contextmanager
+def _begin(recipe: Recipe, folders: Sequence[Path], resume: bool) -> Iterator[None]:
+    """Keeps what the result depends on, or compares it with what was kept; a failure that leaves nothing else removes it.
+
+    Args:
+        recipe: of all stages.
+        folders: of the stages.
+        resume: whether a former run goes on.
+    """
+    from accelerate import PartialState
+
     settings = dataclasses.asdict(recipe)
     for training in (settings["training"], *(stage["training"] for stage in settings["stages"])):
         for name in [name for name in training if name.startswith(_CHANGEABLE)]:
             del training[name]
-    file = Path(recipe.training["output_dir"]) / "recipe.json"
-    if not resume:
-        file.unlink(missing_ok=True)  # of a run that saved nothing
+    file, state, written = Path(recipe.training["output_dir"]) / "recipe.json", PartialState(), False
+    if state.is_main_process:
+        if not resume:
+            file.unlink(missing_ok=True)  # of a run that saved nothing
+        if not file.is_file():
+            written = not resume_or_refuse(file, settings)
+    state.wait_for_everyone()
     resume_or_refuse(file, settings)
+    try:
+        yield
+    except BaseException:
+        if written:
+            with contextlib.suppress(OSError):  # of folders that are not empty
+                for folder in [folder for folder in folders if folder != file.parent and folder.is_dir()]:
+                    folder.rmdir()
+                if list(file.parent.iterdir()) == [file]:
+                    file.unlink()
+                    file.parent.rmdir()
+        raise
 
 
 def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, float]) -> None:

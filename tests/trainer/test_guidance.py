@@ -139,7 +139,7 @@ def test_reentrant_checkpointing_keeps_the_gradient_of_the_first_block_that_trai
 def test_guidance_that_would_teach_nothing_is_refused(tmp_path):
     model = start_model().requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="attention maps came without a gradient"):
+    with pytest.raises(ValueError, match="attention maps came without a gradient"):
         make_trainer(model, "1212", tmp_path, max_steps=1).train()
     make_trainer(model, "tutu", tmp_path, max_steps=1).train()  # no phrase, no guidance
 
@@ -164,11 +164,11 @@ def test_an_evaluation_logs_what_a_computation_by_hand_gives(sink, kinds, tmp_pa
         with torch.no_grad():
             maps = model(**inputs).cross_attention_maps[:, 0].double().numpy()
         for p, target in enumerate(batch["map_targets"][0].double().numpy()):
-            attention, looked, covered = maps[:, p].mean(0), maps[:, p], target
+            attention, attended, covered = maps[:, p].mean(0), maps[:, p], target
             if sink:
-                looked = np.concatenate([looked, 1 - looked.sum(-1, keepdims=True)], axis=-1)
+                attended = np.concatenate([attended, 1 - attended.sum(-1, keepdims=True)], axis=-1)
                 covered = np.append(target, not target.any())
-            scaled = np.minimum(looked * covered.sum(), 1)
+            scaled = np.minimum(attended * covered.sum(), 1)
             shared = (scaled * covered).sum(-1)
             dices.append(1 - ((2 * shared + 1e-3) / (scaled.sum(-1) + covered.sum() + 1e-3)).mean())
             if not target.any():

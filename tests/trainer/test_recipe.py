@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from agevlm.data.mixture import DataPart, read_mixture
 from agevlm.plots import draw_training
 from agevlm.processing.rows import message_text
 from agevlm.trainer import AgeVlmTrainer, optimizer
-from agevlm.trainer.recipe import cache_features, load_model, load_recipe, training_arguments
+from agevlm.trainer.recipe import _begin, cache_features, load_model, load_recipe, training_arguments
 from agevlm.trainer.stages import PRESETS, group_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,10 @@ def parts(tmp_path_factory):
     tiny_processor().save_pretrained(folder / "model")
     dataset(12).save_to_disk(folder / "rows")
 
-    made = [row for row in rows(12) if len(row["images"]) < 2]
+    examples = [row for row in rows(12) if len(row["images"]) < 2]
     (folder / "images").mkdir()
     entries = []
-    for i, row in enumerate(made):
+    for i, row in enumerate(examples):
         question, answer = map(message_text, row["messages"])
         entries.append(
             {"id": str(i), "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
@@ -78,15 +79,15 @@ def parts(tmp_path_factory):
     columns = {
         "id": [entry["id"] for entry in entries],
         "conversations": [entry["conversations"] for entry in entries],
-        "image": [row["images"][0] if row["images"] else None for row in made],
+        "image": [row["images"][0] if row["images"] else None for row in examples],
     }
     turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
     features = {"id": datasets.Value("string"), "conversations": datasets.List(turn), "image": datasets.Image()}
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder / "llava_hub")
 
-    # As on the Hub: several configurations, of which one must be named.
-    texts = [dict(zip(("user", "assistant"), map(message_text, row["messages"]), strict=True)) for row in made]
-    cauldron = {"images": [row["images"] for row in made], "texts": [[{**text, "source": "here"}] for text in texts]}
+    # As on the Hub: several configurations, so that one must be named.
+    texts = [dict(zip(("user", "assistant"), map(message_text, row["messages"]), strict=True)) for row in examples]
+    cauldron = {"images": [row["images"] for row in examples], "texts": [[{**text, "source": "here"}] for text in texts]}
     turn = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
     features = datasets.Features(images=datasets.List(datasets.Image()), texts=datasets.List(turn))
     (folder / "cauldron").mkdir()
@@ -151,7 +152,7 @@ def recipe(parts, tmp_path):
 
 
 def test_the_four_stages(parts, tmp_path, capsys):
-    """One after the other, as they stand but for sizes and places: what shall train does, and nothing else."""
+    """One after the other, unchanged but for sizes and paths: the chosen parameters train, and nothing else does."""
     assert [path.stem for path in RECIPES] == ["1_align", "2_adapt_vision", "3_guide", "4_instruct"]
     before = parts / "model"
     for path in RECIPES:
@@ -278,13 +279,25 @@ def test_overrides(recipe):
         (["data.0.format=grit"], ["`images` is the folder", "format grit"]),
         (["data.0.format=llava"], ["has no column 'conversations'", "images, messages, grounding", "cauldron texts"]),
         (["data.0.name=default"], ["`name` requires `split`"]),
+        (["training.guided_layers=[]"], ["guided_layers is empty: leave it out"]),
+        (["training.guided_layers=[0, 99]"], ["guided_layers has [99], but the cross-attention layers are [0, 2, 5, 7]"]),
+        (["training.group_learning_rates=foo"], ["group_learning_rates must be a mapping", "got 'foo'"]),
+        (["training.group_learning_rates='[1]'"], ["group_learning_rates must be a mapping", "got [1]"]),
+        (["stages=[]", "stages.foo.share=1"], ["stages is empty, so it has no 'foo'"]),
+        (["training.output_dir={file}"], ["training.output_dir must be a folder, but {file} is a file"]),
+        (["training.output_dir={file}/out"], ["training.output_dir must be a folder, but {file} is a file"]),
+        (["features={file}"], ["features must be a folder, but {file} is a file"]),
+        (["features=no_such_folder", "training.stage=align"], ["no features in no_such_folder"]),
+        (["features=no_such_folder", "training.stage=guide"], ["The vision tower trains in the stage guide"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )  # fmt: skip
 def test_mistakes_are_named(recipe, overrides, expected, capsys, tmp_path):
-    message = fails(capsys, recipe, *overrides)
+    file = tmp_path / "text.txt"
+    file.write_text("text")
+    message = fails(capsys, recipe, *(override.replace("{file}", str(file)) for override in overrides))
     for part in expected:
-        assert part in message
+        assert part.replace("{file}", str(file)) in message
     assert not (tmp_path / "out").exists()
 
 
@@ -351,8 +364,8 @@ def test_rows_of_trl_are_taken_as_they_are_used(tmp_path):
     for name, message in (("parts", content), ("strings", "What?")):
         messages = [{"role": "user", "content": message}]
         grounding = [{"message": 0, "start": 0, "end": 4, "image": 0, "box": None, "mask": None, "score": None}]
-        made = {"image": [image], "messages": [messages], "grounding": [grounding], "other": [1]}
-        datasets.Dataset.from_dict(made).save_to_disk(tmp_path / name)
+        columns = {"image": [image], "messages": [messages], "grounding": [grounding], "other": [1]}
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
     first, second = read_mixture([DataPart(str(tmp_path / "parts")), DataPart(str(tmp_path / "strings"))])
     text, shown = {"type": "text", "text": "What?"}, {"type": "image", "text": None}
     assert first["messages"] == [{"role": "user", "content": [text, shown]}]
@@ -422,7 +435,9 @@ def test_resumes_as_if_never_stopped_and_overwrites_nothing(recipe, tmp_path, ca
     shutil.rmtree(out / "checkpoint-2")
     shutil.rmtree(out / "checkpoint-4")
     saved = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert "a model of a former run: delete it" in fails(capsys, recipe, *settings)
+    for resume in ([], ["--resume"]):
+        message = fails(capsys, recipe, *settings, *resume)
+        assert "the model of a finished run, and no checkpoint to resume from: delete the folder" in message
     assert saved == {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
 
 
@@ -561,23 +576,23 @@ def test_what_trains_goes_on_in_float32(staged, whole, recipe, tmp_path):
 
 def test_a_model_and_a_trainer_of_ones_own(staged, recipe, tmp_path):
     """The first stage trains the model that is given, later ones are loaded by its class; all by the given trainer."""
-    model, made = tiny_trainable(gate=0.0, seed=5), []
+    model, calls = tiny_trainable(gate=0.0, seed=5), []
 
     class OwnModel(type(model)):
         pass
 
     class OwnTrainer(AgeVlmTrainer):
         def __init__(self, **kwargs):
-            made.append(kwargs)
+            calls.append(kwargs)
             super().__init__(**kwargs)
 
     model.__class__ = OwnModel
     before = model.state_dict()["lm_head.weight"].clone()
     overrides = [*staged_recipe(staged, tmp_path / "own"), "training.max_steps=2", "model_args.dtype=auto"]
     trainer = agevlm.train(recipe, overrides, model=model, processor=tiny_processor(), trainer_class=OwnTrainer)
-    assert made[0]["model"] is model
-    assert [type(kwargs["model"]) for kwargs in made] == [OwnModel, OwnModel]
-    assert [kwargs["args"].data_seed for kwargs in made] == [421, 422], "other batches in each stage"
+    assert calls[0]["model"] is model
+    assert [type(kwargs["model"]) for kwargs in calls] == [OwnModel, OwnModel]
+    assert [kwargs["args"].data_seed for kwargs in calls] == [421, 422], "other batches in each stage"
     assert isinstance(trainer, OwnTrainer)
     assert torch.equal(trainer.model.state_dict()["lm_head.weight"], before), "in its own type, float32"
 
@@ -604,7 +619,9 @@ def test_features_take_the_place_of_images(staged, recipe, tmp_path):
     ("change", "expected"),
     [
         ("stages.0.name=guide", "Two stages have the same name"),
-        ("stages.0.name=a/b", "leave output_dir out"),
+        ("stages.0.name=a/b", "stages.0.name is part of a folder's name"),
+        ("stages.1.training.guided_layers=[99]", "guided_layers has [99]"),
+        ("stages.1.features=no_such_folder", "The vision tower trains in the stage guide"),
         ("stages.0.training.output_dir=x", "leave output_dir out"),
         ("stages.0.training.stage=null", "no stages.0.training.stage"),
         ("stages.0.training.max_steps=3", "share is a part of training.max_steps, in place of the stage's own"),
@@ -620,6 +637,39 @@ def test_features_take_the_place_of_images(staged, recipe, tmp_path):
 def test_mistakes_of_stages_are_named(staged, recipe, tmp_path, capsys, change, expected):
     assert expected in fails(capsys, recipe, *staged_recipe(staged, tmp_path / "none"), change)
     assert not (tmp_path / "none").exists()
+
+
+def test_only_the_main_process_writes_the_recipe(recipe, tmp_path, monkeypatch):
+    """The others wait for it, and remove nothing when they fail."""
+    file = tmp_path / "out" / "recipe.json"
+    with _begin(load_recipe(recipe), [file.parent], resume=False):
+        settings = file.read_text()
+    file.write_text("of a former run")
+
+    class OtherProcess:
+        is_main_process = False
+
+        def wait_for_everyone(self):
+            assert file.read_text() == "of a former run"
+            file.write_text(settings)
+
+    monkeypatch.setattr(accelerate, "PartialState", OtherProcess)
+    with pytest.raises(ZeroDivisionError), _begin(load_recipe(recipe), [file.parent], resume=False):
+        raise ZeroDivisionError
+    assert file.read_text() == settings
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_failure_before_anything_is_saved_leaves_no_folder(stages, staged, recipe, tmp_path):
+    class Failing(AgeVlmTrainer):
+        def train(self, *args, **kwargs):
+            Path(self.args.output_dir).mkdir(exist_ok=True)
+            raise ZeroDivisionError
+
+    overrides = staged_recipe(staged, tmp_path / "out") if stages else []
+    with pytest.raises(ZeroDivisionError):
+        agevlm.train(recipe, overrides, trainer_class=Failing)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_fastest_type_is_that_of_the_machine(recipe, monkeypatch):
@@ -654,8 +704,8 @@ from torch.distributed.fsdp import FSDPModule
 from agevlm import cli
 from agevlm.trainer import recipe, trainer
 
-def training_arguments(stage, made=recipe.training_arguments):
-    args = made(stage)
+def training_arguments(stage, original=recipe.training_arguments):
+    args = original(stage)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return args
 
