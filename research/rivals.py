@@ -27,7 +27,7 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import AgeVlmProcessor
 from agevlm.trainer import AgeVlmTrainingArguments, CheckpointsMixin, OptimizerMixin, SamplingMixin, visual_grid
 from agevlm.trainer.stages import resolve_groups
-from agevlm.trainer.trainer import keep_learnt
+from agevlm.trainer.trainer import keep_learned
 
 
 class ConcatenationModel(LlavaModel):
@@ -227,7 +227,7 @@ class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trai
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "pixel_attention_mask"}
         inputs = expand_image_tokens(inputs, self.model.config.image_token_id, self._tokens_per_image)
-        return super().compute_loss(model, keep_learnt(inputs), return_outputs, num_items_in_batch)
+        return super().compute_loss(model, keep_learned(inputs), return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # which has no part of guidance

@@ -201,10 +201,10 @@ def optimizer_groups(
     """
     rates = dict(learning_rates or {})
     resolve_groups(list(rates))
-    # DDP, torch.compile and PEFT each put a name of their own in front.
+    # DDP, torch.compile and PEFT each add a prefix.
     names = {re.sub(r"^(module\.|_orig_mod\.|base_model\.model\.)+", "", n): p for n, p in model.named_parameters()}
     patterns = dict(GROUPS)
-    if "vision_last_block" in rates:  # before `vision`, of which it is a part
+    if "vision_last_block" in rates:  # before `vision`, which contains it
         patterns = {"vision_last_block": last_block([name for name in names if "vision_tower" in name]), **GROUPS}
     members: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in names.items():
@@ -216,7 +216,7 @@ def optimizer_groups(
     for group in rates:
         if not any(g == group for g, *_ in members):
             raise ValueError(f"There is a learning rate for '{group}', but nothing of it trains: leave it out.")
-    made = []
+    groups = []
     for (group, rest, decays), parameters in sorted(
         members.items(), key=lambda item: item[0]
     ):  # the rate of "" is logged
@@ -225,8 +225,8 @@ def optimizer_groups(
         if muon is not None:
             values["use_muon"] = not rest
             rate = rate * muon.adamw_lr_scale if rest and rate is not None else rate
-        made.append(values if rate is None else {**values, "lr": rate})
-    return made
+        groups.append(values if rate is None else {**values, "lr": rate})
+    return groups
 
 
 class OptimizerMixin(AnyTrainer):
@@ -240,7 +240,7 @@ class OptimizerMixin(AnyTrainer):
         model, args = self.model if model is None else model, self.args
         if args.optim == MUON:
             if self.is_deepspeed_enabled:
-                raise ValueError("optim=muon needs whole matrices, which ZeRO takes apart: train with DDP or FSDP2.")
+                raise ValueError("optim=muon needs whole matrices, which ZeRO shards: train with DDP or FSDP2.")
             options = MuonOptions.read(args.optim_args)
             groups = optimizer_groups(
                 model, args.weight_decay, args.group_learning_rates, learning_rate=args.learning_rate, muon=options

@@ -85,15 +85,15 @@ class AgeVlmTrainer(AgeVlmMixin, Trainer):
             and self.label_smoother is None
             and self.compute_loss_func is None
         ):
-            inputs = keep_learnt(inputs)
+            inputs = keep_learned(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def keep_learnt(inputs: dict[str, Any]) -> dict[str, Any]:
+def keep_learned(inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs with which the head runs only at positions where some row learns its next token: with a vocabulary of a hundred
     thousand and a loss on the answers alone, the others are a large part of a step."""
     shift_labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-    learnt = (shift_labels != -100).any(0)
-    learnt[0] |= ~learnt.any()  # an empty one would have no loss
-    keep = learnt.nonzero()[:, 0]
+    learned = (shift_labels != -100).any(0)
+    learned[0] |= ~learned.any()  # an empty one would have no loss
+    keep = learned.nonzero()[:, 0]
     return {**inputs, "shift_labels": shift_labels[:, keep], "logits_to_keep": keep}

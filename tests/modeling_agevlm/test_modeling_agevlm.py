@@ -520,7 +520,7 @@ def independent_cells():
 
 
 def padded_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three images of which the first and third fill the upper left part of their square only."""
+    """Three images; the first and third fill only the upper left part of their square."""
     mask = torch.ones(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.long)
     mask[0, :, 17:] = 0  # one column of pixels still lies in the third column of cells
     mask[2, 16:] = 0

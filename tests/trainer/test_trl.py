@@ -154,7 +154,7 @@ def test_a_step_of_sft_is_that_of_the_loss_written_out(
     "settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True}]
 )
 def test_guidance_adds_exactly_its_gradient_to_any_loss(tmp_path, settings):
-    """Label smoothing runs a second forward without a gradient; the maps must be those of the first."""
+    """Label smoothing runs a second forward without a gradient; the maps must come from the first."""
     settings = {**SGD, "per_device_train_batch_size": 4, "stage": EVERYTHING, **settings}
     moved = [
         train(
@@ -187,7 +187,7 @@ def test_batches_of_messages_are_those_of_trl(assistant_only):
 
 def completions(number: int) -> list[dict]:
     """Rows with `prompt` and `completion`, of different lengths; every third prompt shows two images."""
-    made = [row(i, 1 + (i % 3 == 2)) for i in range(number)]
+    examples = [row(i, 1 + (i % 3 == 2)) for i in range(number)]
     return [
         {
             "images": r["images"],
@@ -195,7 +195,7 @@ def completions(number: int) -> list[dict]:
             "completion": r["messages"][1:],
             "grounding": r["grounding"],
         }
-        for r in made
+        for r in examples
     ]
 
 
@@ -209,8 +209,8 @@ def test_completions_are_learned_as_trl_learns_them(tmp_path):
     tokenizer, labels = tiny_processor().tokenizer, expected.pop("labels")
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
-    for ours, theirs, made in zip(actual["labels"], labels, completions(4), strict=True):
-        answer = made["completion"][0]["content"][0]["text"] + tokenizer.eos_token
+    for ours, theirs, example in zip(actual["labels"], labels, completions(4), strict=True):
+        answer = example["completion"][0]["content"][0]["text"] + tokenizer.eos_token
         assert tokenizer.decode(ours[ours != -100]) == answer
         # TRL also learns what the template writes after the end of a turn, which is never generated.
         assert tokenizer.decode(theirs[theirs != -100]) == answer + "\n"
@@ -264,14 +264,14 @@ def test_text_alone_is_left_to_trl(tmp_path):
 
 def mixed_preferences(number: int) -> list[dict]:
     """Preferences with one, no and two images, answers of different lengths, the longer one being now this, now that."""
-    made = []
+    examples = []
     for i in range(number):
         source, (rejected,) = row(i, (1, 0, 2)[i % 3]), copy.deepcopy(list(preferences(1)["rejected"][0]))
         rejected["content"][0]["text"] *= 1 + 2 * (i % 2)
         question, answer = source["messages"]
-        made.append({"images": source["images"], "prompt": [question], "chosen": [answer], "rejected": [rejected]})
-        made[-1]["grounding"] = source["grounding"]
-    return made
+        examples.append({"images": source["images"], "prompt": [question], "chosen": [answer], "rejected": [rejected]})
+        examples[-1]["grounding"] = source["grounding"]
+    return examples
 
 
 def guided_tokens(batch: dict, index: int) -> list[str]:
@@ -291,11 +291,11 @@ def test_batches_of_preferences_are_those_of_trl():
 
 
 def test_phrases_of_preferences_are_found_in_the_chosen_rows():
-    made = mixed_preferences(6)
-    batch = preference_collator()(made)
+    examples = mixed_preferences(6)
+    batch = preference_collator()(examples)
     lengths = batch["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 4
-    for i, example in enumerate(made):
+    for i, example in enumerate(examples):
         words = []
         for entry in example["grounding"]:
             message = [*example["prompt"], *example["chosen"]][entry["message"]]
@@ -308,27 +308,29 @@ def test_phrases_of_preferences_are_found_in_the_chosen_rows():
     assert not batch["map_targets"][6:].any()
     assert batch["num_dropped_phrases"].tolist() == [0]
     # Targets are those that the collator of conversations makes.
-    talks = [{**r, "messages": r["prompt"] + r["chosen"]} for r in made]
+    talks = [{**r, "messages": r["prompt"] + r["chosen"]} for r in examples]
     assert torch.equal(batch["map_targets"][:6], collator()(talks)["map_targets"])
 
 
 def test_phrases_that_truncation_cuts_off_are_dropped_and_counted():
-    made = mixed_preferences(6)
-    whole = preference_collator()(made)
+    examples = mixed_preferences(6)
+    whole = preference_collator()(examples)
     last = whole["map_queries"][0].nonzero()[:, 1].max().item()
-    cut = preference_collator(max_length=last)(made)  # leaves out the last token of the first row's last phrase
+    cut = preference_collator(max_length=last)(examples)  # leaves out the last token of the first row's last phrase
     assert guided_tokens(cut, 0) == guided_tokens(whole, 0)[:-1]
     counts = [(batch["map_targets"] > 0).any(-1).sum().item() for batch in (whole, cut)]
     assert cut["num_dropped_phrases"].item() == counts[0] - counts[1] > 0
 
 
 def test_a_single_image_column_and_rows_without_grounding():
-    made = [{**r, "image": r["images"][0]} for r in mixed_preferences(6)[::3]]
-    expected = preference_collator()(made)
-    actual = preference_collator()([{k: v for k, v in r.items() if k != "images"} for r in made])
+    examples = [{**r, "image": r["images"][0]} for r in mixed_preferences(6)[::3]]
+    expected = preference_collator()(examples)
+    actual = preference_collator()([{k: v for k, v in r.items() if k != "images"} for r in examples])
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert not {"map_queries", "map_targets"} & preference_collator()([{**r, "grounding": []} for r in made]).keys()
+    assert (
+        not {"map_queries", "map_targets"} & preference_collator()([{**r, "grounding": []} for r in examples]).keys()
+    )
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -534,8 +536,8 @@ def test_dpo_with_lora_refers_to_the_model_without_it(tmp_path):
 
 
 def questions(number: int) -> Dataset:
-    made = [{"prompt": [{"role": "user", "content": "What is it?"}], "image": row(i)["images"][0], "answer": "dog"} for i in range(number)]  # fmt: skip
-    return Dataset.from_list(made).cast_column("image", Image())
+    examples = [{"prompt": [{"role": "user", "content": "What is it?"}], "image": row(i)["images"][0], "answer": "dog"} for i in range(number)]  # fmt: skip
+    return Dataset.from_list(examples).cast_column("image", Image())
 
 
 def first_half(completion_ids: list[list[int]], **kwargs) -> list[float]:
