@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import check_folder
+from .options import check_figure
 
 
 def _check_question(question: str) -> str:
@@ -24,7 +24,8 @@ def ask(
     heatmap: Annotated[
         Path | None,
         typer.Option(
-            help="PNG to write: heat maps of --phrase, by cross-attention block and averaged.", callback=check_folder
+            help="Figure to write: heat maps of --phrase, by cross-attention block and averaged.",
+            callback=check_figure,
         ),
     ] = None,
     phrase: Annotated[
@@ -40,7 +41,7 @@ def ask(
 
     question = _check_question(question)
     if phrase is not None and heatmap is None:
-        raise ValueError("--phrase says what --heatmap shows: name the PNG to write with --heatmap.")
+        raise ValueError("--phrase says what --heatmap shows: name the figure to write with --heatmap.")
     start, end = (0, len(question)) if phrase is None else find_phrase(question, phrase)
 
     from transformers import AutoConfig

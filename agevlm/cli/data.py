@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from .options import check_folder, parse_names, parse_numbers
+from .options import check_figure, check_folder, parse_names, parse_numbers
 
 # The number of bad rows that `data check` prints.
 _MAX_BAD_ROWS = 20
@@ -100,7 +100,7 @@ def masks(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the models' numbers.")
     ] = "float32",
     preview: Annotated[
-        Path | None, typer.Option(help="PNG to write: some rows with their masks.", callback=check_folder)
+        Path | None, typer.Option(help="Figure to write: some rows with their masks.", callback=check_figure)
     ] = None,
 ) -> None:
     """Add masks from Segment Anything or GrabCut to a grounding data set. Stopped, the same command resumes."""

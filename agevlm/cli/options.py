@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+FIGURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+
 
 def parse_json(text: str | None, option: str) -> dict[str, Any]:
     try:
@@ -25,6 +27,13 @@ def check_folder(option: typer.CallbackParam, file: Path | None) -> Path | None:
     if file is not None and not file.absolute().parent.is_dir():
         raise ValueError(f"{option.opts[0]} {file}: there is no folder {file.absolute().parent}; create it")
     return file
+
+
+def check_figure(option: typer.CallbackParam, file: Path | None) -> Path | None:
+    """The callback of an option for a figure to write: its folder and its format are checked before work begins."""
+    if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"{option.opts[0]} {file}: the name of a figure must end with {', '.join(FIGURE_SUFFIXES)}")
+    return check_folder(option, file)
 
 
 def parse_names(text: str | None) -> list[str] | None:

@@ -12,6 +12,7 @@ from grounded_rows import filled, make_dataset, make_row
 from PIL import Image
 
 from agevlm import plots
+from agevlm.cli.options import FIGURE_SUFFIXES
 from agevlm.plots import choose_colors, draw_bars, draw_heatmaps, draw_masks, draw_similarity, draw_training
 from agevlm.processing.rows import mask_to_rle
 
@@ -34,6 +35,13 @@ def test_preview_shows_masks_and_phrases(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.asarray(overlay)[..., 3] > 0, filled(image, (10, 10, 30, 30)))
     with pytest.raises(ValueError, match="no row has a mask"):
         draw_masks(make_dataset([make_row(image)]), tmp_path / "none.png")
+
+
+def test_figures_can_be_written_in_each_format_of_the_command_line(tmp_path):
+    for suffix in (*FIGURE_SUFFIXES, ".PNG"):
+        path = tmp_path / f"x{suffix}"
+        draw_heatmaps(Image.new("RGB", (60, 60), "gray"), np.eye(3)[None], ["first"], path)
+        assert path.stat().st_size > 1000
 
 
 def test_preview_shows_transparent_images_on_white(tmp_path, monkeypatch):

@@ -324,6 +324,10 @@ def test_command_mistakes(saved, tmp_path, monkeypatch, capsys):
         ([tmp_path, *common], f"Directory {tmp_path} is neither"),
         ([saved, *common, "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         ([saved, *common, "--preview", tmp_path / "no" / "p.png"], f"there is no folder {tmp_path / 'no'}; create it"),
+        (
+            [saved, *common, "--preview", tmp_path / "x.txt"],
+            "x.txt: the name of a figure must end with .png, .jpg, .pdf",
+        ),
         ([saved, *common[2:], "--teacher", "dino"], "no mask teacher 'dino'"),
     ):
         code, printed = run(monkeypatch, capsys, "masks", *arguments)

@@ -215,7 +215,7 @@ def test_phrases_are_looked_for_in_the_answer_and_then_in_the_question():
     chosen = choose_phrases(question, answer, ["dog", "the dog", "Is the", "a dog?", "."])
     found = [(phrase.source, phrase.start, phrase.text) for phrase in chosen]
     assert found == [
-        ("answer", 17, "DOG"),  # the last place, as it is written there
+        ("answer", 17, "DOG"),  # the last place, in its own spelling
         ("answer", 0, "The dog"),
         ("question", 0, "Is the"),
         ("question", 11, "a dog?"),
@@ -461,12 +461,15 @@ def test_ask_draws_the_maps_of_the_question(monkeypatch, capsys, tmp_path, folde
 
 def test_ask_looks_up_its_phrase_in_the_question(monkeypatch, capsys, tmp_path, folders):
     command = ["ask", "--model", folders / "age_vlm", "--image", folders / "picture.png", QUESTION]
+    code, printed = run(monkeypatch, capsys, *command, "--heatmap", tmp_path / "x.foo")
+    assert code == 2
+    assert f"--heatmap {tmp_path / 'x.foo'}: the name of a figure must end with .png, .jpg, .pdf, .svg" in printed
     code, printed = run(monkeypatch, capsys, *command, "--phrase", "cat", "--heatmap", tmp_path / "x.png")
     assert code == 2
     assert "The phrase 'cat' does not occur in the text" in printed
     code, printed = run(monkeypatch, capsys, *command, "--phrase", "dog")
     assert code == 2
-    assert "name the PNG to write with --heatmap" in printed
+    assert "name the figure to write with --heatmap" in printed
 
 
 def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys, tmp_path, folders):
