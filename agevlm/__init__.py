@@ -11,7 +11,7 @@ from ._auto import register_when_transformers_loads
 
 __version__ = "0.1.0"
 
-# The public names are those of `__init__.pyi`, which type checkers read too.
+# `__init__.pyi` lists the public names; type checkers read it too.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 register_when_transformers_loads()

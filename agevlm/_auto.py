@@ -42,9 +42,9 @@ def _is_loading(module: ModuleType) -> bool:
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the modules of both packages as Python would, and registers as soon as none of them is half-way.
+    """Imports the modules of both packages as Python would, and registers as soon as none of them is partly imported.
 
-    Half-way matters: the import that brings the Auto classes may have begun in a file that ours import from, or in
+    The latter matters: the import that brings the Auto classes may have begun in a file that ours import from, or in
     one of ours.
     """
 

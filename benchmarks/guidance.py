@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of each start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler logs each start and stop
 
 import numpy as np
 import torch
@@ -209,7 +209,7 @@ def check_agreement(device: torch.device) -> None:
 
 
 def timed(compute: Callable[..., torch.Tensor], model, batch: dict, dtype: torch.dtype) -> float:
-    """Seconds of one step. Reading the loss at its end waits for the forward only, hence the synchronization."""
+    """Seconds of one step. It synchronizes, because reading the loss waits for the forward only."""
     if batch["input_ids"].is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -257,7 +257,7 @@ def measure(model, batch: dict, dtype: torch.dtype, repeats: int, warmup: int, p
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory = {}
     bar = progress.add_task("memory", total=len(names) * (1 + warmup + repeats))
-    step(ARMS[UNGUIDED], model, batch, dtype)  # what is made once and kept is no part of any way's memory
+    step(ARMS[UNGUIDED], model, batch, dtype)  # allocations that stay belong to no arm's memory
     for name in names:
         memory[name] = peak_memory(ARMS[name], model, batch, dtype)
         progress.advance(bar)

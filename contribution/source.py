@@ -38,7 +38,7 @@ def source_distribution() -> Path:
 def _fetch(version: str, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        # pip also builds the package's metadata, hence needs its build backend; there is no option against it.
+        # pip also builds the package's metadata and so needs its build backend; no option turns that off.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         result = subprocess.run(
             [*command, "--dest", tmp, f"transformers=={version}"], capture_output=True, text=True, check=False

@@ -38,7 +38,7 @@ _UNFINISHED = ".unfinished"
 
 
 class StoredImageFeatures(AgeVlmImageFeatures):
-    """What a [`FeatureStore`] gives: features of which `pooler_output` is left to the adapter."""
+    """The features that a [`FeatureStore`] returns; the adapter computes their `pooler_output`."""
 
     def pin_memory(self) -> StoredImageFeatures:
         """A copy in page-locked memory. PyTorch's data loaders call it, because they cannot pin a `ModelOutput` themselves."""
@@ -172,8 +172,8 @@ def compute_features(
 ) -> FeatureStore:
     """Computes the vision tower's features of all images of some data sets, and keeps them in a folder.
 
-    Stopped and called again, it goes on after the last file; images that already have features are passed over, also
-    those of other data sets.
+    A second call resumes after the last file. It skips images that already have features, whichever data set they
+    came from.
 
     Args:
         model: with the vision tower, in evaluation mode; on any device.

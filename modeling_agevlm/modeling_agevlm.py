@@ -490,7 +490,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
 
     def __init__(self, config: AgeVlmTextConfig):
         super().__init__(config)
-        # The names are those of `LlamaModel`, so that a Llama checkpoint loads without renaming.
+        # The same names as in `LlamaModel`, so that a Llama checkpoint loads without renaming.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([AgeVlmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         # Key: the Llama layer that the block precedes. In a cache the blocks follow the Llama layers.
@@ -954,7 +954,7 @@ def tower_supports(tower_class: type[PreTrainedModel], attn_implementation: str 
 
 
 def num_prefix_tokens(vision_tower: PreTrainedModel) -> int:
-    """Number of tokens of a vision tower before those of the image grid (class token, registers)."""
+    """Number of tokens of a vision tower before the image grid (class token, registers)."""
     if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
         return getattr(timm_model, "num_prefix_tokens", 0)
     # A tower of Transformers' that returns a sequence has one class token first, and then its registers, if any.
@@ -1098,8 +1098,8 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
         return inputs
 
-    # Without this override chunked prefill cuts the image features by image token, and a draft model cannot have image
-    # features of its own, because Transformers drops the pixels. It can go when Transformers refuses to chunk features
+    # Without this override chunked prefill cuts the image features by image token, and a draft model cannot have
+    # its own image features, because Transformers drops the pixels. Remove it when Transformers refuses to chunk features
     # that do not correspond to tokens, and keeps the pixels for the draft.
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config

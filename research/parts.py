@@ -51,7 +51,7 @@ SCENES = {
     "cooccurrence": 0.5,
     "seed": 0,
 }
-# Every fourth class, 47 of 186: as many as this little training can tell apart.
+# Every fourth class, 47 of 186: as many as this little training can distinguish.
 EVERY_CLASS = 4
 # The height of wide images, in parts of their width.
 WIDE = 5 / 8

@@ -3,5 +3,5 @@
 
 import lazy_loader
 
-# The public names are those of `__init__.pyi`.
+# `__init__.pyi` lists the public names.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

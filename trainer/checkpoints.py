@@ -29,7 +29,7 @@ class CheckpointsMixin(AnyTrainer):
         return os.path.join(folder, UNFINISHED) if self._saving else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # FSDP2 gives the model a class that is made in a module of PyTorch's, whose code would be saved as the model's.
+        # FSDP2 gives the model a class from a module of PyTorch, whose code would be saved as the model's.
         if isinstance(self.model, FSDPModule):
             original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
             type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__

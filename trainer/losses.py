@@ -46,7 +46,7 @@ def bce_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-4, *, re
     """Binary cross-entropy between attention maps and mask coverages, by phrase: its mean over the visual tokens that the
     phrase may see, less the targets' own entropy.
 
-    That entropy is what the cross-entropy comes to where the attention is the mask: 0 for tokens that are covered wholly or
+    That entropy is the cross-entropy where the attention equals the mask: 0 for tokens that are covered wholly or
     not at all. It has no gradient, and without it the loss would end at another number for every mask.
 
     Args:

@@ -23,7 +23,7 @@ _TOKENS_AROUND_A_MESSAGE = 6
 
 
 def count_tokens(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """About how many text tokens each row has: those of its messages, and six around each; or those of its `input_ids`.
+    """Estimates the text tokens of each row: its messages' and six around each, or the length of its `input_ids`.
 
     Raises:
         ValueError: if the rows have no texts.
@@ -51,14 +51,14 @@ class GroupedBatches(BatchRebalanceSampler):
 
     Without weights, an epoch has each row once. With weights, an epoch has as many batches, whose groups are drawn by
     their weights; a group that is used up begins anew. The batches of an epoch depend on the arguments and
-    [`set_epoch`] alone. With several processes, each takes every so-many-th of the same batches; all take equally many, for
-    which the first batches are repeated.
+    [`set_epoch`] alone. With `n` processes, each takes every `n`-th of the same batches. All take equally many;
+    the first batches are repeated where needed.
 
     It is of this class because Transformers' `Trainer` takes sampled batches from no other.
 
     Args:
         lengths: tokens of each row.
-        tokens: most tokens of a batch, all rows padded to its longest; a longer row is a batch of its own.
+        tokens: most tokens of a batch, all rows padded to its longest. A longer row is a batch by itself.
         rows: most rows of a batch, in place of `tokens`.
         groups: the group of each row; all are in one by default.
         weights: share of the batches of each group, of any sum; none by default.
@@ -142,7 +142,7 @@ class _SetEpoch(TrainerCallback):
 class SamplingMixin(AnyTrainer):
     """Batches by number of tokens (`args.tokens_per_batch`) and by the weights of a mixture, for any trainer.
 
-    Weights are those of [`~agevlm.data.mixture.read_mixture`], which writes them into columns of the data set. Without
+    [`~agevlm.data.mixture.read_mixture`] writes the weights into columns of the data set. Without
     either, batches are Transformers' own. The same data, seed and tokenizer give the same batches to any model.
 
     Raises:

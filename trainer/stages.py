@@ -136,8 +136,8 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
     """Lets exactly the groups of a preset train, in float32, and freezes all else in the type it has.
 
     Float32, because the steps of a fine-tuning are smaller than bfloat16 can add: a bfloat16 model then trains under
-    `bf16=True` with its frozen part as small as it was. A vision tower of which something trains is float32 as a whole,
-    since a tower has no place where types may change.
+    `bf16=True`, and its frozen part stays in bfloat16. If any part of a vision tower trains, the whole tower is float32,
+    because types cannot change inside a tower.
 
     Args:
         preset: one of [`PRESETS`], or a list of group names.
@@ -176,7 +176,7 @@ def print_trainable(model: nn.Module, groups: Sequence[TrainableGroup], title: s
 
 
 def open_gates(model: AgeVlmForConditionalGeneration, gate: float) -> None:
-    """Sets the gates that are exactly 0, those of a freshly assembled model, to `gate`; PEFT's copies of them too."""
+    """Sets gates of exactly 0, as a freshly assembled model has them, to `gate`, and PEFT's copies of them too."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AgeVlmCrossAttention):

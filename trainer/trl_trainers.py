@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT and DPO trainers with stages and attention guidance; for GRPO, TRL's own trainer does as it is."""
+"""TRL's SFT and DPO trainers with stages and attention guidance; GRPO needs no class here: TRL's own trainer works."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +78,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
     prompt's would look at the same in the rejected ones.
 
     Raises:
-        ValueError: when called with a row that does not hold together; the message says how.
+        ValueError: when called with an inconsistent row; the message says what is wrong.
     """
 
     def __init__(self, guidance: AgeVlmDataCollator):
@@ -116,7 +116,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
         return batch
 
     def _offsets(self, prompt: str, answer: str) -> list[tuple[int, int]]:
-        """Characters in `prompt + answer` of each token, of which TRL tokenizes the two by themselves."""
+        """Characters in `prompt + answer` of each token. TRL tokenizes prompt and answer separately."""
         first, second = self.processor.tokenizer(
             [prompt, answer], add_special_tokens=False, return_offsets_mapping=True
         )["offset_mapping"]
@@ -126,7 +126,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
 class AgeVlmSFTTrainer(AgeVlmMixin, SFTTrainer):
     """TRL's `SFTTrainer` for AGE-VLM, with stages and guidance through its fused LM head.
 
-    Arguments are those of `SFTTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmSFTConfig`].
+    It takes the arguments of `SFTTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmSFTConfig`].
     `assistant_only_loss` needs no marks in the chat template. Data without images is left to TRL.
 
     Raises:
@@ -144,7 +144,7 @@ class AgeVlmSFTTrainer(AgeVlmMixin, SFTTrainer):
                     "Leave `completion_only_loss` out: rows with a `completion` learn that, and rows with `messages` have none."
                 )
             data_collator = self.make_collator(model, processing_class, args, assistant_only_loss)
-            # The collator sees to it; TRL would refuse chat templates without marks that it does not know.
+            # The collator masks the rest; TRL would refuse chat templates without marks that it does not know.
             args.assistant_only_loss = False
         if peft_config is None:
             self.set_up(model, args)
@@ -160,8 +160,8 @@ class AgeVlmSFTTrainer(AgeVlmMixin, SFTTrainer):
 class AgeVlmDPOTrainer(AgeVlmMixin, DPOTrainer):
     """TRL's `DPOTrainer` for AGE-VLM, with stages and guidance. Rows may have `grounding`, see [`AgeVlmPreferenceCollator`].
 
-    Arguments are those of `DPOTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmDPOConfig`]. Data without
-    images is left to TRL.
+    It takes the arguments of `DPOTrainer`; `model` must be a model, not a name, and `args` an [`AgeVlmDPOConfig`]. Data
+    without images is left to TRL.
 
     Raises:
         ValueError: if the model is no AGE-VLM, or a setting does not fit it or the data.

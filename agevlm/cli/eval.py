@@ -109,7 +109,7 @@ def similarity(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Do hidden states tell matching from random images? Cosine similarities, their histogram, overlap and AUROC."""
+    """Whether hidden states distinguish matching from random images: cosine similarities, histogram, overlap, AUROC."""
     from ..data.readers import read_rows
     from ..evaluation.answers import load_model
     from ..evaluation.benchmark import rich_table

@@ -281,8 +281,8 @@ def test_a_batch_has_features_in_place_of_pixels(store, rows):
     shared = with_pixels.keys() & with_features.keys()
     assert all(torch.equal(with_pixels[name], with_features[name]) for name in shared)
     outputs = []
-    for made in (with_pixels, with_features):
-        inputs = {name: value for name, value in made.items() if name not in ("map_targets", "num_dropped_phrases")}
+    for batch in (with_pixels, with_features):
+        inputs = {name: value for name, value in batch.items() if name not in ("map_targets", "num_dropped_phrases")}
         outputs.append(model(**inputs).logits)
     assert torch.equal(*outputs)
     texts = [{"messages": rows[1]["messages"]}]

@@ -199,9 +199,7 @@ def expected(parts) -> list[dict]:
                 "converse": rounds,
             }
         )
-    assert len({row["describe"] for row in rows}) == len(
-        rows
-    )  # answers that could not be told apart would prove nothing
+    assert len({row["describe"] for row in rows}) == len(rows)  # equal answers would prove nothing
     return rows
 
 
@@ -226,7 +224,7 @@ def folder(checkpoint, expected) -> Path:
 
 
 def harness(folder: Path, *command: str) -> str:
-    """The log of a run that must succeed, in a process of its own: the harness changes global settings of PIL and others.
+    """The log of a run that must succeed, in a separate process: the harness changes global settings of PIL and others.
 
     All runs are at the verbosity DEBUG, without which the harness reports errors and then ends as if nothing was wrong.
     """
@@ -553,7 +551,7 @@ def test_dtype(checkpoint, chat):
 
 
 def test_an_adapter(checkpoint, chat, tmp_path):
-    """Its folder names the model that it is for; its answers are those of the two together."""
+    """Its folder names the model that it is for; it answers as the two together do."""
     model = get_peft_model(
         AutoModelForImageTextToText.from_pretrained(checkpoint),
         LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),

@@ -143,7 +143,7 @@ def test_scores_are_those_of_the_answers(scenes):
 
 
 def test_a_right_answer_counts_and_a_wrong_one_does_not(scenes):
-    """Scores of a model that knows the answers are 1, and those of one that says the same to all are chance."""
+    """A model that knows the answers scores 1, and a model that always says the same scores chance."""
     benchmark = Scenes(scenes["test"])
     questions = benchmark.questions()
 

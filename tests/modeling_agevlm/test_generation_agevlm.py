@@ -113,7 +113,7 @@ def log_probability(model, row: torch.Tensor, generated: torch.Tensor, pixels: t
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("returned", [1, 3])
 def test_beam_search(model, expected, use_cache, returned):
-    """Beams follow their own row's images: tokens are those of each row alone, and scores those of plain passes."""
+    """Beams follow their own row's images: tokens equal those of each row alone, and scores equal those of plain passes."""
     kwargs = {"num_beams": 3, "num_return_sequences": returned, "return_dict_in_generate": True, "output_scores": True}
     together = model.generate(**batch(), max_new_tokens=STEPS, do_sample=False, use_cache=use_cache, **kwargs)
     generated = together.sequences[:, len(batch()["input_ids"][0]) :].view(len(ROWS), returned, STEPS)
@@ -230,7 +230,7 @@ def test_compiled_static_decoding(model, expected):
 @pytest.mark.parametrize("all_images", [True, False])
 @pytest.mark.parametrize("static", [True, False])
 def test_a_conversation(model, all_images, static):
-    """Images in later turns, of which the caller passes all again or the new ones only; turns without an image."""
+    """Images in later turns, where the caller passes all again or only the new ones; turns without an image."""
     conversation, seen, cache = torch.empty(0, dtype=torch.long), images(0), None
     if static:
         cache = StaticCache(config=model.config.text_config, max_cache_len=128)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' common tests of models and configurations, and what a default AGE-VLM is made of."""
+"""Transformers' common tests of models and configurations, and the parts of a default AGE-VLM."""
 
 import copy
 import re
@@ -124,7 +124,7 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
             if "agevlm" not in names:  # where the model is in Transformers' own tree, it is registered
                 self.enterContext(patch.dict(names, agevlm=model_class.__name__))
 
-        # Shut gates would let no image through, hence test little.
+        # Closed gates would let no image through, and so test little.
         original_init = AgeVlmPreTrainedModel._init_weights
 
         def init_weights(self, module):
@@ -171,7 +171,7 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
         assert (changes[torch.arange(len(changes)) != middle, 1:] > 0.05).all()
 
     def test_all_parameters_have_gradients(self):
-        """All but those of the norm after pooling, which no visual token goes through."""
+        """All but the norm after pooling, which no visual token goes through."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = AgeVlmForConditionalGeneration(config)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -296,7 +296,7 @@ def test_visual_tokens(architecture, config_class):
     a = AgeVlmModel(tiny_config(timm_config)).eval()
     b = AgeVlmModel(tiny_config(config_class(depths=list(depths), hidden_sizes=list(widths)))).eval()
     for parameter in a.vision_tower.parameters():
-        parameter.uniform_(-0.5, 0.5)  # those of layer scale and response normalization would hide what they scale
+        parameter.uniform_(-0.5, 0.5)  # initial layer scale and response normalization would hide what they scale
     weights = to_transformers(a.vision_tower.timm_model.state_dict())
     targets = b.vision_tower.state_dict()
     assert weights.keys() == targets.keys()

@@ -298,7 +298,7 @@ def test_a_template_that_changes_texts_raises_where_a_phrase_is(change):
 
 
 def test_a_template_that_rewrites_earlier_turns_raises():
-    """Unless it has marks, which tell the answers anyway."""
+    """Unless it has marks, which show the answers anyway."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{% if loop.last or m['role'] == 'user' %}"
         "{{ m['content'] }}{% else %}{{ '(old)' }}{% endif %}{{ eos_token }}{% endgeneration %}{% endfor %}"
@@ -836,10 +836,10 @@ def test_images_come_in_every_form(tmp_path):
 
 
 def test_rows_of_a_data_set_are_as_those_made_by_hand():
-    made, stored = rows(8), dataset(8)
+    examples, stored = rows(8), dataset(8)
     for fraction in (1.0, 0.5):
         collator = make_collator(guided_fraction=fraction)
-        by_hand, from_arrow = collator(made), collator([stored[i] for i in range(8)])
+        by_hand, from_arrow = collator(examples), collator([stored[i] for i in range(8)])
         assert by_hand.keys() == from_arrow.keys()
         for key, value in by_hand.items():
             assert torch.equal(value, from_arrow[key]), key

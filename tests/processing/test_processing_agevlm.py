@@ -96,7 +96,7 @@ def text_part(text):
 
 
 class AgeVlmProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
-    # No common test is excluded; those of videos and audio skip themselves, for the processor takes none.
+    # No common test is excluded; tests of videos and audio skip themselves, because the processor takes neither.
     processor_class = AgeVlmProcessor
 
     @classmethod

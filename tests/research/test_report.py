@@ -26,7 +26,7 @@ def yes_no(hits, wrong, missed, right):
 
 
 def result(name, seed, *, hits, pointing=None, auroc=0.6, relation=0.5, loss=2.5):
-    """A run that finds `hits` of the 40 objects of which 100 questions ask, and says 10 times that one is there that is not."""
+    """A run that finds `hits` of the 40 present objects in 100 questions, and 10 times reports an absent one."""
     kinds = ("existence", "existence_popular", "existence_adversarial", "negation")
     scores = {kind: yes_no(hits, 10, 40 - hits, 50) for kind in kinds}
     scores |= {kind: {"score": relation, "chance": 0.5} for kind in ("objects", "count", "position", "relation")}

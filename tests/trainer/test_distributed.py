@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in processes of its own: two that share the work, one that is killed, one whose disk is full."""
+"""Training in separate processes: two that share the work, one that is killed, one whose disk is full."""
 
 import json
 import multiprocessing
@@ -113,7 +113,7 @@ def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, mon
     assert taken == alone["batches"], "the same rows in each step, or there is nothing to compare"
 
     names = ("loss", "lm_loss", "grad_norm", "guidance_loss", "guided_phrases", "pointing_accuracy", "attention_iou")
-    # Not the losses of an evaluation: Transformers averages them over batches, in which it counts those of all processes.
+    # Not the losses of an evaluation: Transformers averages them over batches, and counts the batches of all processes.
     names = {*names, *(f"eval_{name}" for name in names[3:])}
     logged, expected = (
         [{name: value for name, value in entry.items() if name in names} for entry in result["logs"]]

@@ -507,7 +507,7 @@ def naive_loss(model, inputs, queries, targets, weight: float = WEIGHT, named=No
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of every trainable parameter, zeros where it has none; those of the gates as one vector `gates`, because a single
+    """Gradients of every trainable parameter, zeros where it has none. The gates are one vector `gates`, because a single
     number that is a sum over everything may happen to be close to 0, with no precision left."""
     model.zero_grad()
     loss.backward()

@@ -22,12 +22,14 @@ def parameters(shapes, seed: int = 0) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
-def take_steps(made: torch.optim.Optimizer, trained: list[torch.nn.Parameter], steps: int = 3) -> list[torch.Tensor]:
+def take_steps(
+    algorithm: torch.optim.Optimizer, trained: list[torch.nn.Parameter], steps: int = 3
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for parameter in trained:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        made.step()
+        algorithm.step()
     return [parameter.detach() for parameter in trained]
 
 
@@ -78,22 +80,22 @@ def test_the_rest_moves_as_with_adamw():
     shapes = [(8, 12), (5,), ()]
     ours, theirs = parameters(shapes), parameters(shapes)
     expected = take_steps(torch.optim.AdamW(theirs, **settings), theirs)
-    made = Muon([{"params": ours, "use_muon": False}], **settings)
-    for actual, other in zip(take_steps(made, ours), expected, strict=True):
+    muon = Muon([{"params": ours, "use_muon": False}], **settings)
+    for actual, other in zip(take_steps(muon, ours), expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-6, atol=1e-7)
 
 
 def test_state_is_kept():
     """Steps go on alike after the state went through a dictionary, as in a checkpoint."""
 
-    def made(trained):
+    def new_muon(trained):
         return Muon([{"params": trained[:1]}, {"params": trained[1:], "use_muon": False}], lr=0.1)
 
     whole = parameters([(4, 6), (5,)])
-    first = made(whole)
+    first = new_muon(whole)
     take_steps(first, whole)
     resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in whole]
-    second = made(resumed)
+    second = new_muon(resumed)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     expected = take_steps(first, whole)
     assert all(map(torch.equal, take_steps(second, resumed), expected))
@@ -137,15 +139,15 @@ def trainer(folder, **settings) -> AgeVlmTrainer:
 
 
 def test_arguments_reach_the_optimizer(tmp_path):
-    made = trainer(
+    muon_optimizer = trainer(
         tmp_path, optim="muon", optim_args="adamw_lr_scale=0.25, momentum=0.8,nesterov=false,ns_steps=3", learning_rate=8e-3,
         adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-5, stage="guide", group_learning_rates={"vision_last_block": 4e-4},
     ).create_optimizer()  # fmt: skip
-    assert isinstance(made, Muon)
-    for group in made.param_groups:
+    assert isinstance(muon_optimizer, Muon)
+    for group in muon_optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["ns_steps"]) == (0.8, False, 3)
         assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5)
-    rates = [(group["use_muon"], group["lr"]) for group in made.param_groups]
+    rates = [(group["use_muon"], group["lr"]) for group in muon_optimizer.param_groups]
     assert sorted(set(rates)) == [(False, 1e-4), (False, 2e-3), (True, 4e-4), (True, 8e-3)]
 
 
@@ -173,7 +175,7 @@ def test_training_with_muon_learns_and_resumes(tmp_path, kind):
 
 
 def test_zero_is_refused(tmp_path, monkeypatch):
-    made = trainer(tmp_path, optim="muon")
-    monkeypatch.setattr(made, "is_deepspeed_enabled", True)
+    muon_trainer = trainer(tmp_path, optim="muon")
+    monkeypatch.setattr(muon_trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="optim=muon needs whole matrices"):
-        made.create_optimizer()
+        muon_trainer.create_optimizer()
