@@ -51,7 +51,7 @@ def read_dataset(
         name: the configuration of a data set on the Hub that has several; requires `split`.
         split: may be left out if the data set has one split only.
         images: the folder of the images of a LLaVA or GRIT file; only of a file.
-        columns: names of further columns to keep.
+        columns: names of further columns to keep, of texts, numbers or truth values.
 
     Returns:
         rows with the columns `messages`, `images` or `image` if there are any, `grounding` if there is any, and `columns`.
@@ -73,7 +73,7 @@ def read_dataset(
     elif name is None:
         dataset = read_rows(path, split)
     elif split is not None:
-        dataset = import_datasets().load_dataset(os.fspath(path), name, split=split)
+        dataset = _from_hub(os.fspath(path), name, split=split)
     else:
         raise ValueError(f"{path}: `name` requires `split`; add it")
     return _as_rows(dataset, format, os.fspath(path), columns)
@@ -110,7 +110,7 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
         elif place.is_file():
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")
         elif place.suffix not in (".json", ".jsonl", ".parquet") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            loaded = datasets.load_dataset(name)
+            loaded = _from_hub(name)
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
     except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:
@@ -133,6 +133,16 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise ValueError(f"{path}: its column images does not hold lists of images: {error}") from error
     return dataset
+
+
+def _from_hub(path: str, *args: Any, **options: Any) -> Any:
+    """The data set of a Hub id."""
+    try:
+        return import_datasets().load_dataset(path, *args, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"no such file or folder: {path}, and the Hub's data set of this name cannot be read: {error}"
+        ) from error
 
 
 def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -315,7 +325,9 @@ def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     known |= dict.fromkeys(("prompt", "chosen", "rejected"), known["messages"])
     names = list(dict.fromkeys(key for row in rows for key in row))
     try:
-        for row in rows:
+        for number, row in enumerate(rows):
+            if not isinstance(row.get("images"), list | None):
+                raise ValueError(f"row {number}: images is {row['images']!r}, but must be a list, [] for none")
             shown = len(row.get("images") or ())
             for column in {"messages", "prompt", "chosen", "rejected"} & set(row):
                 if row[column] is not None:
@@ -456,7 +468,7 @@ def _upright_size(path: str) -> tuple[int, int]:
 
 def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) -> Dataset:
     """A data set of any format as rows. Columns are put side by side, so that images are not copied."""
-    from datasets import Features, Image, concatenate_datasets
+    from datasets import ClassLabel, Features, Image, Value, concatenate_datasets
 
     source = _CONVERSATIONS[format]
     if source not in dataset.column_names:
@@ -467,6 +479,10 @@ def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) ->
     if missing := set(kept) - set(dataset.column_names):
         raise ValueError(
             f"{path} has no column {', '.join(sorted(missing))}, but the columns {', '.join(dataset.column_names)}"
+        )
+    if unfit := [name for name in kept if not isinstance(dataset.features[name], Value | ClassLabel)]:
+        raise ValueError(
+            f"{path}: its column {unfit[0]} does not hold single texts, numbers or truth values; name one that does"
         )
     features = row_features()
     image = next((name for name in ("images", "image") if name in dataset.column_names), None)

@@ -44,7 +44,7 @@ def test_groups_are_parts_and_values(rows):
     ]
     mixture = read_mixture(parts)
     assert groups(mixture) == {0: (3, 0.6), 1: (6, 2.4), 2: (5, 2.0)}
-    # The rows are those of the values, with their images, in their order.
+    # The rows have the values, with their images, in the same order.
     expected = [i for i in range(12) if KINDS[i % 4] != "b"] + list(range(5))
     source = dataset(12)
     for row, number in zip(mixture, expected, strict=True):
@@ -74,6 +74,10 @@ def test_rows_are_drawn_from_those_of_the_values(rows):
         ([{"weight_by": {"kind": {"a": 1}, "flag": {True: 1}}}], "weight_by has one column"),
         ([{"weight_by": {}}], "weight_by has one column"),
         ([{"weight_by": {"knid": {"a": 1}}}], "knid"),
+        *(
+            ([{"weight_by": {name: {"a": 1}}}], f"column {name} does not hold single texts, numbers or truth values")
+            for name in ("grounding", "messages", "images")
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(rows, parts, message):

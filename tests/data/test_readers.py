@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of every format, and the command that converts."""
 
+import json
 import subprocess
 import sys
 
@@ -311,13 +312,37 @@ def test_rows_from_the_hub(monkeypatch):
     assert len(read_rows("me/mine", "train")) == 1
     with pytest.raises(ValueError, match="me/mine has no split 'val'; it has: train, test"):
         read_rows("me/mine", "val")
-    with pytest.raises(FileNotFoundError, match="them/none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file or folder: them/none, and the Hub's data set .* not exist"
+    ):
         read_rows("them/none")
     assert asked == ["me/mine", "me/mine", "them/none"]
     for name in ("rows.jsonl", "./mine", "/tmp/no/such/folder", "a/b/c", "them/rows.parquet"):
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             read_rows(name)
     assert len(asked) == 3
+
+
+def test_the_hub_cannot_be_reached(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for options in ({}, {"name": "small", "split": "train"}):
+        with pytest.raises(
+            FileNotFoundError, match=r"no such file or folder: nope, and the Hub's data set .*: offline"
+        ):
+            read_dataset("nope", **options)
+
+
+@pytest.mark.parametrize("images", ["photo.jpg", {"path": "photo.jpg"}, 3])
+def test_images_of_a_row_must_be_a_list(tmp_path, images):
+    rows = [{"images": [], "messages": []}, {"images": images, "messages": []}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        ValueError, match=r"rows\.json has rows .*: row 1: images is .*, but must be a list, \[\] for none"
+    ):
+        read_rows(tmp_path / "rows.json")
 
 
 def test_other_files_are_refused(tmp_path):
