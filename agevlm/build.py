@@ -2,6 +2,7 @@
 """From a Llama and a vision backbone to one saved AGE-VLM checkpoint with its processor."""
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,10 +127,22 @@ def _check_llama(config: PreTrainedConfig) -> None:
         )
 
 
+def _split_gguf(path: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes in place of a path: the folder and `gguf_file` of a `.gguf` file; others unchanged.
+
+    Raises:
+        FileNotFoundError: if there is no such `.gguf` file.
+    """
+    if not path.endswith(".gguf"):
+        return path, {}
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path}.")
+    folder, name = os.path.split(path)
+    return folder or os.curdir, {"gguf_file": name}
+
+
 def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    kwargs: dict[str, Any] = {}
-    if path.endswith(".gguf"):
-        path, kwargs["gguf_file"] = os.path.split(path)
+    path, kwargs = _split_gguf(path)
     # Before the weights: a wrong architecture should not cost a download of them.
     _check_llama(AutoConfig.from_pretrained(path, **kwargs))
     if kwargs:
@@ -254,7 +267,7 @@ def load_trained_weights(model: AgeVlmForConditionalGeneration, file: str | os.P
 
 
 def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
-    """The token that shall stand for an image: the one asked for, else one the tokenizer keeps for such use.
+    """The token that stands for an image: `image_token`, else one that the tokenizer reserves.
 
     Raises:
         ValueError: if it is no added token of the tokenizer, listing those that are.
@@ -301,6 +314,19 @@ def _check_chat_template(processor: AgeVlmProcessor) -> None:
         )
 
 
+@torch.no_grad()
+def _check_vision(model: AgeVlmForConditionalGeneration, image_size: int) -> None:
+    """Runs one blank image through the vision model, so that one that gives no visual tokens is refused before it is saved."""
+    blank = torch.zeros(1, 3, image_size, image_size, device=model.device)
+    try:
+        model.get_image_features(pixel_values=blank, return_dict=True)
+    except Exception as error:  # vision models raise errors of many types
+        raise ValueError(
+            f"The vision model (a '{model.config.vision_config.model_type}') gives no grid of visual tokens for an image of "
+            f"{image_size}x{image_size} pixels: {error} Choose another image_size, or another vision backbone."
+        ) from error
+
+
 def build_checkpoint(
     text_model: str,
     vision_model: str | PreTrainedModel,
@@ -335,15 +361,20 @@ def build_checkpoint(
     Raises:
         FileExistsError: if `output_dir` holds something already.
         ValueError: if the text model is not a Llama, no token can stand for an image, the chat template is invalid, or the
-            trained weights do not match the parts.
+            trained weights do not match the parts, `image_mean`, `image_std` or `image_size` is invalid, or the vision model
+            gives no grid of tokens for an image of that size.
         OSError: if a part's files are missing.
     """
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
+            raise ValueError(f"{name} must be three finite numbers, one a color channel, got {list(values)}.")
+    if image_std is not None and min(image_std) <= 0:
+        raise ValueError(f"image_std must be positive, got {list(image_std)}.")
+    if image_size < 1:
+        raise ValueError(f"image_size must be a positive number of pixels, got {image_size}.")
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
         text_model = resolve_package_file(text_model)
-        gguf = {}
-        tokenizer_path = text_model
-        if text_model.endswith(".gguf"):
-            tokenizer_path, gguf["gguf_file"] = os.path.split(text_model)
+        tokenizer_path, gguf = _split_gguf(text_model)
         # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
         # where the tokenizer's own files do not name a side.
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, padding_side="left", **gguf)
@@ -362,6 +393,7 @@ def build_checkpoint(
         model = from_parts(
             text_model, vision_model, dtype=dtype, image_token_id=processor.image_token_id, **config_kwargs
         )
+        _check_vision(model, image_size)
         if trained_weights is not None:
             load_trained_weights(model, trained_weights)
         model.save_pretrained(partial)

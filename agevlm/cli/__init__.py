@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, `agevlm`. Each command is a thin coat over one public function; a module holds a group of them."""
+"""The command line, `agevlm`. Each command calls one public function; each module has a group of commands."""
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from .. import __version__
 from . import ask, build, data, eval, features, train
 
 app = typer.Typer(
@@ -13,6 +15,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agevlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (
     build.build,
     data.scenes,

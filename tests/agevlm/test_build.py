@@ -280,7 +280,13 @@ def test_image_statistics_are_the_vision_models_own(text_dir, tmp_path):
     assert list(processor.image_processor.image_std) == [0.4, 0.5, 0.6]
 
 
-@pytest.mark.parametrize("change", ["existing", "no text", "not a llama", "no vision", "image token", "layers"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "existing", "no text", "not a llama", "no vision", "image token", "layers", "text as vision", "size for vision",
+        "size", "mean", "channels", "std",
+    ],
+)  # fmt: skip
 def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tmp_path):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -308,6 +314,19 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
         kwargs, expected = {"image_token": "<nope>"}, (ValueError, "<nope>")
     elif change == "layers":
         kwargs, expected = {"cross_attention_layers": [3, 4]}, (StrictDataclassError, r"\[3, 4\]")
+    elif change == "text as vision":
+        vision, expected = text, (ValueError, r"The vision model \(a 'llama'\) gives no grid of visual tokens")
+    elif change == "size for vision":
+        vision, kwargs, expected = tiny_vision(), {"image_size": 7}, (ValueError, "for an image of 7x7 pixels")
+    elif change == "size":
+        kwargs, expected = {"image_size": 0}, (ValueError, "image_size must be a positive number of pixels, got 0")
+    elif change == "mean":
+        kwargs = {"image_mean": [0.5, float("nan"), 0.5]}
+        expected = (ValueError, "image_mean must be three finite numbers")
+    elif change == "channels":
+        kwargs, expected = {"image_std": [0.5]}, (ValueError, "image_std must be three finite numbers")
+    elif change == "std":
+        kwargs, expected = {"image_std": [0.5, 0, 0.5]}, (ValueError, "image_std must be positive")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(expected[0], match=expected[1]):
         build_checkpoint(text, vision, out, **kwargs)
@@ -402,8 +421,8 @@ def test_remote_code_in_a_second_environment(checkpoint, picture, tmp_path):
         "import agevlm\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules",
         "import agevlm; from transformers import AutoConfig",
         "from transformers import AutoConfig; import agevlm",
-        "import agevlm; from transformers import LlamaForCausalLM, AutoConfig",  # half-way through a file ours builds on
-        "from agevlm import AgeVlmModel; from transformers import AutoConfig",  # half-way through ours
+        "import agevlm; from transformers import LlamaForCausalLM, AutoConfig",  # while a file that ours needs is imported
+        "from agevlm import AgeVlmModel; from transformers import AutoConfig",  # while ours is imported
         "from agevlm.processing.processing_agevlm import AgeVlmProcessor; from transformers import AutoConfig",
         "import agevlm; from transformers.models.auto.configuration_auto import AutoConfig",
     ],
@@ -520,6 +539,24 @@ def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
         assert torch.equal(trained[name], tensors.get(name, value)), name
 
 
+def test_a_gguf_file_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    llama = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    write_gguf(llama, tmp_path / "llama.gguf", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    model, processor = build_checkpoint("llama.gguf", tiny_vision(), "out", image_size=SIZE, image_token=IMAGE)
+    assert model.config.text_config.num_hidden_layers == llama.config.num_hidden_layers
+    text = "a dog and a cat"
+    assert processor.tokenizer(text).input_ids == tokenizer(text).input_ids
+
+
+def test_the_version_is_printed_without_torch():
+    code = "import sys; sys.argv = ['agevlm', '--version']\nfrom agevlm import cli\ntry:\n    cli.main()\nfinally:\n"
+    code += "    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"agevlm {agevlm.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -544,6 +581,7 @@ def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
             ["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--cross-attention-layers", "1;2"],
             "--cross-attention-layers",
         ),
+        (["build", "--text", "no_such.gguf", "--vision", "x", "--out", "{tmp}/out"], "There is no file no_such.gguf"),
         (["build", "--text", "package:no_such/x.gguf", "--vision", "x", "--out", "{tmp}/out"], "'no_such', which is not"),
         (["build", "--text", "package:timm/x.gguf", "--vision", "x", "--out", "{tmp}/out"], "no file 'x.gguf'"),
         (["build", "--text", "{text}", "--vision", "x", "--out", "{tmp}/out", "--vision-weights-by-order"], "go with"),
