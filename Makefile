@@ -17,7 +17,7 @@ TRAVELING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_ag
 demo: $(VENV)/.demo
 	$(RUN) examples/demo.py
 
-# Hours rather than minutes; a stopped run goes on where it was. Options: make evidence ARGS=--help
+# Hours rather than minutes; a stopped run resumes. Options: make evidence ARGS=--help
 evidence: $(VENV)/.evidence
 	$(RUN) -m research.evidence $(ARGS)
 

@@ -34,7 +34,7 @@ CURVES = ("lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")
 
 
 def new_figure(width: float, height: float, **kwargs: Any) -> Figure:
-    """An empty figure of so many inches; `savefig` writes it.
+    """An empty figure, its size in inches; `savefig` writes it.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -61,7 +61,7 @@ def draw_masks(dataset: Dataset, path: str | os.PathLike, rows: int = 6) -> None
     Args:
         dataset: with masks; rows without any are left out.
         path: of the PNG.
-        rows: at most so many.
+        rows: the largest number of rows to draw.
 
     Raises:
         ValueError: if no row has a mask.

@@ -102,7 +102,7 @@ def load_cutouts(
     Args:
         folder: the folder of the cut-outs.
         classes: the classes to read; by default all.
-        max_side: larger cut-outs are scaled down until their longer side has so many pixels.
+        max_side: larger cut-outs are scaled down to this number of pixels on their longer side.
 
     Returns:
         the RGBA cut-outs of each class, cropped to their visible part. The classes are in alphabetical order.

@@ -72,11 +72,7 @@ class AgeVlmChat(lmms):
     def __init__(
         self, pretrained: str, device: str | None = None, dtype: str = "auto", batch_size: int | str = 1
     ) -> None:
-        from .answers import DTYPES
-
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a whole number, at least 1, got '{batch_size}'.")
         self.batch_size = int(batch_size)
@@ -85,22 +81,15 @@ class AgeVlmChat(lmms):
         alone = self._world_size == 1
         self.device = torch.device(device) if device and alone else self.accelerator.device
 
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+        from .answers import load_model
 
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype)
+        model, self.processor = load_model(pretrained, "cpu", dtype)
         if not isinstance(model, AgeVlmForConditionalGeneration):
             raise ValueError(
                 f"{pretrained} is a {type(model).__name__}, not an AGE-VLM: name the harness's own model for it."
             )
-        self.model = model.to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(pretrained)
-        if self.processor.chat_template is None:
-            raise ValueError(
-                f"The processor in {pretrained} has no chat template to ask with. Set `processor.chat_template` to that "
-                "of the training, and save it."
-            )
+        self.model = model.to(self.device)
         _keep_scores()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -160,7 +149,7 @@ class AgeVlmChat(lmms):
         group: Callable[[Instance], dict] = lambda request: {},
     ) -> list:
         """What `work` makes of the requests, in batches of the same `group` and about the same length; in order."""
-        # The longest first: what does not fit into memory shows at once.
+        # The longest first, so that a batch that does not fit into memory fails at the start.
         collator = Collator(requests, lambda request: -len(str(request.args[0])), group_fn=group, grouping=True)
         results: list = []
         with tqdm(total=len(requests), disable=self.rank != 0, desc="AGE-VLM") as bar:

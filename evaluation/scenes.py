@@ -222,7 +222,7 @@ class Scenes:
 def score_maps(
     maps: torch.Tensor, question: Question, grid: tuple[int, int], image_processor: Any
 ) -> dict[str, list[float] | float]:
-    """How well the attention maps of a question's phrase lie on its object.
+    """How well the attention maps of a question's phrase match its object.
 
     Args:
         maps: float32 `(blocks, V)`, the attention on each of `V` visual tokens.

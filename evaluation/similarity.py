@@ -94,7 +94,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
 
     Args:
         dataset: with the columns `images` and `messages`.
-        limit: only so many pairs, the first.
+        limit: number of pairs to take, the first ones; all by default.
 
     Raises:
         ValueError: if there are fewer than two such rows, or no such columns.
@@ -168,7 +168,7 @@ def measure_similarity(
         model: an AGE-VLM, or another image-text-to-text model whose decoder's layers are Llama's in form, such as a LLaVA.
         processor: the model's own.
         dataset: rows with `images` and `messages`; see [`text_pairs`].
-        limit: only so many texts, the first.
+        limit: number of texts to take, the first ones; all by default.
         batch_size: texts that are read together.
         seed: of the random images.
         progress: the label of the progress bar; None for none.

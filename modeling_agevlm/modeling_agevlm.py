@@ -90,7 +90,7 @@ class AgeVlmModelOutputWithPast(MultimodalBaseModelOutputWithPast):
         Keys and values of the self-attention layers, followed by one layer per cross-attention block with the keys
         and values of the visual tokens.
     hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
-        The input of the first Llama layer, and the output of each Llama layer. The blocks are not layers of their own.
+        The input of the first Llama layer, and the output of each Llama layer. The blocks do not count as layers.
     image_outputs (`AgeVlmImageFeatures`, *optional*, returned with images):
         Output of `get_image_features`. Its `pooler_output` holds the visual tokens after the adapter.
     cross_attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):

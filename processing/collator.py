@@ -219,7 +219,7 @@ class AgeVlmDataCollator:
     Args:
         processor: of the model.
         grid: rows and columns of an image's visual tokens; see [`agevlm.trainer.visual_grid`]. None for no guidance.
-        max_length: texts are truncated to so many tokens; by default they are not truncated.
+        max_length: number of tokens that texts are truncated to; by default they are not truncated.
         assistant_only_loss: learn the assistant's turns only, otherwise all of the text. In rows with `prompt` and
             `completion`, only the assistant's turns of the completion are learned.
         pad_to_multiple_of: pad texts to a multiple of this.

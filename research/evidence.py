@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evidence: does guided cross-attention do what it is said to do? On grounded scenes of photographs, with several seeds.
+"""The evidence: does guided cross-attention work as claimed? On grounded scenes of photographs, with several seeds.
 
     make evidence                                      # or: python -m research.evidence
     make evidence ARGS="--arms guided --seeds 0"

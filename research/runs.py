@@ -61,7 +61,7 @@ class Variant:
         text_config: fields of [`~agevlm.AgeVlmTextConfig`].
         image_processor: fields of the image processor.
         scenes: name of the scenes that the model is trained and examined on, a key of [`Laboratory.scenes`].
-        concatenates: train Llava of the same parts instead, in which squares of so many by so many of the tower's tokens become
+        concatenates: train Llava of the same parts instead. Squares of this many by this many of the tower's tokens become
             one visual token; 0 for AGE-VLM.
     """
 

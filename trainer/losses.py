@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention guidance: teaching cross-attention maps to lie on what phrases name (paper, section on mask guidance).
+"""Attention guidance: it trains cross-attention maps to match what phrases name (paper, section on mask guidance).
 
 Shapes: `maps` are `cross_attention_maps` `(blocks, B, P, V)`, `targets` `(B, P, V)` say how much of each visual token's
 cell a phrase's object covers, in [0, 1]; for `B` rows of the batch, `P` phrases a row has at most and `V` visual tokens.

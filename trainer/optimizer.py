@@ -193,7 +193,7 @@ def optimizer_groups(
         weight_decay: of all else.
         learning_rates: by name of group.
         learning_rate: of the others; by default the optimizer's own.
-        muon: for [`Muon`], which gets matrices in groups of their own. AdamW trains the rest and the embeddings, with
+        muon: for [`Muon`], which gets matrices in separate groups. AdamW trains the rest and the embeddings, with
             `adamw_lr_scale` times the learning rate.
 
     Raises:

@@ -331,7 +331,7 @@ def train(
         processor: of the model; by default that of the recipe's `model`.
         trainer_class: called with `model`, `args`, `train_dataset`, `eval_dataset`, `processing_class` and, where the recipe has
             them, `features`. By default [`~agevlm.AgeVlmTrainer`].
-        resume: go on where a former run of the same recipe was stopped: after the last finished stage, from the last
+        resume: continue where a former run of the same recipe stopped: after the last finished stage, from the last
             checkpoint of the next. The result is that of a run that was never stopped, to the last bit.
 
     Returns:
@@ -408,7 +408,7 @@ def cache_features(
 ) -> dict[str, FeatureStore]:
     """Computes the vision tower's features of all images of a recipe's stages that name a folder of `features`.
 
-    Stopped and called again, it goes on where it was.
+    A second call resumes where the first stopped.
 
     Args:
         recipe: a YAML file, or a recipe.
@@ -482,7 +482,7 @@ def _begin(recipe: Recipe, folders: Sequence[Path], resume: bool) -> Iterator[No
     Args:
         recipe: of all stages.
         folders: of the stages.
-        resume: whether a former run goes on.
+        resume: whether a former run continues.
     """
     from accelerate import PartialState
 

@@ -14,7 +14,7 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace values: training.max_steps=100 data.0.path=my_rows"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run of the same recipe was stopped, at any stage and step.")
+        bool, typer.Option("--resume", help="Continue where a run of the same recipe stopped, at any stage and step.")
     ] = False,
 ) -> None:
     """Train as a recipe says, in one stage or several. On several GPUs: accelerate launch $(which agevlm) train …"""

@@ -483,7 +483,7 @@ def test_missing_package(checkpoint, monkeypatch):
 
 
 def test_settings_depend_on_the_weights_and_not_on_their_file(checkpoint, tmp_path):
-    """The fingerprint is of the weights, wherever they lie."""
+    """The fingerprint is of the weights, wherever they are stored."""
     (tmp_path / "copy.pth").write_bytes(checkpoint.read_bytes())
     torch.save(randomize(build_tiny_sam(), seed=7, scale=0.5).state_dict(), tmp_path / "other.pth")
     same, moved, other = (SamTeacher(p).settings for p in (checkpoint, tmp_path / "copy.pth", tmp_path / "other.pth"))

@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_goes_on(parts, tmp_path):
     assert loaded == [3, 4, 5, 6, 7, 8]
     assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     loaded.clear()
-    assert answer(model, processor, stopping_at(0), file, **options) == whole  # nothing is left to ask
+    assert answer(model, processor, stopping_at(0), file, **options) == whole  # no question remains
     assert loaded == []
 
 

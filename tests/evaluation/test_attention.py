@@ -35,7 +35,7 @@ QUESTION = "Is there a dog, or is the Dog not there?"
 
 
 def build(chat_template=DEFAULT_CHAT_TEMPLATE):
-    """A model that says nothing but letters and spaces, so that tokens can be told from the text without a tokenizer."""
+    """A model that says nothing but letters and spaces, so that the text shows its tokens without a tokenizer."""
     tokenizer = tiny_tokenizer(chat_template=chat_template)
     processor = AgeVlmProcessor(
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE

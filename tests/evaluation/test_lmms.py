@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
-from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple, _options
+from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 TASKS = Path(__file__).parents[1] / "fixtures" / "lmms_task"
@@ -78,7 +78,7 @@ def checkpoint(tmp_path_factory) -> Path:
         tiny_vision(),
         image_token_id=processor.image_token_id,
     )
-    # A checkpoint that samples unless it is told otherwise, as Llama's do.
+    # A checkpoint that samples by default, as Llama's do.
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     folder = tmp_path_factory.mktemp("lmms") / "checkpoint"
     open_gates(model).save_pretrained(folder)
@@ -449,10 +449,15 @@ def test_sampling(chat, monkeypatch, settings, sampled):
         assert {name: getattr(config, name) for name in wanted} == wanted
 
 
-def test_settings_that_are_not_of_generation_are_left_out():
+def test_settings_that_are_not_of_generation_are_left_out(chat, monkeypatch):
+    generate, seen = chat.model.generate, []
+    monkeypatch.setattr(chat.model, "generate", lambda **given: seen.append(given) or generate(**given))
     settings = {"image_aspect_ratio": "original", "until": ["."], "max_new_tokens": 3, "num_beams": 2, "top_p": None}
-    options = {name: value for name, value in _options(settings).items() if value is not None}
-    assert options == {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    chat.generate_until([chat_request(0, **settings)])
+    (given,) = seen
+    options = {name: value for name, value in given.items() if isinstance(value, int | list | str)}
+    pad = chat.processor.tokenizer.pad_token_id
+    assert options == {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": pad}
 
 
 def test_beams(chat, parts):

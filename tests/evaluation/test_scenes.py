@@ -276,7 +276,7 @@ def test_a_model_in_memory_can_be_stopped_and_resumed_too(tmp_path, scenes, monk
     options = {"data": scenes["test"], "limit": 2, "max_new_tokens": 3, "batch_size": 4, "progress": None}
     found = evaluate_scenes(parts, tmp_path / "out", **options)
     assert found.settings["data"] == "in memory"
-    monkeypatch.setattr(answers, "answer_batch", None)  # nothing is left to ask
+    monkeypatch.setattr(answers, "answer_batch", None)  # no question remains
     again = evaluate_scenes(parts, tmp_path / "out", **options)
     assert (again.scores, again.answers) == (found.scores, found.answers)
     assert results(tmp_path / "out")["scores"] == found.scores

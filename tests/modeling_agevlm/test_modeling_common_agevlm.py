@@ -85,7 +85,7 @@ class AgeVlmModelTester:
 class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, TrainingTesterMixin, unittest.TestCase):
     """With a ConvNext of Transformers' own.
 
-    Besides the exclusions below, tests leave themselves out for want of what they need: an accelerator, FlashAttention,
+    Besides the exclusions below, tests skip themselves where something is missing: an accelerator, FlashAttention,
     DeepSpeed, the kernels library, or, in the model, experts, encoder and decoder, sliding windows, position
     embeddings, modules kept in float32, checkpoint conversions, a vision tower with attention.
     `TensorParallelTesterMixin` runs its distributed tests for a few listed models only. `FSDPTesterMixin`,

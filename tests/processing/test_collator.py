@@ -963,7 +963,7 @@ def test_images_are_placed_once_a_row(monkeypatch):
 
 
 def test_rows_are_hashed_only_if_a_part_of_them_is_guided(monkeypatch):
-    own = SimpleNamespace(sha256=hashlib.sha256)  # libraries hash for reasons of their own
+    own = SimpleNamespace(sha256=hashlib.sha256)  # libraries hash for their own reasons
     monkeypatch.setattr(collator_module, "hashlib", own)
     calls = count_calls(monkeypatch, own, "sha256")
     assert "map_targets" in make_collator(guided_fraction=1.0)([row(0), row(1)])

@@ -86,7 +86,7 @@ def test_the_rest_moves_as_with_adamw():
 
 
 def test_state_is_kept():
-    """Steps go on alike after the state went through a dictionary, as in a checkpoint."""
+    """Steps are the same after the state went through a dictionary, as in a checkpoint."""
 
     def new_muon(trained):
         return Muon([{"params": trained[:1]}, {"params": trained[1:], "use_muon": False}], lr=0.1)

@@ -87,7 +87,10 @@ def parts(tmp_path_factory):
 
     # As on the Hub: several configurations, so that one must be named.
     texts = [dict(zip(("user", "assistant"), map(message_text, row["messages"]), strict=True)) for row in examples]
-    cauldron = {"images": [row["images"] for row in examples], "texts": [[{**text, "source": "here"}] for text in texts]}
+    cauldron = {
+        "images": [row["images"] for row in examples],
+        "texts": [[{**text, "source": "here"}] for text in texts],
+    }
     turn = {name: datasets.Value("string") for name in ("user", "assistant", "source")}
     features = datasets.Features(images=datasets.List(datasets.Image()), texts=datasets.List(turn))
     (folder / "cauldron").mkdir()
@@ -358,7 +361,7 @@ def test_mixture_of_all_forms(parts):
 
 
 def test_rows_of_trl_are_taken_as_they_are_used(tmp_path):
-    """Messages with plain strings, or with keys of their own; one image; integers of another width."""
+    """Messages with plain strings, or with other keys; one image; integers of another width."""
     image = rows(1)[0]["images"][0]
     content = [{"index": None, "text": "What?", "type": "text"}, {"index": 0, "text": None, "type": "image"}]
     for name, message in (("parts", content), ("strings", "What?")):

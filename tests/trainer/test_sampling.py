@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number of tokens and by weights: what they hold, who gets them, and that they are the same wherever a run goes on."""
+"""Batches by number of tokens and by weights: what they hold, who gets them, and that they are the same wherever a run resumes."""
 
 import itertools
 from collections import Counter
