@@ -287,7 +287,7 @@ def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None
 
 
 def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that the vision model was trained with; CLIP's where nothing says."""
+    """Mean and standard deviation that the vision model was trained with; CLIP's where unknown."""
     config = AutoConfig.from_pretrained(vision_model) if isinstance(vision_model, str) else vision_model.config
     if (pretrained_cfg := getattr(config, "pretrained_cfg", None)) and "mean" in pretrained_cfg:
         return pretrained_cfg["mean"], pretrained_cfg["std"]

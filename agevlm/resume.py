@@ -52,7 +52,7 @@ def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bo
     """Compares `settings` with those that the work beside `file` began with, or begins it.
 
     Args:
-        file: the JSON file of the settings. Where it does not exist, it is written, whole or not at all.
+        file: the JSON file of the settings. Where it does not exist, it is written atomically.
         settings: all that the result depends on, and nothing else; values that JSON can hold.
 
     Returns:

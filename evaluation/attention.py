@@ -278,7 +278,7 @@ def crop_to_image(
     (rows, columns), size = grid, image_processor.size
     height, width = image_processor.get_resized_size(image_size[1], image_size[0])
     maps = maps.unflatten(-1, grid)
-    # The image stands at the top left; a cell that it only touches is kept.
+    # The image is at the top left; a cell that it only touches is kept.
     maps = maps[..., : -(-height * rows // size["height"]), : -(-width * columns // size["width"])]
     return maps.float().cpu().numpy()
 

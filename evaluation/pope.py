@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POPE: does a model say that objects are there which are not? (Li et al., 2023, arXiv 2305.10355)
+"""POPE: does a model report objects that the image does not show? (Li et al., 2023, arXiv 2305.10355)
 
 Yes/no questions about the objects of COCO images, in three categories that differ in how the absent objects were
 chosen: at random, among the most frequent ones, or among the classes that often appear with those present.

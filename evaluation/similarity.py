@@ -135,7 +135,7 @@ def _grounded_names(row: dict[str, Any], texts: Sequence[str]) -> frozenset[str]
     return frozenset(
         texts[entry["message"]][entry["start"] : entry["end"]].lower()
         for entry in row.get("grounding") or []
-        if entry["mask"] is None or mask_from_rle(entry["mask"]).any()  # an empty one is of what is not there
+        if entry["mask"] is None or mask_from_rle(entry["mask"]).any()  # an empty mask means an absent object
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and models that are whole or not there at all."""
+"""Checkpoints and models that are complete or absent."""
 
 import contextlib
 import os

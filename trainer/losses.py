@@ -3,8 +3,8 @@
 
 Shapes: `maps` are `cross_attention_maps` `(blocks, B, P, V)`, `targets` `(B, P, V)` say how much of each visual token's
 cell a phrase's object covers, in [0, 1]; for `B` rows of the batch, `P` phrases a row has at most and `V` visual tokens.
-Rows have different numbers of phrases; the target of a slot without one covers nothing, and so does that of a phrase
-whose object is not in the image.
+Rows have different numbers of phrases; the target of a slot without one covers nothing, and so does the target of an
+absent phrase, whose object is not in the image.
 
 Losses are computed in the maps' own type, which is float32 whatever the model's.
 """
@@ -47,7 +47,7 @@ def bce_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-4, *, re
     phrase may see, less the targets' own entropy.
 
     That entropy is the cross-entropy where the attention equals the mask: 0 for tokens that are covered wholly or
-    not at all. It has no gradient, and without it the loss would end at another number for every mask.
+    not at all. It has no gradient, and without it the minimum of the loss would differ from mask to mask.
 
     Args:
         maps: probabilities `(..., num_visual_tokens)`, exactly 0 for tokens that are hidden from the phrase.

@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
         """One step.
 
         Args:
-            closure: computes the loss anew.
+            closure: computes the loss again.
         """
         loss = None
         if closure is not None:

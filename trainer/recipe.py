@@ -20,7 +20,7 @@
       stage: guide
       learning_rate: 1e-4
 
-A recipe may have several stages, which run in order. What they say replaces what stands above:
+A recipe may have several stages, which run in order. Their settings replace the settings above:
 
     stages:
       - name: align                              # folder output_dir/1_align
@@ -382,7 +382,7 @@ def train(
                 model = _load(model_class, source, recipe)
             trainer = (trainer_class or AgeVlmTrainer)(
                 model=model,
-                args=training_arguments(stage),  # anew, because accelerate keeps the state of the last arguments
+                args=training_arguments(stage),  # again, because accelerate keeps the state of the last arguments
                 processing_class=processor,
                 **dataset,
                 **({} if stores[number] is None else {"features": stores[number]}),

@@ -50,7 +50,7 @@ class GroupedBatches(BatchRebalanceSampler):
     batch of the ones holds as much to learn as a batch of the others.
 
     Without weights, an epoch has each row once. With weights, an epoch has as many batches, whose groups are drawn by
-    their weights; a group that is used up begins anew. The batches of an epoch depend on the arguments and
+    their weights; a group that is used up starts again. The batches of an epoch depend on the arguments and
     [`set_epoch`] alone. With `n` processes, each takes every `n`-th of the same batches. All take equally many;
     the first batches are repeated where needed.
 

@@ -30,7 +30,7 @@ def build(
         typer.Option(help='JSON for timm.create_model, as \'{"features_only": true, "out_indices": [3]}\'.'),
     ] = None,
     image_token: Annotated[
-        str | None, typer.Option(help="Special token of the tokenizer that stands for an image.")
+        str | None, typer.Option(help="Special token of the tokenizer that represents an image.")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Side in pixels of the square that images are fitted into.")] = 768,
     image_mean: Annotated[
