@@ -14,20 +14,14 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, List, Value
+from evaluation_cases import llava
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models import get_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import open_gates, tiny_llama, tiny_vision
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
 from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple
@@ -590,12 +584,8 @@ def test_bad_arguments(checkpoint, arguments, message):
 
 
 def test_another_model_is_refused(tmp_path):
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
-    llama = LlamaConfig(vocab_size=16, num_key_value_heads=2, **small)
-    LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=llama, image_token_index=3)
-    ).save_pretrained(tmp_path)
+    for part in llava():
+        part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, not an AGE-VLM"):
         AgeVlmChat(str(tmp_path), device="cpu")
 
