@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..files import check_new_folder
 from .answers import Inspect, Question, answer, load_model
 from .cv_bench import CvBench
 from .pope import Pope
@@ -143,10 +144,12 @@ def evaluate(
         The scores, answers and tables.
 
     Raises:
-        FileExistsError: if `out` has answers of other settings, weights or questions.
+        FileExistsError: if `out` has answers of other settings, weights or questions, or other files and no answers.
         OSError: if there is no such model or data.
         ValueError: for data, a model or an option that is invalid.
     """
+    if out is not None and not (Path(out) / "answers.jsonl").is_file():
+        check_new_folder(Path(out))
     questions = benchmark.questions(limit)
     if not questions:
         raise ValueError(f"{benchmark.title} has no questions in this data")

@@ -157,6 +157,17 @@ def test_a_stopped_command_goes_on(monkeypatch, capsys, tmp_path, folders, pope_
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_a_folder_of_other_files_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(FileExistsError, match=f"{out} already exists; choose another output folder"):
+            evaluate(Lengths(), "nowhere", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "answers.jsonl").write_text("")  # of a run that was stopped at once
+    evaluate(Lengths(), age_vlm(), tmp_path, limit=1, progress=None)
+    assert (tmp_path / "report.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
