@@ -351,6 +351,10 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=128256, help="smaller ones only to try the script out")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks_output"))
     args = parser.parse_args()
+    least = {"layers": 1, "batch_size": 1, "text_tokens": 9, "phrases": 1, "repeats": 1, "warmup": 0, "vocab_size": 5}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            parser.error(f"--{name.replace('_', '-')} must be at least {number}, got {getattr(args, name)}")
 
     console, device, dtype = Console(), torch.device(args.device), getattr(torch, args.dtype)
     console.print("Checking that all guided ways compute the same …")

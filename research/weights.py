@@ -53,6 +53,10 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="safetensors file to write")
     parser.add_argument("--scenes", type=Path, required=True, help="folder of the scenes that it was trained on")
     args = parser.parse_args()
+    if not (args.model / "config.json").is_file():
+        parser.error(f"there is no model in {args.model}")
+    if not (args.scenes / "train").is_dir():
+        parser.error(f"there are no scenes in {args.scenes}: name a folder that `agevlm scenes` wrote")
     scenes = load_from_disk(args.scenes)["train"].remove_columns("images")
     lists = [answer for row in scenes if row["kind"] == "objects" for answer in row["answers"]]
     classes = sorted({name for answer in lists for name in answer.split(", ")})

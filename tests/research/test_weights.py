@@ -2,9 +2,11 @@
 """The file of trained weights: what is in it, and that it gives the model back."""
 
 import copy
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -67,3 +69,26 @@ def test_the_command_writes_down_the_classes_of_the_scenes(tmp_path, monkeypatch
     assert metadata["scenes"] == "2"
     assert f"torch {torch.__version__.partition('+')[0]}" in metadata["versions"]
     assert "3 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["model", "scenes"])
+def test_missing_folders_are_named(missing, tmp_path, monkeypatch, capsys):
+    if missing == "scenes":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+    words = ["weights", tmp_path / "model", tmp_path / "file", "--scenes", tmp_path / "scenes"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(SystemExit) as stop:
+        weights.main()
+    assert stop.value.code == 2
+    assert f"in {tmp_path / missing}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("option", "least"), [("--layers", 1), ("--text-tokens", 9)])
+def test_the_benchmark_of_guidance_names_numbers_that_are_too_small(option, least):
+    script = SHIPPED.parents[2] / "benchmarks" / "guidance.py"
+    done = subprocess.run(
+        [sys.executable, script, option, str(least - 1)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"{option} must be at least {least}, got {least - 1}" in done.stderr
