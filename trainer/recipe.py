@@ -453,21 +453,18 @@ def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedC
     """A stage's features, where it has any, once its settings fit the model's configuration.
 
     Raises:
-        ValueError: if the model is no AGE-VLM or has none of the guided layers, or a tower with features trains.
+        ValueError: if the model lacks one of the guided layers, or a tower with features trains.
         FileNotFoundError: if there are no features.
     """
     from ..data.features import FeatureStore
     from .guidance import guided_blocks
     from .stages import resolve_groups
 
-    if config.model_type != MODEL_TYPE:
-        raise ValueError(
-            f"The model has the model_type '{config.model_type}', but '{MODEL_TYPE}' is what trains here."
-        )
-    guided_blocks(config, args.guided_layers)
+    if config.model_type == MODEL_TYPE:  # a `trainer_class` may train other models
+        guided_blocks(config, args.guided_layers)
     if stage.features is None:
         return None
-    if any(group.startswith("vision") for group in resolve_groups(args.stage)):
+    if any(group.startswith("vision") for group in resolve_groups(args.stage or ())):
         raise ValueError(
             f"The vision tower trains in the stage {args.stage}, so the features in {stage.features} are wrong after the "
             "first step: leave out `features`, or choose a stage that freezes the tower."
