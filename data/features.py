@@ -150,9 +150,8 @@ def feature_settings(model: PreTrainedModel, processor: AgeVlmProcessor) -> dict
     preprocessing = processor.image_processor.to_dict()
     for name in ("auto_map", "processor_class"):
         preprocessing.pop(name, None)
-    preprocessing["image_processor_type"] = type(
-        processor.image_processor
-    ).__name__  # whose saved form is the same for both
+    # Both backends have the same saved form, but not the same pixels.
+    preprocessing["image_processor_type"] = type(processor.image_processor).__name__
     return {
         "vision_tower": {"weights": fingerprint(model.model.vision_tower), "configuration": digest([config])},
         "image_processor": preprocessing,

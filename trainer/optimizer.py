@@ -217,9 +217,8 @@ def optimizer_groups(
         if not any(g == group for g, *_ in members):
             raise ValueError(f"There is a learning rate for '{group}', but nothing of it trains: leave it out.")
     groups = []
-    for (group, rest, decays), parameters in sorted(
-        members.items(), key=lambda item: item[0]
-    ):  # the rate of "" is logged
+    # "" comes first: its learning rate is the one that is logged.
+    for (group, rest, decays), parameters in sorted(members.items(), key=lambda item: item[0]):
         values: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         rate = rates.get(group, learning_rate)
         if muon is not None:

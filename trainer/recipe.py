@@ -349,6 +349,7 @@ def train(
         raise ImportError("Training needs accelerate and datasets: pip install 'agevlm[train]'.")
     from transformers import AutoProcessor
 
+    from ..data.features import FeatureStore
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
@@ -365,7 +366,11 @@ def train(
     folders = [Path(args.output_dir) for args in every_args]
     check_output(folders, resume)
     config = AgeVlmConfig.from_pretrained(recipe.model) if model is None else base_model(model).config
-    stores = [_check_fit(stage, args, config) for stage, args in zip(stages, every_args, strict=True)]
+    stores: dict[str, FeatureStore] = {}
+    for stage, args in zip(stages, every_args, strict=True):
+        _check_fit(stage, args, config)
+        if stage.features is not None and stage.features not in stores:
+            stores[stage.features] = FeatureStore(stage.features)
     processor = processor or AutoProcessor.from_pretrained(recipe.model)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
@@ -385,7 +390,7 @@ def train(
                 args=training_arguments(stage),  # again, because accelerate keeps the state of the last arguments
                 processing_class=processor,
                 **dataset,
-                **({} if stores[number] is None else {"features": stores[number]}),
+                **({} if stage.features is None else {"features": stores[stage.features]}),
             )
             if not given:
                 restore_float32(trainer.model, source)
@@ -449,27 +454,21 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     return {"train_dataset": read_mixture(stage.data, seed), "eval_dataset": evaluated}
 
 
-def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> FeatureStore | None:
-    """A stage's features, where it has any, once its settings fit the model's configuration.
-
+def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> None:
+    """
     Raises:
         ValueError: if the model lacks one of the guided layers, or a tower with features trains.
-        FileNotFoundError: if there are no features.
     """
-    from ..data.features import FeatureStore
     from .guidance import guided_blocks
     from .stages import resolve_groups
 
     if config.model_type == MODEL_TYPE:  # a `trainer_class` may train other models
         guided_blocks(config, args.guided_layers)
-    if stage.features is None:
-        return None
-    if any(group.startswith("vision") for group in resolve_groups(args.stage or ())):
+    if stage.features is not None and any(group.startswith("vision") for group in resolve_groups(args.stage or ())):
         raise ValueError(
             f"The vision tower trains in the stage {args.stage}, so the features in {stage.features} are wrong after the "
             "first step: leave out `features`, or choose a stage that freezes the tower."
         )
-    return FeatureStore(stage.features)
 
 
 @contextlib.contextmanager

@@ -86,8 +86,9 @@ class GroupedBatches(BatchRebalanceSampler):
         self._members: dict[Any, list[int]] = defaultdict(list)
         for row, group in enumerate(groups if groups is not None else [None] * len(lengths)):
             self._members[group].append(row)
-        number = sum(len(self._divide(group, lambda: 0.0)) for group in self._members)
-        self._number = -(-number // processes) * processes
+        # The order of rows of the same length does not change how many batches there are.
+        self._counts = {group: len(self._divide(group, lambda: 0.0)) for group in self._members}
+        self._number = -(-sum(self._counts.values()) // processes) * processes
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -110,8 +111,7 @@ class GroupedBatches(BatchRebalanceSampler):
             return waiting[group].pop()
 
         if self.weights is None:
-            every = [(group, len(self._divide(group, lambda: 0.0))) for group in self._members]
-            batches = [take(group) for group, number in every for _ in range(number)]
+            batches = [take(group) for group, count in self._counts.items() for _ in range(count)]
             draw.shuffle(batches)
         else:
             chosen = draw.choices(list(self.weights), list(self.weights.values()), k=self._number)
@@ -163,10 +163,8 @@ class SamplingMixin(AnyTrainer):
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset, args = (
-            self.train_dataset,
-            self.args,
-        )  # `train_dataset` lacks the columns that the model has no use for
+        # The argument `train_dataset` lacks the columns that the model has no use for.
+        dataset, args = self.train_dataset, self.args
         columns = getattr(dataset, "column_names", ())
         weighted, tokens = WEIGHT_COLUMN in columns, args.tokens_per_batch
         if not weighted and tokens is None:

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import llava, run
+from command_line import run
+from evaluation_cases import llava
 from figures import drawn_figures
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image

@@ -5,7 +5,8 @@ import inspect
 from dataclasses import dataclass, fields
 
 import pytest
-from evaluation_cases import age_vlm, cv_rows, entries, llava, results, run, some_questions
+from command_line import run
+from evaluation_cases import age_vlm, cv_rows, entries, llava, results, some_questions
 from rich.console import Console
 
 from agevlm.cli.eval import COMMANDS

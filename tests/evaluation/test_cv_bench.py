@@ -2,6 +2,7 @@
 """CV-Bench: its rules, metrics worked by hand, its data, and the command from end to end."""
 
 import pytest
+from command_line import run
 from evaluation_cases import (
     CV_CASES,
     as_parquet_folder,
@@ -14,7 +15,6 @@ from evaluation_cases import (
     give_answers,
     picture,
     results,
-    run,
     write_lines,
 )
 

@@ -6,6 +6,7 @@ import random
 import datasets
 import pytest
 import torch
+from command_line import run
 from evaluation_cases import (
     as_parquet_folder,
     cells,
@@ -18,7 +19,6 @@ from evaluation_cases import (
     pope_rows,
     pope_table,
     results,
-    run,
     write_lines,
 )
 from PIL import Image

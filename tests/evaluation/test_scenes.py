@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from command_line import run as run_agevlm
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from datasets import Image as ImageFeature
 from evaluation_cases import age_vlm, cells, entries, llava, results
-from evaluation_cases import run as run_agevlm
 from PIL import Image, ImageDraw
 
 from agevlm.data.scene_builder import KINDS, build_scenes

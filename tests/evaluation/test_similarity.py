@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from datasets import Dataset
-from evaluation_cases import age_vlm, llava, run
+from evaluation_cases import age_vlm, llava
 from PIL import Image
 
 from agevlm.evaluation.similarity import Pair, Similarity, measure_similarity, other_images, text_pairs
