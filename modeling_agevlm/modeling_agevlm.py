@@ -314,10 +314,12 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
             # An explicit number of heads, because -1 is ambiguous for a turn without visual tokens.
             return states.unflatten(-1, (states.shape[-1] // self.head_dim, self.head_dim))
 
-        query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states)))).transpose(1, 2)
+        # A block that trains is float32, also in a bfloat16 model. A norm has the block's type; the weights of a linear
+        # layer may be quantized.
+        dtype = self.layernorm.weight.dtype
+        query_states = self.q_norm(heads(self.q_proj(self.layernorm(hidden_states.to(dtype))))).transpose(1, 2)
         if cross_attention_states is not None:
-            # A block that trains is float32, also in a bfloat16 model.
-            cross_attention_states = cross_attention_states.to(self.k_proj.weight.dtype)
+            cross_attention_states = cross_attention_states.to(dtype)
             key_states = self.k_norm(heads(self.k_proj(cross_attention_states))).transpose(1, 2)
             value_states = heads(self.v_proj(cross_attention_states)).transpose(1, 2)
             if cache is not None:
@@ -329,7 +331,8 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
             key_states, value_states = cached.keys, cached.values
         if self.sink is not None:
             # The sink is the last key, and its value is zero.
-            sink = self.k_norm(heads(self.k_proj(self.sink)))[None, :, None].expand(key_states.shape[0], -1, -1, -1)
+            sink = self.k_norm(heads(self.k_proj(self.sink[None, None]))).transpose(1, 2)
+            sink = sink.expand(key_states.shape[0], -1, -1, -1)
             key_states = torch.cat([key_states, sink.to(key_states)], dim=2)
             value_states = nn.functional.pad(value_states, (0, 0, 0, 1))
 
@@ -443,6 +446,15 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    # Left out of quantization, also where a list of modules to leave out is given: they are small, they train in full beside
+    # LoRA, and a convolutional tower has few linear layers. Regular expressions of full names.
+    _keep_in_fp32_modules = [".*multi_modal_projector", ".*cross_attn", ".*vision_tower"]
+
+    # Without this override these modules are float32 in a float16 model, which makes the tower several times slower. It can go
+    # when Transformers has a list of modules to leave out of quantization.
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        plan = super()._get_dtype_plan(dtype)
+        return {name: plan[name] for name in plan.keys() - set(AgeVlmPreTrainedModel._keep_in_fp32_modules)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -745,7 +757,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 f"grid={grid} does not fit image features of {tokens.shape[1]} tokens. Pass the grid that "
                 "`get_image_features` returned with them."
             )
-        return self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype), grid)
+        return self.multi_modal_projector(tokens.to(self.multi_modal_projector.layernorm.weight.dtype), grid)
 
     def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Bool `(B, S)`: which tokens stand for an image. Without `input_ids` they are found by their embedding."""

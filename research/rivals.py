@@ -63,7 +63,7 @@ class ConcatenationModel(LlavaModel):
         squares = tokens.unflatten(1, grid).movedim(-1, 1)
         pooled = nn.functional.avg_pool2d(squares, self.config.pooling, ceil_mode=True).flatten(2).transpose(1, 2)
         return self.multi_modal_projector(
-            pooled.to(self.multi_modal_projector.linear_1.weight.dtype), self.pooled_grid(grid)
+            pooled.to(self.multi_modal_projector.layernorm.weight.dtype), self.pooled_grid(grid)
         )
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> AgeVlmImageFeatures:  # type: ignore[override]
