@@ -180,7 +180,7 @@ def read_batch(
         return Batch(prompts, list(images), processor(images=nested, text=prompts, **settings).to(model.device))
     inputs = processor(images=nested, text=prompts, return_offsets_mapping=True, **settings)
     offsets = inputs.pop("offset_mapping")
-    features = _features(model, inputs.pop("pixel_values"), inputs.pop("pixel_attention_mask", None))
+    features = _features(model, inputs.pop("pixel_values"), inputs.pop("image_sizes", None))
     inputs = inputs.to(model.device)
     inputs["mm_encoder_outputs"] = {"image": features}
     return Batch(prompts, list(images), inputs, offsets)
@@ -198,11 +198,11 @@ def adds_special_tokens(processor: ProcessorMixin, prompt: str) -> bool:
 
 @torch.no_grad()
 def _features(
-    model: AgeVlmForConditionalGeneration, pixels: torch.Tensor, mask: torch.Tensor | None
+    model: AgeVlmForConditionalGeneration, pixels: torch.Tensor, sizes: torch.Tensor | None
 ) -> AgeVlmImageFeatures:
-    """Features `(N, ...)` of `(N, 3, H, W)` pixels and their masks, with equal images computed once."""
+    """Features `(N, ...)` of `(N, 3, H, W)` pixels and their sizes without padding, with equal images computed once."""
     number: dict[tuple[bytes, ...], int] = {}
-    parts = [pixels] if mask is None else [pixels, mask]
+    parts = [pixels] if sizes is None else [pixels, sizes]
     keys = (tuple(part.cpu().numpy().tobytes() for part in image) for image in zip(*parts, strict=True))
     rows = [number.setdefault(key, len(number)) for key in keys]
     first = [rows.index(n) for n in range(len(number))]

@@ -683,21 +683,25 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmImageFeatures:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
-        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+            The height and the width in pixels that each image fills from the top left; the rest is padding.
         """
         tokens, grid, outputs = self.get_vision_tokens(pixel_values, **kwargs)
         visual_attention_mask = None
-        if pixel_attention_mask is not None:
-            # A token counts as soon as one pixel of the image lies in its cell.
-            cells = nn.functional.adaptive_max_pool2d(pixel_attention_mask[:, None].float(), grid)
-            visual_attention_mask = cells.flatten(1) > 0
+        if image_sizes is not None:
+            # A token counts as soon as one pixel of the image lies in its cell. The cell's first pixel is the nearest one.
+            rows, columns = (
+                torch.arange(number, device=image_sizes.device) * side // number
+                for number, side in zip(grid, pixel_values.shape[-2:], strict=True)
+            )
+            height, width = image_sizes[:, :1], image_sizes[:, 1:]
+            visual_attention_mask = ((rows < height)[:, :, None] & (columns < width)[:, None]).flatten(1)
         return AgeVlmImageFeatures(
             last_hidden_state=tokens,
             pooler_output=self.project_vision_tokens(tokens, grid),
@@ -853,7 +857,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         map_queries: torch.Tensor | None = None,
@@ -865,8 +869,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
             All images of the batch, in the order of their image tokens, row by row. A row may have no image, one or
             several. With a cache, pass either the new images or all images of the conversation.
-        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding. Visual tokens that cover only padding are not attended to.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+            The height and the width in pixels that each image fills from the top left; the rest of `pixel_values` is
+            padding. Visual tokens that cover only padding are not attended to.
         map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
             Which tokens belong to each phrase. `cross_attention_maps` has a map per phrase.
         """
@@ -883,8 +888,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             )
 
         features = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, pixel_attention_mask, return_dict=True)
+        if pixel_values is not None and pixel_values.shape[0] > 0:  # TRL slices none for rows without images
+            features = self.get_image_features(pixel_values, image_sizes, return_dict=True)
 
         cross_attention_states = visual_positions = None
         if features is not None:
@@ -1001,16 +1006,16 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | AgeVlmImageFeatures:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`):
             All images of the batch, in order.
-        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+            The height and the width in pixels that each image fills from the top left; the rest is padding.
         """
-        return self.model.get_image_features(pixel_values, pixel_attention_mask, **kwargs)
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
@@ -1021,7 +1026,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -1035,8 +1040,9 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`, *optional*):
             All images of the batch, in the order of their image tokens, row by row. A row may have no image, one or
             several. With a cache, pass either the new images or all images of the conversation.
-        pixel_attention_mask (`torch.Tensor` of shape `(num_images, height, width)`, *optional*):
-            1 for pixels of the image, 0 for padding. Visual tokens that cover only padding are not attended to.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+            The height and the width in pixels that each image fills from the top left; the rest of `pixel_values` is
+            padding. Visual tokens that cover only padding are not attended to.
         labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             Labels of the language modeling loss, in `[0, ..., vocab_size]` or -100 to be ignored.
         map_queries (`torch.Tensor` of shape `(batch_size, num_phrases, sequence_length)`, *optional*):
@@ -1071,7 +1077,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
+            image_sizes=image_sizes,
             cache=cache,
             inputs_embeds=inputs_embeds,
             map_queries=map_queries,
@@ -1122,7 +1128,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                 "Chunked prefill cuts image features by image token, but AGE-VLM has one token per image. Pass "
                 "`prefill_chunk_size=None`."
             )
-        pixels = {name: model_kwargs.get(name) for name in ("pixel_values", "pixel_attention_mask")}
+        pixels = {name: model_kwargs.get(name) for name in ("pixel_values", "image_sizes")}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )

@@ -205,7 +205,7 @@ class AgeVlmDataCollator:
 
     Rows have `messages` (or `prompt` and `completion`), `images` (one, many or none) and optionally `grounding`, see
     [`agevlm.processing.rows`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
-    right; `pixel_values` and, if the processor makes it, `pixel_attention_mask` of all images in order; and if phrases are guided
+    right; `pixel_values` and, if the processor makes it, `image_sizes` of all images in order; and if phrases are guided
 
     - `map_queries`: bool `(B, P, S)`, the tokens of each phrase;
     - `map_targets`: float32 `(B, P, V)`, the share of each visual token's cell that the phrase's mask covers, all zero for
@@ -228,7 +228,7 @@ class AgeVlmDataCollator:
         guide_absent: also guide phrases that name nothing in the image, for models with an attention sink.
         seed: of that choice.
         features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
-            batch then has `mm_encoder_outputs` in place of `pixel_values` and `pixel_attention_mask`.
+            batch then has `mm_encoder_outputs` in place of `pixel_values` and `image_sizes`.
 
     Raises:
         ValueError: when called with an inconsistent row; the message names the mistake.

@@ -142,11 +142,11 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
-    return_pixel_mask (`bool`, *optional*, defaults to `self.return_pixel_mask`):
-        Whether padded images come with their `pixel_attention_mask`.
+    return_image_sizes (`bool`, *optional*, defaults to `self.return_image_sizes`):
+        Whether padded images come with their `image_sizes`.
     """
 
-    return_pixel_mask: bool | None
+    return_image_sizes: bool | None
 
 
 @auto_docstring(
@@ -167,8 +167,8 @@ class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     `preprocess` and `__call__` return a [`~transformers.BatchFeature`] with
 
     - `pixel_values`, float `(num_images, 3, height, width)`: all images of the batch in order;
-    - `pixel_attention_mask`, int64 `(num_images, height, width)`, with `do_pad` only: 1 on the image, 0 on padding.
-      With `return_pixel_mask=False` there is no mask, and the model attends to padding too.
+    - `image_sizes`, int64 `(num_images, 2)`, with `do_pad` only: the height and the width in pixels of each resized image,
+      without its padding. With `return_image_sizes=False` there is none, and the model attends to padding too.
 
     They raise a `ValueError` for an invalid image. The message has the index of the image and how to fix it.
     """
@@ -184,9 +184,9 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
     do_rescale = True
     do_normalize = True
     do_pad = True
-    return_pixel_mask = True
+    return_image_sizes = True
     valid_kwargs = AgeVlmImageProcessorKwargs
-    model_input_names = ["pixel_values", "pixel_attention_mask"]
+    model_input_names = ["pixel_values", "image_sizes"]
 
     def get_resized_size(
         self,
@@ -339,7 +339,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         images: list[Any],
         size: SizeDict,
         do_pad: bool | None,
-        return_pixel_mask: bool | None,
+        return_image_sizes: bool | None,
         return_tensors: Any,
         disable_grouping: bool | None = None,
         **kwargs,
@@ -348,11 +348,11 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         kwargs["disable_grouping"] = disable_grouping
         data = super()._preprocess(images, size=resized_size, do_pad=False, return_tensors=None, **kwargs).data
         if do_pad:
-            data["pixel_values"], mask = self.pad(  # type: ignore[attr-defined]
-                data["pixel_values"], pad_size=size, return_mask=True, disable_grouping=disable_grouping
+            if return_image_sizes:
+                data["image_sizes"] = [list(image.shape[-2:]) for image in data["pixel_values"]]
+            data["pixel_values"] = self.pad(  # type: ignore[attr-defined]
+                data["pixel_values"], pad_size=size, disable_grouping=disable_grouping
             )
-            if return_pixel_mask:
-                data["pixel_attention_mask"] = mask
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:

@@ -128,9 +128,10 @@ class AgeVlmProcessor(ProcessorMixin):
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` `(batch, seq)` of the text; `pixel_values`
-            `(num_images, 3, height, width)` of all images of the batch in order; with padding,
-            `pixel_attention_mask` `(num_images, height, width)`; with `return_offsets_mapping=True`, `offset_mapping`
-            `(batch, seq, 2)`, which [`~AgeVlmProcessor.get_map_queries`] needs.
+            `(num_images, 3, height, width)` of all images of the batch in order; with padding, `image_sizes`
+            `(num_images, 2)`, the height and the width of each image without its padding; with
+            `return_offsets_mapping=True`, `offset_mapping` `(batch, seq, 2)`, which
+            [`~AgeVlmProcessor.get_map_queries`] needs.
 
         Raises:
             ValueError: if a text is empty, if image tokens and images do not match, if truncation would remove an image
@@ -139,6 +140,8 @@ class AgeVlmProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):  # type: ignore[override]
+        if isinstance(images, (list, tuple)):  # TRL passes None for a text without images
+            images = [[] if item is None else item for item in images]
         images, text, *_ = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         # A text-only batch may have an empty list of images per text.
         return (images if images is not None and flatten_images(images) else None), text, None, None

@@ -154,7 +154,7 @@ class ConcatenationProcessor(LlavaProcessor):
 
     def __call__(self, *args, **kwargs):
         inputs = super().__call__(*args, **kwargs)
-        inputs.pop("pixel_attention_mask", None)
+        inputs.pop("image_sizes", None)
         return inputs
 
 
@@ -225,7 +225,7 @@ class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trai
         self._tokens_per_image = tokens_per_image(model, processing_class)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != "pixel_attention_mask"}
+        inputs = {name: value for name, value in inputs.items() if name != "image_sizes"}
         inputs = expand_image_tokens(inputs, self.model.config.image_token_id, self._tokens_per_image)
         return super().compute_loss(model, keep_learned(inputs), return_outputs, num_items_in_batch)
 

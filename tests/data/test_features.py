@@ -91,9 +91,9 @@ def test_stored_features_are_the_towers_to_the_last_bit(vision, dtype, rows, pic
     assert torch.equal(again.last_hidden_state, expected.last_hidden_state[order])
 
 
-def test_without_a_mask_of_pixels_there_is_none(rows, pictures, tmp_path):
+def test_without_image_sizes_there_is_no_mask(rows, pictures, tmp_path):
     processor = tiny_processor()
-    processor.image_processor.return_pixel_mask = False
+    processor.image_processor.return_image_sizes = False
     store = compute_features(frozen(), processor, [rows], tmp_path, progress=False)
     assert store(pictures[:2]).visual_attention_mask is None
 
@@ -276,7 +276,7 @@ def test_a_batch_has_features_in_place_of_pixels(store, rows):
     with_pixels, with_features = (
         AgeVlmDataCollator(tiny_processor(), grid=(4, 4), features=features)(batch) for features in (None, store)
     )
-    assert with_pixels.keys() - with_features.keys() == {"pixel_values", "pixel_attention_mask"}
+    assert with_pixels.keys() - with_features.keys() == {"pixel_values", "image_sizes"}
     assert with_features.keys() - with_pixels.keys() == {"mm_encoder_outputs"}
     shared = with_pixels.keys() & with_features.keys()
     assert all(torch.equal(with_pixels[name], with_features[name]) for name in shared)

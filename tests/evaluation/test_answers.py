@@ -38,7 +38,7 @@ def test_an_answer_is_greedy_decoding_of_the_rendered_conversation(parts, tmp_pa
     special = not prompt.startswith(processor.tokenizer.bos_token)
     inputs = processor(images=picture(0), text=prompt, add_special_tokens=special, return_tensors="pt")
     assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
-    pixels = {name: value for name, value in inputs.items() if name.startswith("pixel")}
+    pixels = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
     ids = inputs["input_ids"]
     for _ in range(6):
         token = model(input_ids=ids, **pixels).logits[:, -1]

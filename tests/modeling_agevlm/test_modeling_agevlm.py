@@ -520,27 +520,29 @@ def independent_cells():
 
 
 def padded_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three images; the first and third fill only the upper left part of their square."""
-    mask = torch.ones(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.long)
-    mask[0, :, 17:] = 0  # one column of pixels still lies in the third column of cells
-    mask[2, 16:] = 0
-    return images(3), mask
+    """Three images and their sizes; the first and third fill only the upper left part of their square."""
+    sizes = torch.full((3, 2), IMAGE_SIZE)
+    sizes[0, 1] = 17  # one column of pixels still lies in the third column of cells
+    sizes[2, 0] = 16
+    return images(3), sizes
 
 
 @torch.no_grad()
 def test_padding_around_images_is_not_attended(independent_cells):
     model, text_inputs = independent_cells, pad(ROWS)
-    pixels, mask = padded_images()
-    noise = torch.where(mask[:, None] == 1, pixels, images(3, seed=9))
+    pixels, sizes = padded_images()
+    noise = images(3, seed=9)
+    for image, original, (height, width) in zip(noise, pixels, sizes, strict=True):
+        image[:, :height, :width] = original[:, :height, :width]
     # The cells at the border mix image and padding, as a real tower does: only whole cells of padding are replaced.
     noise[0, :, :, 16:24] = pixels[0, :, :, 16:24]
     inputs = {**text_inputs, "pixel_values": pixels}
-    out = model(**inputs, pixel_attention_mask=mask, map_queries=phrases())
-    changed = model(**text_inputs, pixel_values=noise, pixel_attention_mask=mask)
+    out = model(**inputs, image_sizes=sizes, map_queries=phrases())
+    changed = model(**text_inputs, pixel_values=noise, image_sizes=sizes)
     torch.testing.assert_close(changed.logits, out.logits, atol=1e-6, rtol=0)
     assert largest(model(**inputs).logits - model(**text_inputs, pixel_values=noise).logits) > 0.1, "else it matters"
 
-    cells = model.get_image_features(pixels, mask).visual_attention_mask.view(3, *GRID)
+    cells = model.get_image_features(pixels, sizes).visual_attention_mask.view(3, *GRID)
     expected = torch.ones(3, *GRID, dtype=torch.bool)
     expected[0, :, 3], expected[2, 2:] = False, False
     assert torch.equal(cells, expected), "a cell counts as soon as it holds one pixel of the image"
@@ -551,12 +553,38 @@ def test_padding_around_images_is_not_attended(independent_cells):
     torch.testing.assert_close(maps.sum(-1), torch.ones(4))
 
 
+@pytest.mark.parametrize("canvas", [(32, 32), (41, 54), (36, 67)])
+@torch.no_grad()
+def test_visual_tokens_that_cover_a_pixel_of_the_image_are_seen(model, canvas, monkeypatch):
+    """For all sizes of the image, also where the canvas is no multiple of the grid: the cells that pool a mask of pixels."""
+    height, width = canvas
+    sizes = torch.cartesian_prod(torch.arange(1, height + 1), torch.arange(1, width + 1))
+    tokens, grid, outputs = model.model.get_vision_tokens(torch.zeros(1, 3, *canvas))
+    assert min(grid) >= 4
+    pixel_masks = torch.zeros(len(sizes), *canvas)
+    for mask, (rows, columns) in zip(pixel_masks, sizes, strict=True):
+        mask[:rows, :columns] = 1
+    expected = torch.nn.functional.adaptive_max_pool2d(pixel_masks[:, None], grid).flatten(1) > 0
+    monkeypatch.setattr(model.model, "get_vision_tokens", lambda pixels: (tokens, grid, outputs))  # of one, for all
+    found = model.get_image_features(torch.zeros(len(sizes), 3, *canvas), sizes).visual_attention_mask
+    assert found.dtype == torch.bool
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_rows_without_images_may_come_with_an_empty_batch_of_images(model):
+    """As TRL slices a batch that has images in other rows."""
+    inputs = pad([text(9, 0), text(5, 1)])
+    nothing = {"pixel_values": images(1)[:0], "image_sizes": torch.zeros(0, 2, dtype=torch.long)}
+    assert torch.equal(model(**inputs, **nothing).logits, model(**inputs).logits)
+
+
 @torch.no_grad()
 def test_masked_visual_tokens_may_be_anything(model):
-    pixels, mask = padded_images()
-    features = model.get_image_features(pixels, mask)
+    pixels, sizes = padded_images()
+    features = model.get_image_features(pixels, sizes)
     expected = model(**pad(ROWS), mm_encoder_outputs={"image": features}).logits
-    assert torch.equal(expected, model(**pad(ROWS), pixel_values=pixels, pixel_attention_mask=mask).logits)
+    assert torch.equal(expected, model(**pad(ROWS), pixel_values=pixels, image_sizes=sizes).logits)
     features.pooler_output = features.pooler_output.masked_fill(~features.visual_attention_mask[..., None], 1e3)
     replaced = model(**pad(ROWS), mm_encoder_outputs={"image": features}).logits
     torch.testing.assert_close(replaced, expected, atol=1e-6, rtol=0)

@@ -518,7 +518,8 @@ def brightness(processor: AgeVlmProcessor, batch: dict) -> torch.Tensor:
     images = processor.image_processor
     pixels = batch["pixel_values"] * torch.tensor(images.image_std)[:, None, None]
     pixels = (pixels + torch.tensor(images.image_mean)[:, None, None]).mean(1)
-    pixels = pixels * batch.get("pixel_attention_mask", torch.ones_like(pixels))
+    for image, (height, width) in zip(pixels, batch.get("image_sizes", ()), strict=False):
+        image[height:], image[:, width:] = 0, 0
     return torch.nn.functional.avg_pool2d(pixels, 16).flatten(1)
 
 
@@ -562,7 +563,7 @@ def test_targets_lie_where_the_pixels_are(backend, do_pad):
 @pytest.mark.parametrize("backend", [AgeVlmImageProcessor, AgeVlmImageProcessorPil])
 @pytest.mark.parametrize("size", [(24, 40), (90, 20), (7, 64), (32, 32)])
 def test_padding_may_be_attended(backend, size, tmp_path):
-    """By a setting that is saved. The batch is then the same without the mask of padding, and the model sees all of each
+    """By a setting that is saved. The batch is then the same without the images' sizes, and the model sees all of each
     image; phrases have no target on padding."""
     rng = np.random.default_rng(0)
     question, answer = "Where is the dog?", "There."
@@ -575,23 +576,23 @@ def test_padding_may_be_attended(backend, size, tmp_path):
     examples = [{"messages": chat("a dog?", "Yes.")}, example, row(0)]  # without an image, with two and with one
     batches, model = {}, tiny_trainable()
     for masked in (True, False):
-        images = backend(size={"height": 32, "width": 32}, **({} if masked else {"return_pixel_mask": False}))
+        images = backend(size={"height": 32, "width": 32}, **({} if masked else {"return_image_sizes": False}))
         processor = AgeVlmProcessor(images, tiny_tokenizer(), IMAGE, tiny_processor().chat_template)
         batches[masked] = AgeVlmDataCollator(processor, grid=visual_grid(model, processor))(examples)
         processor.save_pretrained(tmp_path / str(masked))
         loaded = AgeVlmProcessor.from_pretrained(tmp_path / str(masked))
         prompt = loaded.apply_chat_template(place_images(chat(question), 1), add_generation_prompt=True)
         asked = loaded(images=image, text=prompt, return_tensors="pt")
-        assert ("pixel_attention_mask" in asked) == masked
+        assert ("image_sizes" in asked) == masked
         assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] == asked["input_ids"].shape[1] + 2
-    pixel_mask = batches[True].pop("pixel_attention_mask")
+    image_sizes = batches[True].pop("image_sizes")
     assert batches[True].keys() == batches[False].keys()
     assert all(torch.equal(batches[True][key], value) for key, value in batches[False].items())
 
     targets, named = batches[True]["map_targets"], batches[True]["map_targets"].any(-1)
     assert named[1].sum() == 2
     with torch.no_grad():
-        hidden = model(**model_inputs(batches[True]), pixel_attention_mask=pixel_mask).cross_attention_maps
+        hidden = model(**model_inputs(batches[True]), image_sizes=image_sizes).cross_attention_maps
         shown = model(**model_inputs(batches[False])).cross_attention_maps
     for maps in (hidden, shown):
         assert maps.shape[1:] == targets.shape
@@ -612,12 +613,12 @@ def test_padding_may_be_attended(backend, size, tmp_path):
     assert (shown[:, 2, :, NUM_VISUAL:] == 0).all()
 
 
-def test_the_mask_of_padding_may_be_left_out_of_a_single_call():
+def test_the_sizes_of_images_may_be_left_out_of_a_single_call():
     processor, image = tiny_processor(), Image.new("RGB", (40, 20))
-    for without in ({"return_pixel_mask": False}, {"images_kwargs": {"return_pixel_mask": False}}):
-        assert "pixel_attention_mask" not in processor(images=image, text=IMAGE, return_tensors="pt", **without)
-    assert "pixel_attention_mask" in processor(images=image, text=IMAGE, return_tensors="pt")
-    assert "pixel_attention_mask" not in processor.image_processor(image, do_pad=False, return_tensors="pt")
+    for without in ({"return_image_sizes": False}, {"images_kwargs": {"return_image_sizes": False}}):
+        assert "image_sizes" not in processor(images=image, text=IMAGE, return_tensors="pt", **without)
+    assert "image_sizes" in processor(images=image, text=IMAGE, return_tensors="pt")
+    assert "image_sizes" not in processor.image_processor(image, do_pad=False, return_tensors="pt")
 
 
 def blocks(*cells: int) -> np.ndarray:

@@ -76,22 +76,36 @@ def test_defaults(processor):
     outputs = processor(picture(), return_tensors="pt")
     assert outputs.pixel_values.shape == (1, 3, 768, 768)
     assert outputs.pixel_values.dtype == torch.float32
-    assert outputs.pixel_attention_mask.shape == (1, 768, 768)
-    assert outputs.pixel_attention_mask.dtype == torch.int64
+    assert outputs.image_sizes.shape == (1, 2)
+    assert outputs.image_sizes.dtype == torch.int64
     assert set(outputs) == set(processor.model_input_names)
 
 
 def test_padding_is_at_the_right_and_bottom_in_the_mean_color(processor):
     tall, wide = processor([picture(80, 40), picture(20, 90)], return_tensors="pt").values()
-    (pixels, masks), images = (tall, wide), [(80, 40), (20, 90)]
-    for pixel_values, mask, (h, w) in zip(pixels, masks, images, strict=True):
+    (pixels, sizes), images = (tall, wide), [(80, 40), (20, 90)]
+    for pixel_values, size, (h, w) in zip(pixels, sizes, images, strict=True):
         height, width = processor.get_resized_size(h, w)
-        expected = torch.zeros(40, 60, dtype=torch.int64)
-        expected[:height, :width] = 1
-        assert torch.equal(mask, expected)
-        assert mask.sum() < 40 * 60
-        assert (pixel_values[:, mask == 0] == 0).all()
-        assert (pixel_values[:, mask == 1] != 0).any(0).all()
+        assert size.tolist() == [height, width]
+        assert height * width < 40 * 60
+        shown = (pixel_values != 0).any(0)
+        assert shown[:height, :width].all()
+        assert shown.sum() == height * width
+
+
+def test_a_batch_carries_two_numbers_an_image_beside_its_pixels(processor):
+    batch = processor([picture(3, 5)] * 32, size={"height": 64, "width": 64}, return_tensors="pt")
+    assert batch.pixel_values.shape == (32, 3, 64, 64)
+    assert sum(tensor.nbytes for name, tensor in batch.items() if name != "pixel_values") == 32 * 2 * 8
+
+
+def test_the_settings_and_not_the_images_decide_whether_there_are_sizes(processor):
+    """So batches of one processor have the same inputs, and may be joined."""
+    fitting, padded = picture(40, 60), picture(40, 40)
+    for images in ([fitting], [padded], [fitting, padded]):
+        assert set(processor(images, return_tensors="pt")) == {"pixel_values", "image_sizes"}
+        assert set(processor(images, return_image_sizes=False, return_tensors="pt")) == {"pixel_values"}
+    assert processor([fitting, padded], return_tensors="np").image_sizes.tolist() == [[40, 60], [40, 40]]
 
 
 def test_image_content_is_where_the_geometry_says(processor):
@@ -122,8 +136,7 @@ def test_image_content_is_where_the_geometry_says(processor):
 def test_get_resized_size(processor, height, width, expected):
     assert processor.get_resized_size(height, width) == expected
     image = np.zeros((3, int(height), int(width)), np.uint8)
-    mask = processor(image, return_tensors="pt").pixel_attention_mask[0]
-    assert (int(mask[:, 0].sum()), int(mask[0].sum())) == expected
+    assert processor(image, return_tensors="pt").image_sizes.tolist() == [list(expected)]
 
 
 def test_get_resized_size_keeps_the_aspect_ratio_and_fits(processor):
@@ -155,7 +168,7 @@ def test_without_resizing_images_are_only_padded(processor):
     outputs = processor(image, do_resize=False, return_tensors="pt")
     pixels = restore(processor, outputs.pixel_values[0])
     np.testing.assert_array_equal(pixels[:30, :50], np.array(image))
-    assert outputs.pixel_attention_mask.sum() == 30 * 50
+    assert outputs.image_sizes.tolist() == [[30, 50]]
 
 
 def test_nested_lists_are_flattened_in_order(processor):
@@ -180,7 +193,7 @@ def test_backends_agree_on_all_kinds_of_images(tmp_path):
         smooth.resize((20, 12)),
     ]
     a, b = (cls(size={"height": 64, "width": 64})(images, return_tensors="pt") for cls in BACKENDS.values())
-    assert torch.equal(a.pixel_attention_mask, b.pixel_attention_mask)
+    assert torch.equal(a.image_sizes, b.image_sizes)
     torch.testing.assert_close(a.pixel_values, b.pixel_values, atol=0.1, rtol=1e-3)
     assert (a.pixel_values - b.pixel_values).abs().mean() < 5e-3
 

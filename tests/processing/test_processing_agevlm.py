@@ -116,25 +116,25 @@ def test_returns_one_token_per_image_and_all_images_in_order(processor):
     texts = [f"{IMAGE}{IMAGE} two cats", "no cat", f"one cat {IMAGE}"]
     images = [picture(value) for value in (0, 100, 200)]
     outputs = processor(images=[images[:2], [], images[2:]], text=texts, padding=True, return_tensors="pt")
-    assert set(outputs) == {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}
+    assert set(outputs) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
     assert (outputs.input_ids == processor.image_token_id).sum(1).tolist() == [2, 0, 1]
     expected = processor.image_processor(images, return_tensors="pt")
     assert torch.equal(outputs.pixel_values, expected.pixel_values)
-    assert torch.equal(outputs.pixel_attention_mask, expected.pixel_attention_mask)
-    assert outputs.pixel_attention_mask[:, :12].all()
-    assert not outputs.pixel_attention_mask[:, 12:].any()
+    assert torch.equal(outputs.image_sizes, expected.image_sizes)
+    assert outputs.image_sizes.tolist() == [[12, 16]] * 3
 
-    flat = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    for key, value in outputs.items():
-        assert torch.equal(value, flat[key])
+    for same in (images, [images[:2], None, images[2:]]):
+        again = processor(images=same, text=texts, padding=True, return_tensors="pt")
+        for key, value in outputs.items():
+            assert torch.equal(value, again[key])
 
 
-def test_without_padded_images_there_is_no_mask(processor):
+def test_without_padded_images_there_are_no_sizes(processor):
     outputs = processor(images=picture(), text=IMAGE, do_pad=False, return_tensors="pt")
     assert set(outputs) == {"input_ids", "attention_mask", "pixel_values"}
 
 
-@pytest.mark.parametrize("images", [None, [], [[], []]])
+@pytest.mark.parametrize("images", [None, [], [[], []], [None, None]])
 def test_text_only(processor, images):
     outputs = processor(images=images, text=["a dog", "two dogs"], padding=True, return_tensors="pt")
     assert set(outputs) == {"input_ids", "attention_mask"}
@@ -142,7 +142,7 @@ def test_text_only(processor, images):
 
 def test_images_only(processor):
     outputs = processor(images=[picture(), picture()], return_tensors="pt")
-    assert set(outputs) == {"pixel_values", "pixel_attention_mask"}
+    assert set(outputs) == {"pixel_values", "image_sizes"}
 
 
 def test_kinds_of_images(processor, tmp_path):

@@ -45,7 +45,7 @@ def test_each_checkpoint_has_the_processor_and_the_weights(tmp_path):
 @pytest.mark.parametrize("trainer_class", [AgeVlmTrainer, AgeVlmDPOTrainer])
 def test_a_model_that_trains_on_padding_is_saved_to_look_at_it(trainer_class, tmp_path):
     processor, model = tiny_processor(), start_model()
-    processor.image_processor.return_pixel_mask = False
+    processor.image_processor.return_image_sizes = False
     assert visual_grid(model, processor) == (4, 4)
     own = trainer_class is AgeVlmTrainer
     seen = []
@@ -62,14 +62,14 @@ def test_a_model_that_trains_on_padding_is_saved_to_look_at_it(trainer_class, tm
     )
     trainer.train()
     assert all(kwargs.get("pixel_values") is not None for kwargs, _ in seen)
-    assert all(kwargs.get("pixel_attention_mask") is None for kwargs, _ in seen)
+    assert all(kwargs.get("image_sizes") is None for kwargs, _ in seen)
     # The rows' images are wider than high: all of the last row of tokens is padding.
     maps = seen[0][1].unflatten(-1, (4, 4))
     named = maps.sum((-1, -2)) > 0
     assert named.any()
     assert (maps[named][:, -1] > 0).all()
     loaded = AutoProcessor.from_pretrained(tmp_path / "checkpoint-2").image_processor
-    assert loaded.return_pixel_mask is False
+    assert loaded.return_image_sizes is False
 
 
 def test_the_best_checkpoint_is_kept_under_its_name_and_loaded(tmp_path, monkeypatch):

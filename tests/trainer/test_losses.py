@@ -443,7 +443,7 @@ def guided_batch(side: str = "left", dtype: torch.dtype = torch.float32):
     pixel_mask = torch.ones(6, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.long)
     pixel_mask[0, IMAGE_SIZE // 2 :] = 0
     pixel_mask[4, :, IMAGE_SIZE // 4 :] = 0
-    inputs["pixel_attention_mask"] = pixel_mask
+    inputs["image_sizes"] = torch.stack([pixel_mask.amax(2).sum(1), pixel_mask.amax(1).sum(1)], dim=1)
     cells = pixel_mask.unflatten(1, (GRID[0], -1)).unflatten(3, (GRID[1], -1)).amax((2, 4)).flatten(1)
     first_image = (0, 0, 1, 3)
 
@@ -727,7 +727,7 @@ def test_a_rows_guidance_does_not_depend_on_the_other_rows():
         losses, named = guidance_losses(maps, targets)
         for row, image in ((1, slice(0, 1)), (2, slice(1, 3)), (3, slice(3, 6))):
             length, slots = len(GUIDED_ROWS[row]), int(named[row].sum())
-            alone = {name: inputs[name][image] for name in ("pixel_values", "pixel_attention_mask")}
+            alone = {name: inputs[name][image] for name in ("pixel_values", "image_sizes")}
             alone |= pad([GUIDED_ROWS[row]])
             num_visual = (image.stop - image.start) * NUM_VISUAL
             asked, wanted = queries[row : row + 1, :slots, -length:], targets[row : row + 1, :slots, :num_visual]

@@ -55,9 +55,7 @@ def preference_collator(**kwargs) -> AgeVlmPreferenceCollator:
 
 
 def inputs_of(batch: dict) -> dict[str, torch.Tensor]:
-    return {
-        k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
-    }
+    return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
 
 
 def log_probabilities(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
