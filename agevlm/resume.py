@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import new_file
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -64,10 +66,9 @@ def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bo
     """
     file = Path(file)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        partial.replace(file)
+        with new_file(file) as partial:
+            text = json.dumps(settings, indent=1, ensure_ascii=False, default=str)
+            partial.write_text(text + "\n", encoding="utf-8")
         return False
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))

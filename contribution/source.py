@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import transformers
+
+from agevlm.files import unfinished_folder
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 FIX = "Set TRANSFORMERS_SOURCE to an unpacked source distribution or a checkout of that version instead."
@@ -36,14 +37,13 @@ def source_distribution() -> Path:
 
 
 def _fetch(version: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+    with unfinished_folder(folder) as tmp:
         # pip also builds the package's metadata and so needs its build backend; no option turns that off.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         result = subprocess.run(
-            [*command, "--dest", tmp, f"transformers=={version}"], capture_output=True, text=True, check=False
+            [*command, "--dest", str(tmp), f"transformers=={version}"], capture_output=True, text=True, check=False
         )
-        archives = list(Path(tmp).glob("*.tar.gz"))
+        archives = list(tmp.glob("*.tar.gz"))
         if result.returncode != 0 or len(archives) != 1:
             raise RuntimeError(
                 f"Cannot fetch the source distribution of transformers {version}, whose common tests are run here.\n"
@@ -51,7 +51,7 @@ def _fetch(version: str, folder: Path) -> None:
             )
         with tarfile.open(archives[0]) as archive:
             archive.extractall(tmp, filter="data")
-        source = next(Path(tmp).glob("transformers-*/tests"), None)
+        source = next(tmp.glob("transformers-*/tests"), None)
         if source is None:
             raise RuntimeError(f"The source distribution of transformers {version} has no tests. {FIX}")
         try:

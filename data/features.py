@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..files import name_full_disk, set_ordinary_permissions, unfinished_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmImageFeatures
 from ..processing.collator import row_images
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 COMMAND = "agevlm features RECIPE"
 
 _SETTINGS = "settings.json"
-_UNFINISHED = ".unfinished"
 
 
 class StoredImageFeatures(AgeVlmImageFeatures):
@@ -208,20 +208,21 @@ def compute_features(
 
     def write() -> None:
         if names:
-            store._add(_write(folder, names, computed))
+            store._add(_write(folder, work, names, computed))
             names.clear()
             computed.clear()
 
-    for name, image in _different_images(datasets, progress):
-        if name in store._places or name in waiting or name in names:
-            continue
-        waiting[name] = image
-        if len(waiting) == min(batch_size, images_per_file):
-            compute()
-        if len(names) >= images_per_file:
-            write()
-    compute()
-    write()
+    with name_full_disk(folder), unfinished_folder(folder) as work:
+        for name, image in _different_images(datasets, progress):
+            if name in store._places or name in waiting or name in names:
+                continue
+            waiting[name] = image
+            if len(waiting) == min(batch_size, images_per_file):
+                compute()
+            if len(names) >= images_per_file:
+                write()
+        compute()
+        write()
     return store
 
 
@@ -234,18 +235,18 @@ def _different_images(datasets: Iterable[Dataset], progress: bool) -> Iterator[t
                     yield image_digest(image), image
 
 
-def _write(folder: Path, names: Sequence[str], computed: Sequence[AgeVlmImageFeatures]) -> Path:
-    """A file of features, named after its first image; it appears when it is whole."""
+def _write(folder: Path, work: Path, names: Sequence[str], computed: Sequence[AgeVlmImageFeatures]) -> Path:
+    """A file of features, named after its first image; it is in `work` until it is whole."""
     tensors = {
         key: torch.cat([features[key].cpu() for features in computed])
         for key in ("last_hidden_state", "visual_attention_mask")
         if computed[0].get(key) is not None
     }
-    file, partial = folder / f"{names[0]}.safetensors", folder / _UNFINISHED
+    file = folder / f"{names[0]}.safetensors"
     header = json.dumps({"grid": computed[0].grid, "images": list(names)})
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"agevlm": header})
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, work / file.name, {"agevlm": header})
     except SafetensorError as error:
         raise OSError(f"Could not write {file}: {error}. Make room, and run `{COMMAND}` again.") from error
-    partial.replace(file)
-    return file
+    set_ordinary_permissions(work / file.name)
+    return (work / file.name).replace(file)

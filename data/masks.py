@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_new_folder, new_folder
+from ..files import check_new_folder, claim, new_file, new_folder, unfinished_path
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.rows import mask_to_rle, message_text, quiet_datasets, row_features
 from ..resume import digest, resume_or_refuse
@@ -41,7 +42,8 @@ def add_masks(
     `min_score`, the mask stays None and `score` is set. Entries that the teacher does not accept (SAM: without a box) are
     not changed.
 
-    Finished work is kept in the folder `{output_dir}.partial`. After an interruption the same call resumes it. Under
+    Finished work is kept in a hidden folder, `.unfinished` in an empty `output_dir` and `.NAME.unfinished` beside one that does
+    not exist. After an interruption the same call resumes it. Under
     `accelerate launch` each process does its share of the work, and the first process joins the results.
 
     Args:
@@ -60,8 +62,8 @@ def add_masks(
         below `min_score`), `kept` (had a mask already) and `skipped` (not accepted by the teacher).
 
     Raises:
-        FileExistsError: if `output_dir` exists and is not an empty folder, or its partial folder holds work with another
-            data set or other settings.
+        FileExistsError: if `output_dir` exists and is not an empty folder, or its unfinished work is of another data set or
+            other settings, or another process is at it.
         ValueError: if a column is missing, a number is out of range, a row's image cannot be read, a phrase or a box is
             invalid, or the teacher accepts no entry at all.
         ImportError: if `accelerate`, `datasets` or `pycocotools` is not installed.
@@ -84,8 +86,6 @@ def add_masks(
     features = {split: _result_features(part, split) for split, part in splits.items()}
     state = process_state()
     output_dir = Path(output_dir).absolute()
-    check_new_folder(output_dir)
-
     # All that the result depends on. The batch size is not part of it, so a run out of memory can resume with a smaller one.
     settings = {
         **teacher.settings,
@@ -94,64 +94,83 @@ def add_masks(
         "overwrite": overwrite,
         "save_every": save_every,
     }
-    work = output_dir.with_name(f"{output_dir.name}.partial")
-    settings_file = work / "settings.json"
-    if state.is_main_process and not settings_file.is_file():
-        resume_or_refuse(settings_file, settings)
-    state.wait_for_everyone()
-    resume_or_refuse(settings_file, settings)
+    work = unfinished_path(output_dir)
     shards = {
         (split, start): work / split / f"{start:09}.arrow"
         for split, part in splits.items()
         for start in range(0, len(part), save_every)
     }
-    missing = [shard for shard, path in shards.items() if not path.is_file()]
-    state.wait_for_everyone()  # all processes look before any of them writes, so that all share the work alike
+    with _begin(work, settings, output_dir) if state.is_main_process else contextlib.nullcontext():
+        state.wait_for_everyone()
+        resume_or_refuse(work / "settings.json", settings)
+        missing = [shard for shard, path in shards.items() if not path.is_file()]
+        state.wait_for_everyone()  # all processes look before any of them writes, so that all share the work alike
 
-    with Progress(disable=not (progress and state.is_main_process)) as bar:
-        share = missing[state.process_index :: state.num_processes]
-        ranges = [range(start, min(start + save_every, len(splits[split]))) for split, start in share]
-        task = bar.add_task("masks", total=sum(map(len, ranges)))
-        for (split, start), indices in zip(share, ranges, strict=True):
-            path = shards[split, start]
-            path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            with ArrowWriter(path=str(unfinished), features=features[split]) as writer:
-                for rows in _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split):
-                    for row in rows:
-                        writer.write(row)
-                    bar.advance(task, len(rows))
-                writer.finalize()
-            unfinished.replace(path)
-    state.wait_for_everyone()
+        with Progress(disable=not (progress and state.is_main_process)) as bar:
+            share = missing[state.process_index :: state.num_processes]
+            ranges = [range(start, min(start + save_every, len(splits[split]))) for split, start in share]
+            task = bar.add_task("masks", total=sum(map(len, ranges)))
+            for (split, start), indices in zip(share, ranges, strict=True):
+                with (
+                    new_file(shards[split, start]) as unfinished,
+                    ArrowWriter(path=str(unfinished), features=features[split]) as writer,
+                ):
+                    for rows in _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split):
+                        for row in rows:
+                            writer.write(row)
+                        bar.advance(task, len(rows))
+                    writer.finalize()
+        state.wait_for_everyone()
 
-    results = {
-        split: [datasets.Dataset.from_file(str(path)) for (owner, _), path in shards.items() if owner == split]
-        for split in splits
-    }
-    outcomes = Counter(
-        outcome for parts in results.values() for part in parts for row in part["outcomes"] for outcome in row
-    )
-    state.wait_for_everyone()  # all processes have read the results before they are deleted
-    if outcomes["skipped"] and not outcomes["masked"] + outcomes["rejected"]:
-        if state.is_main_process:
-            shutil.rmtree(work)
-        raise ValueError(
-            f"none of the {outcomes['skipped']} phrases without a mask has a box, but this teacher starts from boxes;"
-            " use grounded-sam or sam3, which start from phrases"
+        results = {
+            split: [datasets.Dataset.from_file(str(path)) for (owner, _), path in shards.items() if owner == split]
+            for split in splits
+        }
+        outcomes = Counter(
+            outcome for parts in results.values() for part in parts for row in part["outcomes"] for outcome in row
         )
-    if state.is_main_process:
-        with new_folder(output_dir) as partial, quiet_datasets(datasets):
-            masked = datasets.DatasetDict()
-            for split, part in splits.items():
-                # `datasets` would derive a fingerprint from paths and times; this one depends on the rows.
-                masked[split] = replace_grounding(part, results[split], digest([split, settings]))
-            (masked if isinstance(dataset, datasets.DatasetDict) else masked[""]).save_to_disk(partial)
-            if attribution:
-                (partial / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
-        shutil.rmtree(work)
+        state.wait_for_everyone()  # all processes have read the results before they are deleted
+        if outcomes["skipped"] and not outcomes["masked"] + outcomes["rejected"]:
+            if state.is_main_process:
+                shutil.rmtree(work)
+            raise ValueError(
+                f"none of the {outcomes['skipped']} phrases without a mask has a box, but this teacher starts from boxes;"
+                " use grounded-sam or sam3, which start from phrases"
+            )
+        if state.is_main_process:
+            with new_folder(output_dir) as partial, quiet_datasets(datasets):
+                masked = datasets.DatasetDict()
+                for split, part in splits.items():
+                    # `datasets` would derive a fingerprint from paths and times; this one depends on the rows.
+                    masked[split] = replace_grounding(part, results[split], digest([split, settings]))
+                (masked if isinstance(dataset, datasets.DatasetDict) else masked[""]).save_to_disk(partial)
+                if attribution:
+                    (partial / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+            shutil.rmtree(work)
     state.wait_for_everyone()
     return datasets.load_from_disk(output_dir), outcomes
+
+
+@contextlib.contextmanager
+def _begin(work: Path, settings: Mapping[str, Any], output_dir: Path) -> Iterator[None]:
+    """Keeps the settings of the work, or compares them, and names this process there; a failure without results leaves nothing.
+
+    Raises:
+        FileExistsError: if the work is not of these settings, or `output_dir` cannot become the result.
+    """
+    check_new_folder(output_dir)
+    if work.is_dir() and any(work.iterdir()) and not (work / "settings.json").is_file():
+        raise FileExistsError(
+            f"{work} holds something that no teacher wrote: choose another output folder or delete it"
+        )
+    resume_or_refuse(work / "settings.json", settings)
+    with claim(work):
+        try:
+            yield
+        except BaseException:
+            if not any(work.glob("**/*.arrow")):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def replace_grounding(part: Dataset, results: Sequence[Dataset], fingerprint: str) -> Dataset:

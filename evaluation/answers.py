@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import Progress
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
+from ..files import name_full_disk, new_file
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -315,7 +316,7 @@ def answer(
             answers |= {question.key: found for question, found in zip(batch, given, strict=True)}
             if file is not None:
                 entries = [{"key": q.key, "question": q.text, **found} for q, found in zip(batch, given, strict=True)]
-                with open(file, "a", encoding="utf-8", newline="\n") as output:
+                with name_full_disk(file), open(file, "a", encoding="utf-8", newline="\n") as output:
                     output.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
             bar.advance(task, len(batch))
     return {question.key: answers[question.key] for question in questions}
@@ -327,8 +328,8 @@ def _kept_answers(file: Path, header: dict[str, Any]) -> dict[str, dict[str, Any
     written = file.read_bytes() if file.exists() else b""
     whole = written[: written.rfind(b"\n") + 1]
     if not whole and first_line.encode().startswith(written):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(first_line, encoding="utf-8", newline="\n")
+        with new_file(file) as partial:
+            partial.write_text(first_line, encoding="utf-8", newline="\n")
         return {}
 
     lines = whole.split(b"\n")[:-1]

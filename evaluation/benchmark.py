@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..files import check_new_folder
+from ..files import check_new_folder, update_folder
 from .answers import Inspect, Question, answer, load_model
 from .cv_bench import CvBench
 from .pope import Pope
@@ -97,20 +97,19 @@ class Evaluation:
         return Group(Text(self.title), *map(rich_table, self.tables))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `results.json` (settings, versions, scores) and `report.md` (the tables) to a folder that exists."""
+        """Write `results.json` (settings, versions, scores) and `report.md` (the tables) to a folder."""
         import transformers
 
         from .. import __version__
 
-        folder = Path(folder)
         versions = {"agevlm": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
         results = {"settings": self.settings, "versions": versions, "scores": self.scores}
         facts = [f"- {name}: {value}" for name, value in self.settings.items() if value not in (None, "")]
         report = "\n\n".join([f"# {self.title}", "\n".join(facts), *map(markdown_table, self.tables)])
-        (folder / "results.json").write_text(
-            json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        (folder / "report.md").write_text(report + "\n", encoding="utf-8")
+        with update_folder(folder) as partial:
+            text = json.dumps(results, indent=1, ensure_ascii=False)
+            (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+            (partial / "report.md").write_text(report + "\n", encoding="utf-8")
 
 
 def evaluate(

@@ -60,6 +60,12 @@ SCENES = ["--validation", "1", "--image-size", "256", "--max-objects", "6", "--s
 STATES = {"shipped weights": "checkpoint", "your run": "own_run"}
 """The models of the report, and the folders that they are in."""
 
+OUTPUTS = (
+    *("assets", "held_out_scenes", "scenes", "checkpoint", "untrained", "own_run", "examination", "questions"),
+    *("example.png", "report.html"),
+)
+"""All that a demo writes into its folder."""
+
 
 def run(*command: str | Path) -> None:
     """Prints a command and runs it; a failure ends the demo.
@@ -258,7 +264,7 @@ scenes; for pointing, the object's share of the image / pointing at any object.<
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask and train a small AGE-VLM made from real parts.")
-    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="replaced if it exists")
+    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="a former demo there is replaced")
     parser.add_argument("--steps", type=int, default=100, help="of all stages of your run; 0 for none")
     parser.add_argument("--scenes", type=int, default=1000, help="scenes to train on")
     parser.add_argument("--test-scenes", type=int, default=100, help="held-out scenes")
@@ -282,7 +288,11 @@ def main() -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / ".agevlm-demo").is_file():
             raise SystemExit(f"{out} holds something that no demo wrote: choose another --output-dir.")
-        shutil.rmtree(out)
+        for name in OUTPUTS:  # and nothing that someone else has put there
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / ".agevlm-demo").touch()
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import shlex
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from agevlm.evaluation.benchmark import markdown_table, rich_table
 from agevlm.evaluation.scenes import YES_NO_KINDS
-from agevlm.files import new_folder
+from agevlm.files import update_folder
 from agevlm.plots import choose_colors, draw_bars, draw_training
 
 # By variant the results of its seeds.
@@ -268,11 +267,10 @@ def write_report(
     claims: Sequence[Claim] = (),
     notes: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Writes `report.md`, its figures, and `results.json` (all results without their logs) as one folder, in place of a former
-    report there.
+    """Writes `report.md`, its figures, and `results.json` (all results without their logs) in place of a former report.
 
     Args:
-        folder: of the report; it appears whole.
+        folder: of the report, which appears whole. Other files in it stay.
         topics: names of variants that are shown together, by heading; all together by default.
         reference: the variant that figures show as a line; it comes first in each topic's tables.
         claims: of [`check_claims`].
@@ -314,9 +312,7 @@ def write_report(
         lines.extend(["", f"![{name.replace('_', ' ')}]({name}.png)"])
         return partial / f"{name}.png"
 
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    with new_folder(new) as partial:
+    with update_folder(folder) as partial:
         for topic, found in chosen.items():
             first, *others = next(iter(found.values()))[0]["scores"]
             lines += ["", f"## {topic or 'Scores'}".replace("_", " ")]
@@ -352,8 +348,6 @@ def write_report(
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (partial / "results.json").write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
     return Group(*tables)
 
 

@@ -33,6 +33,7 @@ from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
 from agevlm.build import fresh_modules
 from agevlm.data import DataPart, compute_features
 from agevlm.evaluation import evaluate_scenes, measure_similarity
+from agevlm.files import new_file
 from agevlm.resume import digest, fingerprint, refuse_changes, resume_or_refuse
 from agevlm.trainer import AgeVlmTrainer, Recipe, load_recipe
 from agevlm.trainer.parser import parse, read_yaml
@@ -311,10 +312,10 @@ def run(variant: Variant, name: str, seed: int, laboratory: Laboratory) -> dict[
         },
     }
     weights = {key: p.detach().to("cpu", torch.bfloat16) for key, p in model.named_parameters() if p.requires_grad}
-    save_file({key: weight.contiguous() for key, weight in weights.items()}, folder / "trained.safetensors")
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / "result.json")
+    with new_file(folder / "trained.safetensors") as partial:
+        save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
+    with new_file(folder / "result.json") as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(training)  # the whole model after each stage
     return result
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from agevlm import AgeVlmForConditionalGeneration
+from agevlm.files import new_file
 from agevlm.trainer.stages import group_parameters
 
 # What the paper's stages train; all else is as it came from the packages.
@@ -38,10 +39,8 @@ def save_trained(model: AgeVlmForConditionalGeneration, file: Path, metadata: Ma
     tensors = {
         name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in trained_parameters(model).items()
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
-    save_file(tensors, partial, dict(metadata))
-    partial.replace(file)
+    with new_file(file) as partial:
+        save_file(tensors, partial, dict(metadata))
 
 
 def main() -> None:

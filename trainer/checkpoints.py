@@ -3,30 +3,50 @@
 
 import contextlib
 import os
-import shutil
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
 from .stages import AnyTrainer
 
-UNFINISHED = ".unfinished"
-"""Folder in which a checkpoint or a model is written until it is whole."""
+
+@contextlib.contextmanager
+def _saving(trainer: Any, what: str) -> Iterator[str]:
+    """A token that all processes share, for the hidden folder in which they save something.
+
+    Raises:
+        OSError: if it cannot be saved.
+    """
+    if trainer.args.should_save:
+        os.makedirs(trainer.args.output_dir, exist_ok=True)
+    tokens = [secrets.token_hex(4)]
+    broadcast_object_list(tokens)
+    try:
+        yield tokens[0]
+    except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk each writer raises its own
+        raise OSError(
+            f"Could not save {what}: {error}. Earlier checkpoints are as they were: make room, and resume from the last."
+        ) from error
+    trainer.accelerator.wait_for_everyone()
 
 
 class CheckpointsMixin(AnyTrainer):
-    """Checkpoints that appear when they are whole, for any trainer: until then they are in a folder `.unfinished`."""
+    """Checkpoints that appear when they are whole, for any trainer: until then they are in a hidden folder."""
 
-    _saving = False
+    _unfinished: str | None = None
 
     def _get_output_dir(self, trial=None) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._saving else folder
+        return self._unfinished or super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # FSDP2 gives the model a class from a module of PyTorch, whose code would be saved as the model's.
@@ -34,38 +54,38 @@ class CheckpointsMixin(AnyTrainer):
             original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
             type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__
         super()._save(output_dir, state_dict)
+        for file in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
+            set_ordinary_permissions(file)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # uploads go on in the background: not from a folder that is about to be renamed
+        if self._unfinished is None:  # uploads go on in the background: not from a folder that is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""
         folder = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished, whole = os.path.join(folder, UNFINISHED), os.path.join(folder, name)
+        whole = os.path.join(folder, name)
+        with _saving(self, whole) as token, contextlib.ExitStack() as stack:
+            unfinished = os.path.join(folder, f"{UNFINISHED}-{token}")
+            if self.args.should_save:
+                os.makedirs(folder, exist_ok=True)
+                stack.enter_context(unfinished_folder(folder, token))
+            self._unfinished = unfinished
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint and UNFINISHED in self.state.best_model_checkpoint:
+                    self.state.best_model_checkpoint = whole
+                    self.state.save_to_json(os.path.join(unfinished, name, TRAINER_STATE_NAME))
+                set_ordinary_permissions(Path(unfinished, name))
+                if os.path.isdir(whole):  # of an earlier run in the same folder
+                    os.replace(whole, os.path.join(unfinished, "former"))
+                os.replace(os.path.join(unfinished, name), whole)
         if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk each writer raises its own
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(
-                f"Could not save {whole}: {error}. Earlier checkpoints are as they were: make room, and resume from the last."
-            ) from error
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_model_checkpoint and UNFINISHED in self.state.best_model_checkpoint:
-                self.state.best_model_checkpoint = whole
-                self.state.save_to_json(os.path.join(unfinished, name, TRAINER_STATE_NAME))
-            shutil.rmtree(whole, ignore_errors=True)  # of an earlier run in the same folder
-            os.replace(os.path.join(unfinished, name), whole)
-            with contextlib.suppress(OSError):
-                os.rmdir(unfinished)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(whole)
             rotate_checkpoints(
@@ -78,19 +98,19 @@ class CheckpointsMixin(AnyTrainer):
 
 
 def save_model(trainer: Trainer) -> None:
-    """Saves a trainer's model aside and moves its files to their place when they are whole, `config.json` last."""
-    folder = Path(trainer.args.output_dir)
-    partial = folder / UNFINISHED
-    if trainer.args.should_save:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
-        partial.rmdir()
-    trainer.accelerator.wait_for_everyone()
+    """Saves a trainer's model aside and moves its files to their place when they are whole, `config.json` last.
+
+    Raises:
+        OSError: if it cannot be saved.
+    """
+    folder = Path(trainer.args.output_dir).absolute()
+    with _saving(trainer, f"the model in {folder}") as token, contextlib.ExitStack() as stack:
+        if trainer.args.should_save:
+            stack.enter_context(update_folder(folder, token))
+        trainer.save_model(str(folder / f"{UNFINISHED}-{token}" / folder.name), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def has_model(folder: Path) -> bool:

@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
+from ..files import update_folder
 from ..plots import CURVES, draw_training
 from ..resume import resume_or_refuse
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -540,10 +541,11 @@ def _report_all(recipe: Recipe, folders: Iterable[Path]) -> None:
 
 def _write(folder: Path, recipe: dict, metrics: dict, history: list[dict], stage_ends: Iterable[int] = ()) -> None:
     record = {"recipe": recipe, "metrics": metrics, "log_history": history}
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    try:
-        draw_training(history, folder / "training.png", stage_ends=list(stage_ends))
-    except ImportError:
-        from rich.console import Console
+    with update_folder(folder) as partial:
+        (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        try:
+            draw_training(history, partial / "training.png", stage_ends=list(stage_ends))
+        except ImportError:
+            from rich.console import Console
 
-        Console().print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")
+            Console().print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")

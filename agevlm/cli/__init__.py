@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, `agevlm`. Each command calls one public function; each module has a group of commands."""
 
+import signal
 import sys
 from typing import Annotated
 
@@ -59,6 +60,8 @@ def main() -> None:
     """Entry point: a user's mistake ends in a message and exit code 2, never in a traceback."""
     from huggingface_hub.errors import StrictDataclassError
 
+    # What schedulers send: an exception, so that unfinished work is removed on the way out. 128 + 15 is what shells say of it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:

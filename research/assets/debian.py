@@ -16,14 +16,13 @@ import io
 import shutil
 import struct
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from agevlm.files import new_folder
+from agevlm.files import new_folder, unfinished_folder
 
 PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data")
 
@@ -431,8 +430,7 @@ def fetch(output_dir: Path, packages: Path | None = None) -> Path:
     if cutouts.is_dir() and backgrounds.is_dir():
         return output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir) as temporary:
-        work = Path(temporary)
+    with unfinished_folder(output_dir) as work:
         if packages is None:
             if shutil.which("apt-get") is None:
                 raise FileNotFoundError(

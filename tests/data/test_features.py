@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_goes_on(rows, pictures, tmp_path):
     whole = compute_features(frozen(), tiny_processor(), [rows], tmp_path / "whole", **arguments)
     assert torch.equal(store(pictures).last_hidden_state, whole(pictures).last_hidden_state)
     assert headers(store.folder) == headers(whole.folder)
-    assert not list(store.folder.glob(".unfinished"))
+    assert not list(store.folder.glob(".unfinished*"))
 
 
 # ---------------------------------------------------------------------------------------- in training

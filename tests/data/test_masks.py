@@ -80,7 +80,7 @@ def test_missing_masks_are_added_and_rows_do_not_change(tmp_path):
     ]
     found = [[entry["mask"] is not None for entry in entries] for entries in grounding]
     assert found == [[True, True, True], [False, True], [False, False, False], []]
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     again, outcomes = add_masks(output, BoxTeacher(), tmp_path / "again", progress=False)
     assert outcomes == {"kept": 4, "masked": 1, "rejected": 2, "skipped": 1}
@@ -189,7 +189,7 @@ def test_work_of_other_settings_is_not_resumed(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         add_masks(dataset, Stops(), tmp_path / "out", save_every=1, progress=False)
-    assert len(list((tmp_path / "out.partial").glob("0*.arrow"))) == 2
+    assert len(list((tmp_path / ".out.unfinished").glob("0*.arrow"))) == 2
     other = BoxTeacher()
     other.settings = {"teacher": "box", "weights": "other"}
     changed = make_dataset([*rows[:3], make_row(photograph(9, (40, 30)), ("0.5", [0, 0, 10, 10], None))])
@@ -265,7 +265,7 @@ def uninterrupted(saved, checkpoint, tmp_path_factory):
 
 def test_a_killed_run_is_resumed(command, uninterrupted, tmp_path):
     arguments, log = command
-    out, work = tmp_path / "out", tmp_path / "out.partial"
+    out, work = tmp_path / "out", tmp_path / ".out.unfinished"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *arguments, str(out)], env=environment | {"DELAY": "0.4"}, stdout=subprocess.DEVNULL

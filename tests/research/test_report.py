@@ -197,7 +197,7 @@ def test_the_report_is_whole_and_replaces_a_former_one(results, tmp_path, monkey
     console.print(tables)
     assert "0.840 ± 0.020" in console.export_text()
 
-    (folder / "old.png").touch()
+    (folder / "notes.txt").write_text("of the user")
     monkeypatch.setattr("research.report.draw_scores", lambda *args: None)
     monkeypatch.setattr("research.report.draw_curves", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -205,7 +205,7 @@ def test_the_report_is_whole_and_replaces_a_former_one(results, tmp_path, monkey
     assert (folder / "report.md").read_text() == text  # the former one, while the new one is not whole
     monkeypatch.setattr("research.report.draw_curves", lambda *args: None)
     write_report(results, folder, **arguments)
-    assert not (folder / "old.png").exists()
+    assert (folder / "notes.txt").read_text() == "of the user"
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
