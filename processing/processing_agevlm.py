@@ -250,6 +250,13 @@ class AgeVlmProcessor(ProcessorMixin):
             queries &= torch.as_tensor(attention_mask, device=offsets.device).bool()[:, None]
         return queries
 
+    # Without this override settings that are set on a tokenizer are lost on disk, such as the side of padding: it saves those that
+    # it was made with. It can go when Transformers saves the others too.
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        for name in ("padding_side", "truncation_side", "split_special_tokens"):
+            self.tokenizer.init_kwargs[name] = getattr(self.tokenizer, name)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @property
     def unused_input_names(self) -> list[str]:
         """Outputs of generic tokenizers that the model does not accept."""
