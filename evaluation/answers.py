@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    LogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from ..files import name_full_disk, new_file
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
@@ -26,6 +33,8 @@ from ..resume import FIX, digest, fingerprint, refuse_changes
 
 # Greedy decoding, whatever the checkpoint's own generation settings are.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+# Transformers would hide the outputs of diverged models.
+KEEP_INVALID = {"remove_invalid_values": False}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -220,14 +229,72 @@ def _features(
     )
 
 
+class FiniteLogits(LogitsProcessor):
+    """Remembers which rows of a generation had only finite logits, as bool `(rows,)` in `rows`. It changes none.
+
+    The flag stays on the model's device, so that no step waits for the GPU. Logits that another processor has set to minus
+    infinity do not count.
+    """
+
+    rows: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        finite = scores.amax(-1).isfinite()  # NaN is the largest
+        self.rows = finite if self.rows is None else self.rows & finite
+        return scores
+
+
+def check_finite(model: PreTrainedModel, finite: torch.Tensor | None, asked: Sequence[str]) -> None:
+    """
+    Args:
+        finite: bool `(len(asked), ...)`, whether the model's outputs for each are finite numbers.
+        asked: what was asked, for the message.
+
+    Raises:
+        ValueError: if some are not; names the model, what was asked, and the first damaged weight if there is one.
+    """
+    if finite is None or finite.all():
+        return
+    place = asked[int((~finite.reshape(len(asked), -1).all(-1)).nonzero()[0])]
+    name = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if name is None:
+        reason = (
+            f"Its weights are finite, and too large for {model.dtype}: choose a wider dtype or another checkpoint."
+        )
+    else:
+        reason = f"Its weights have diverged, {name} is not finite: choose an earlier checkpoint."
+    raise ValueError(
+        f"{model.name_or_path or type(model).__name__} computes numbers that are not finite (NaN or infinity) for {place}, "
+        f"so nothing that it says can be scored or shown. {reason}"
+    )
+
+
 @torch.no_grad()
 def generate_greedily(
-    model: PreTrainedModel, processor: ProcessorMixin, inputs: Mapping[str, Any], max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    asked: Sequence[str],
 ) -> torch.Tensor:
-    """The tokens `(B, T)` that the model writes after its inputs."""
+    """The tokens `(B, T)` that the model writes after its inputs.
+
+    Args:
+        asked: what each row asks, for the message.
+
+    Raises:
+        ValueError: if a logit is not finite ([`check_finite`]).
+    """
+    finite = FiniteLogits()
     tokens = model.generate(
-        **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id
+        **inputs,
+        **GREEDY,
+        **KEEP_INVALID,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        logits_processor=[finite],
     )
+    check_finite(model, finite.rows, asked)
     return tokens[:, inputs["input_ids"].shape[1] :]
 
 
@@ -246,7 +313,8 @@ def answer_batch(
     images = [question.open_image() for question in questions]
     prompts = [render_question(processor, question.text) for question in questions]
     batch = read_batch(model, processor, prompts, images)
-    tokens = generate_greedily(model, processor, batch.inputs, max_new_tokens)
+    asked = [f"question {question.key} ({question.text!r})" for question in questions]
+    tokens = generate_greedily(model, processor, batch.inputs, max_new_tokens, asked)
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     more = inspect(model, processor, questions, batch) if inspect is not None else [{}] * len(texts)
     return [{"answer": text.strip(), **found} for text, found in zip(texts, more, strict=True)]
@@ -288,8 +356,8 @@ def answer(
 
     Raises:
         FileExistsError: if `file` has answers of other settings.
-        ValueError: if `file` has other content; if two questions have the same key; if an image cannot be read; or if the
-            processor has no chat template.
+        ValueError: if `file` has other content; if two questions have the same key; if an image cannot be read; if the
+            processor has no chat template; or if the model's logits are not finite.
     """
     questions = list(questions)
     _check_processor(processor, type(processor).__name__)

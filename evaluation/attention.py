@@ -18,7 +18,7 @@ from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
 from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .answers import generate_greedily, read_batch, render_question
+from .answers import check_finite, generate_greedily, read_batch, render_question
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -199,15 +199,17 @@ def attend(
         max_new_tokens: longest answer of the model, in tokens.
 
     Raises:
-        ValueError: if the model has no cross-attention, a phrase does not occur or has no token, or there are no phrases.
+        ValueError: if the model has no cross-attention, a phrase does not occur or has no token, there are no phrases, or
+            the model's outputs are not finite.
     """
     check_cross_attention(model.config, type(model).__name__)
     image, tokenizer = to_rgb(image), processor.tokenizer
     prompt = render_question(processor, question)
     batch = read_batch(model, processor, [prompt], [image])
     assert batch.offsets is not None
+    asked = [f"the question {question!r}"]
     if answer is None:
-        written = generate_greedily(model, processor, batch.inputs, max_new_tokens)
+        written = generate_greedily(model, processor, batch.inputs, max_new_tokens, asked)
         answer, answer_offsets = decode_with_offsets(tokenizer, written[0].tolist())
     else:
         encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
@@ -235,6 +237,7 @@ def attend(
         map_queries=map_queries.to(model.device),
         use_cache=False,
     )
+    check_finite(model, outputs.last_hidden_state.isfinite(), asked)
     placed = (batch.grid, processor.image_processor, image.size)
     return Attention(
         image=image,

@@ -135,3 +135,31 @@ def check_chosen(chosen: Sequence[str] | None, known: Iterable[str], what: str) 
     known = list(dict.fromkeys(known))
     if unknown := [name for name in chosen or () if name not in known]:
         raise ValueError(f"there is no {what} '{unknown[0]}' in the data; there are: {', '.join(known)}")
+
+
+def lenient_table(what: str, scores: Mapping[str, Mapping[str, Any]], unread: str) -> list[list[str]]:
+    """The accuracy by a lenient rule beside the score by the authors' own, and how many answers only it reads.
+
+    Args:
+        what: the header of the rows' names.
+        scores: by name; their `accuracy` is the score.
+        unread: how the scores call the number of answers that the authors' rule does not read.
+    """
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
+    header = [what, "score", "by the lenient rule", "read by neither rule", "read by the lenient rule alone"]
+    return [
+        header,
+        *(
+            [
+                name,
+                share(row["accuracy"]),
+                share(row["lenient_accuracy"]),
+                str(row["lenient_unanswered"]),
+                f"{row['lenient_only']} of {row[unread]}",
+            ]
+            for name, row in scores.items()
+        ),
+    ]

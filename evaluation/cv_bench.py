@@ -15,7 +15,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .answers import Question
-from .benchmark_data import check_chosen, check_texts, data_settings, first_of_each, image_file, read_lines, read_table
+from .benchmark_data import (
+    check_chosen,
+    check_texts,
+    data_settings,
+    first_of_each,
+    image_file,
+    lenient_table,
+    read_lines,
+    read_table,
+)
 
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 TASKS = ("Count", "Relation", "Depth", "Distance")
@@ -57,6 +66,42 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
     if len(found) == 1:
         return found.pop()
     return "A" if not found and re.match(r"A\b", text) else None
+
+
+# A letter that is named as one or stands in marks, and capitals that stand alone; "A" may be the article, "I" is a word.
+_END = r"(?![\w'’])"
+_NAMED_LETTER = re.compile(
+    rf"\b(?i:option|choice|letter)s?\b[\W_]*([A-Za-z]){_END}"
+    rf"|\b(?i:answer)\s*(?:is|[:=>-])[\W_]*(?:([A-Z]){_END}|([a-z])(?=\s*(?:[^\w\s]|$)))"
+    r"|[(\[{<*_\"'`“‘]([A-Za-z])[)\]}>*_\"'`”’]"
+    rf"|(?<![\w'’])([B-HJ-Z]){_END}"
+    r"|(?<![\w'’])(A)(?=\s*(?:[^\w\s]|$)|\s+(?:or|and|is)\b)"
+)
+_NOT_THIS_LETTER = re.compile(rf"(?:\b(?:not|nor|neither)|n['’]t)\W+(?:\w+\W+)?[A-Za-z]{_END}", re.IGNORECASE)
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+_LETTER = rf"[(\[*_\"'`]*([A-Za-z]){_END}[)\]*_\"'`]*"
+_ALTERNATIVES = re.compile(
+    rf"(?<![\w'’]){_LETTER}\s*(?:,?\s*(?:or|and)\s+|[/&]\s*|,\s*(?=(?:\W*(?:or|and|[A-Za-z])(?!\w))+\W*$))"
+    rf"(?:(?:the\s+)?(?:option|choice|letter)\s+)?{_LETTER}"
+)
+
+
+def read_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that an answer names as a reader would take it, or None.
+
+    What [`parse_choice`] reads is read alike, unless the answer names another letter as an alternative to it (`A or B`),
+    which is None. Of other answers it is the only letter that they name: `Option B`, `The answer is option B.`,
+    `Answer : B`, `<answer>B</answer>`, `**B**`, `I choose B`.
+    """
+    letters, found = set(_LETTERS[: len(choices)]), parse_choice(answer, choices)
+    if found is None and (tagged := _TAGGED.findall(answer)):
+        return read_choice(tagged[-1], choices)
+    if found is None:
+        groups = _NAMED_LETTER.findall(_NOT_THIS_LETTER.sub(" ", answer))
+        named = {"".join(group).upper() for group in groups} & letters
+        found = named.pop() if len(named) == 1 else None
+    alternatives = ({letter.upper() for letter in pair} & letters for pair in _ALTERNATIVES.findall(answer))
+    return None if any(found in pair and len(pair) > 1 for pair in alternatives) else found
 
 
 def _check_row(row: Mapping[str, Any]) -> None:
@@ -159,21 +204,30 @@ class CvBench:
         Returns:
             Rows of `accuracy` (from 0 to 1), `questions` and `unparsed`, the answers without a choice in them, which are
             wrong: of each source, and each task that was asked. `2D` is the mean of ADE20K and COCO, `3D` is Omni3D, and
-            `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked.
+            `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked. By the lenient rule,
+            [`read_choice`]: `lenient_accuracy`; `lenient_unanswered`, the answers that it does not read, which are wrong;
+            `lenient_only`, how many of the answers that are `unparsed` it reads.
         """
-        given = {
-            question.key: parse_choice(answers[question.key]["answer"], question.choices) for question in questions
-        }
+        texts = {question.key: (answers[question.key]["answer"], question.choices) for question in questions}
+        given = {key: parse_choice(*text) for key, text in texts.items()}
+        read = {key: read_choice(*text) for key, text in texts.items()}
 
         def row(asked: list[Question], *parts: dict[str, Any]) -> dict[str, Any]:
-            accuracies = [part["accuracy"] for part in parts]
-            if not parts and asked:
-                accuracies = [sum(given[question.key] == question.expected for question in asked) / len(asked)]
-            whole = bool(accuracies) and None not in accuracies
+            def accuracy(name: str, chosen: dict[str, str | None]) -> float | None:
+                accuracies = [part[name] for part in parts]
+                if not parts and asked:
+                    accuracies = [sum(chosen[question.key] == question.expected for question in asked) / len(asked)]
+                whole = bool(accuracies) and None not in accuracies
+                return sum(accuracies) / len(accuracies) if whole else None
+
+            unread = [question.key for question in asked if given[question.key] is None]
             return {
-                "accuracy": sum(accuracies) / len(accuracies) if whole else None,
+                "accuracy": accuracy("accuracy", given),
                 "questions": len(asked),
-                "unparsed": sum(given[question.key] is None for question in asked),
+                "unparsed": len(unread),
+                "lenient_accuracy": accuracy("lenient_accuracy", read),
+                "lenient_unanswered": sum(read[question.key] is None for question in asked),
+                "lenient_only": sum(read[key] is not None for key in unread),
             }
 
         by_source = {source: [q for q in questions if q.source == source] for source in SOURCES}
@@ -186,7 +240,7 @@ class CvBench:
         return scores | {task: row(asked) for task, asked in by_task.items() if asked}
 
     def tables(self, scores: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> list[list[list[str]]]:
-        """One table, a row for each part of the scores."""
+        """Two tables with a row for each part of the scores: by the score's rule, and by the lenient one."""
         rows = [
             [
                 name,
@@ -196,4 +250,4 @@ class CvBench:
             ]
             for name, row in scores.items()
         ]
-        return [[["", "questions", "accuracy", "unparsed"], *rows]]
+        return [[["", "questions", "accuracy", "unparsed"], *rows], lenient_table("", scores, "unparsed")]

@@ -100,7 +100,8 @@ class AgeVlmChat(lmms):
         Sampling is on if the task says `do_sample`, or says nothing but a temperature, and that is not 0.
 
         Raises:
-            ValueError: if a request shows anything but text and images, naming its task and document.
+            ValueError: if a request shows anything but text and images, or the model's logits are not finite; names its
+                task and document.
         """
 
         def answer(batch: list[Instance]) -> list[GenerationResult]:
@@ -197,11 +198,17 @@ class AgeVlmChat(lmms):
         )
 
     def _answer(self, batch: list[Instance], conversations: list[list[dict]], method: str) -> list[GenerationResult]:
+        from .answers import KEEP_INVALID, FiniteLogits, check_finite
+
         gen_kwargs = _generation_kwargs(batch[0])
         prompts, images = self._prompts(batch, conversations)
         inputs = self._inputs(prompts, images).to(self.device)
         pad = self.processor.tokenizer.pad_token_id
-        tokens = self.model.generate(**inputs, **_options(gen_kwargs), pad_token_id=pad)
+        finite = FiniteLogits()
+        tokens = self.model.generate(
+            **inputs, **_options(gen_kwargs), **KEEP_INVALID, pad_token_id=pad, logits_processor=[finite]
+        )
+        check_finite(self.model, finite.rows, _asked(batch))
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         until = gen_kwargs.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != "\n\n"]
@@ -249,6 +256,8 @@ class AgeVlmSimple(AgeVlmChat):
 
     @torch.no_grad()
     def _scores(self, batch: list[Instance]) -> list[tuple[float, bool]]:
+        from .answers import check_finite
+
         prompts, images = self._prompts(batch, [self._messages(request) for request in batch])
         continuations = []
         for request in batch:
@@ -268,6 +277,7 @@ class AgeVlmSimple(AgeVlmChat):
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         logits = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=last + 1).logits
         logits, targets, scored = logits[:, :-1].float(), inputs["input_ids"][:, -last:], scored[:, -last:]
+        check_finite(self.model, logits.amax(-1).isfinite() | ~scored, _asked(batch))
         losses = -logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
         greedy = ((logits.argmax(-1) == targets) | ~scored).all(-1)
         results = list(zip(losses.masked_fill(~scored, 0).sum(-1).tolist(), greedy.tolist(), strict=True))
@@ -279,6 +289,11 @@ class AgeVlmSimple(AgeVlmChat):
 def _generation_kwargs(request: Instance) -> dict[str, Any]:
     """The task's settings: the only dictionary among the arguments, in either interface."""
     return next(argument for argument in request.args if isinstance(argument, dict))
+
+
+def _asked(batch: list[Instance]) -> list[str]:
+    """What each request of a batch asks, for messages."""
+    return [f"document {request.doc_id} of task '{request.task_name}'" for request in batch]
 
 
 def _options(gen_kwargs: dict[str, Any]) -> dict[str, Any]:

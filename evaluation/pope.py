@@ -15,9 +15,28 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .answers import Question
-from .benchmark_data import check_chosen, check_texts, data_settings, first_of_each, image_file, read_lines, read_table
+from .benchmark_data import (
+    check_chosen,
+    check_texts,
+    data_settings,
+    first_of_each,
+    image_file,
+    lenient_table,
+    read_lines,
+    read_table,
+)
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+COUNTS = ("questions", "neither", "lenient_unanswered", "lenient_only")
+
+
+_NO_WORDS = {"No", "no", "not"}
+_YES_WORDS = {"Yes", "yes"}
+
+
+def _words(answer: str) -> set[str]:
+    """The words of an answer that count, as POPE's `evaluate.py` finds them."""
+    return set(answer.split(".")[0].replace(",", "").split(" "))
 
 
 def parse_yes_no(answer: str) -> str:
@@ -26,8 +45,47 @@ def parse_yes_no(answer: str) -> str:
     Only the words of the first sentence count, without its commas and split at spaces. With `No`, `no` or `not` among them
     the answer is `no`, and otherwise `yes`, whatever it says.
     """
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
+    return "no" if _NO_WORDS & _words(answer) else "yes"
+
+
+# Of sentences in lower case, with straight apostrophes.
+_LEAD = r"(?:the |my |final )*answer(?: is|:)|i(?: would|'d) say|well|sure|hmm+"
+_STARTS = re.compile(rf"\W*(?:(?:{_LEAD})\W+)*(?:(?P<yes>yes|yeah|yep|yup)|no|nope|nah)(?!\w|'\w)")
+_ALONE = re.compile(rf"{_STARTS.pattern}\s*(?:,|$)")
+_OR = r"\W*(?:\b(?:and|or)\b|[,/])\W*"
+_BOTH = re.compile(rf"\b(?:yes{_OR}no|no{_OR}yes)\b")
+_UNSURE = re.compile(
+    r"\b(?:not (?:\w+ )?(?:sure|certain|clear|possible|able)|unsure|uncertain|unclear|maybe|perhaps|possibly"
+    r"|impossible|(?:do not|don't) know|(?:cannot|can not|can't|could not|couldn't|hard to|difficult to|unable to) "
+    r"(?:\w+ )?(?:tell|say|determine|know|judge|decide|answer))\b"
+)
+_DENIES = re.compile(r"\b(?:no|not|nope|none|nothing|nobody|neither|never|without|cannot|absent)\b|n't\b")
+_AFFIRMS = re.compile(
+    r"\W*(?:(?:there|it|they|he|she|that|this)(?:'s| is| are| was| were)|i (?:can |do |also )?see|it does"
+    r"|they do|correct|true|indeed|absolutely|certainly|definitely|of course)\b"
+)
+
+
+def read_yes_no(answer: str) -> str | None:
+    """`yes`, `no` or None, as a reader would take the answer: whatever its case and its marks, and in words.
+
+    `NO`, `No!`, `(no)`, `There is none`, `I don't see a dog` are no, and `It is.` is yes. An answer that is unsure (`I
+    cannot tell`), that says both (`yes and no`), or that says nothing about it, is None. Where POPE's own words read the
+    first sentence, with `yes` or with `no` and `not` in it and not with both, this never reads the opposite.
+    """
+    sentences = [text for text in re.split(r"[.!?;\n]+", answer.lower().replace("’", "'")) if re.search(r"\w", text)]
+    if not sentences:
+        return None
+    first, words, start = sentences[0], _words(answer), _STARTS.match(sentences[0])
+    if _BOTH.search(first) or (_UNSURE.search(first) and not start):
+        return None
+    if bool(words & _YES_WORDS) != bool(words & _NO_WORDS):
+        return parse_yes_no(answer)
+    start = start or next(filter(None, map(_ALONE.match, sentences[1:])), None)
+    denies, says_yes = _DENIES.search(first), re.search(r"\byes\b", first)
+    if not _STARTS.match(first) and (denies or says_yes or _AFFIRMS.match(first)):
+        return None if denies and says_yes else "no" if denies else "yes"
+    return None if start is None else "yes" if start["yes"] else "no"
 
 
 def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -39,8 +97,12 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, fl
 
     Returns:
         `accuracy`, `precision`, `recall`, `f1` and `yes_ratio` (how often the answer is yes), all from 0 to 1; the number
-        of `questions`; `neither`, how many answers have none of the words yes, no and not in them, which count as yes.
-        Precision is 0 where nothing was answered with yes, recall where no label is yes, and F1 where both are 0.
+        of `questions`; `neither`, how many answers have none of the words yes, no and not among those that POPE's rules
+        read, so that they count as yes. Precision is 0 where nothing was answered with yes, recall where no label is yes,
+        and F1 where both are 0.
+
+        By the lenient rule, [`read_yes_no`]: `lenient_accuracy`; `lenient_unanswered`, the answers that it does not read
+        either, which are wrong; `lenient_only`, how many of the answers that are `neither` it reads.
 
     Raises:
         ValueError: if there are no answers, not as many as labels, or another label.
@@ -51,6 +113,8 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, fl
         raise ValueError(f"labels must be yes or no, got {sorted(wrong)[0]!r}")
     said = [parse_yes_no(answer) == "yes" for answer in answers]
     there = [label == "yes" for label in labels]
+    neither = [not _words(answer) & (_YES_WORDS | _NO_WORDS) for answer in answers]
+    read = [read_yes_no(answer) for answer in answers]
     hits = sum(a and b for a, b in zip(said, there, strict=True))
     # Every yes that is wrong and every yes that is missing counts against F1 = 2 TP / (2 TP + FP + FN).
     return {
@@ -60,7 +124,10 @@ def yes_no_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, fl
         "recall": hits / max(1, sum(there)),
         "f1": 2 * hits / max(1, sum(said) + sum(there)),
         "yes_ratio": sum(said) / len(answers),
-        "neither": sum(not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE) for answer in answers),
+        "neither": sum(neither),
+        "lenient_accuracy": sum(a == b for a, b in zip(read, labels, strict=True)) / len(answers),
+        "lenient_unanswered": read.count(None),
+        "lenient_only": sum(a and b is not None for a, b in zip(neither, read, strict=True)),
     }
 
 
@@ -158,15 +225,16 @@ class Pope:
         for category in dict.fromkeys(question.kind for question in questions):
             asked = [question for question in questions if question.kind == category]
             scores[category] = yes_no_scores([answers[q.key]["answer"] for q in asked], [q.expected for q in asked])
-        mean = {metric: sum(row[metric] for row in scores.values()) / len(scores) for metric in METRICS}
-        counts = {name: sum(row[name] for row in scores.values()) for name in ("questions", "neither")}
+        means = (*METRICS, "lenient_accuracy")
+        mean = {metric: sum(row[metric] for row in scores.values()) / len(scores) for metric in means}
+        counts = {name: sum(row[name] for row in scores.values()) for name in COUNTS}
         return {**scores, "mean": {**mean, **counts}}
 
     def tables(self, scores: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> list[list[list[str]]]:
-        """One table, a row for each category and one for the mean."""
+        """Two tables with a row for each category and one for the mean: by the authors' rule, and by the lenient one."""
         header = ["category", "questions", "accuracy", "precision", "recall", "F1", "yes ratio", "neither"]
         rows = [
             [name, str(row["questions"]), *(f"{row[metric]:.4f}" for metric in METRICS), str(row["neither"])]
             for name, row in scores.items()
         ]
-        return [[header, *rows]]
+        return [[header, *rows], lenient_table("category", scores, "neither")]

@@ -21,7 +21,7 @@ from ..data.readers import count_images
 from ..plots import HISTOGRAM_BINS
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.rows import mask_from_rle, message_text
-from .answers import adds_special_tokens, read_batch
+from .answers import adds_special_tokens, check_finite, read_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -174,7 +174,7 @@ def measure_similarity(
         progress: the label of the progress bar; None for none.
 
     Raises:
-        ValueError: if the model's decoder is of another form, or there are too few rows.
+        ValueError: if the model's decoder is of another form, there are too few rows, or hidden states are not finite.
     """
     pairs, load = text_pairs(dataset, limit)
     others = other_images(pairs, seed)
@@ -191,7 +191,10 @@ def measure_similarity(
                 read_batch(model, processor, shown, [load(image) for image in other]).inputs,
                 read_batch(model, processor, alone).inputs,
             )
-            for matching, random, without in zip(*(_states(model, batch, places) for batch in inputs), strict=True):
+            asked = [f"the question {pair.prompt!r}" for pair in chosen]
+            for matching, random, without in zip(
+                *(_states(model, batch, places, asked) for batch in inputs), strict=True
+            ):
                 compared = ((matching, without), (random, without), (matching, random))
                 found.append([float(nn.functional.cosine_similarity(a, b, dim=-1).mean()) for a, b in compared])
     return Similarity(*np.array(found).T)
@@ -222,7 +225,7 @@ def _places_from_end(processor: ProcessorMixin, rendered: str, text: str) -> lis
 
 
 def _states(
-    model: PreTrainedModel, inputs: Mapping[str, Any], places: Sequence[Sequence[int]]
+    model: PreTrainedModel, inputs: Mapping[str, Any], places: Sequence[Sequence[int]], asked: Sequence[str]
 ) -> Iterator[torch.Tensor]:
     """Hidden states `(tokens, D)` of each row at its places, float32, after the last self-attention layer."""
     layer = model.get_decoder().layers[-1]
@@ -238,5 +241,7 @@ def _states(
         model.base_model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    for row, chosen in zip(captured[0], places, strict=True):
-        yield row[list(chosen)].float().cpu()
+    states = [row[list(chosen)].float() for row, chosen in zip(captured[0], places, strict=True)]
+    check_finite(model, torch.stack([state.isfinite().all() for state in states]), asked)
+    for state in states:
+        yield state.cpu()

@@ -17,9 +17,11 @@ from evaluation_cases import (
     results,
     write_lines,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agevlm.evaluation import CvBench, Question
-from agevlm.evaluation.cv_bench import parse_choice
+from agevlm.evaluation.cv_bench import parse_choice, read_choice
 
 # --- rules and metrics ---
 
@@ -72,6 +74,56 @@ CHAIRS = ("red chair", "chair", "dining table", "table")
 )
 def test_choice(text, choices, expected):
     assert parse_choice(text, choices) == expected
+
+
+READ_LENIENTLY = {
+    "A": "Option A|The answer is option A.|Answer : A|<answer>A</answer>|(A)|A.|**A**|[A]|\\boxed{A}|red chair|Choice: a|"
+    "The correct choice is A|It must be (A), I think.|A, because B is further away|A chair and a table: A",
+    "B": "Option B|option b.|The answer is option B.|Answer : B|<answer>B</answer>|<answer>the chair</answer>|(B)|B.|**B**|"
+    "I choose B|I'd say B|Final answer → B|answer=b|B, since A and C are further|The letter is “B”|"
+    "The answer is (A)? No, the answer is B.",
+    None: "|A or B|A and B|A/B|A, B|A, B, or C|(A) or (B)|Either (A) or (B).|either A or B|Both A and B|Option A or option B|"
+    "<answer>A or B</answer>|neither A nor B|It is not B|It isn't B.|a or b|the answer is a bird|E|Option E|I do not know.|"
+    "A chair and a table|<answer></answer>|犬",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(text, letter) for letter, texts in READ_LENIENTLY.items() for text in texts.split("|")]
+)
+def test_choice_by_the_lenient_rule(text, expected):
+    assert read_choice(text, CHAIRS) == expected
+
+
+CHOICE_PARTS = ["A", "B", "a", "b", "E", "option", "Option", "answer is", "Answer :", "or", "and", "not", "red chair", "table",
+                "<answer>", "</answer>", "(", ")", "**", ".", ",", "/", "'", "\n", " "]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(st.text(max_size=60), st.lists(st.sampled_from(CHOICE_PARTS), max_size=9).map(" ".join)),
+    st.lists(st.text(min_size=1, max_size=6).filter(str.strip), min_size=1, max_size=5),
+)
+def test_any_text_has_a_choice_or_none_and_the_lenient_rule_finds_no_other(text, texts):
+    for choices in (CHAIRS, texts):
+        strict, lenient = parse_choice(text, choices), read_choice(text, choices)
+        assert lenient in (*"ABCDE"[: len(choices)], None)
+        assert strict is None or lenient in (strict, None)
+
+
+def test_the_scores_say_how_many_answers_only_the_lenient_rule_reads():
+    answers = {"B": True, "Option B": True, "A or B": False, "<answer>A</answer>": True, "hm": False}
+    questions = [cv_question("Count", "COCO", number, "B") for number in range(len(answers))]
+    scores = CvBench().score(questions, {q.key: {"answer": a} for q, a in zip(questions, answers, strict=True)})
+    assert scores["Count"] == {
+        "accuracy": 1 / 5,
+        "questions": 5,
+        "unparsed": 3,  # "A or B" is A
+        "lenient_accuracy": 2 / 5,
+        "lenient_unanswered": 2,
+        "lenient_only": 2,
+    }
+    assert scores["2D"]["lenient_accuracy"] is None  # ADE20K was not asked
 
 
 def cv_question(task, source, number, letter="A", choices=("one", "two")):
@@ -239,3 +291,11 @@ def test_cv_bench_command(monkeypatch, capsys, tmp_path, folders, cv_files, mode
     }
     assert cells(printed, "│") == expected
     assert cells((tmp_path / "out" / "report.md").read_text(), "|") == expected
+    give_answers(tmp_path / "out", given | {"Count/6": "A", "Depth/4": "Option A"})
+    code, printed = run(monkeypatch, capsys, "eval", *command)
+    assert code == 0, printed
+    for text in (printed.replace("│", "|"), (tmp_path / "out" / "report.md").read_text()):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        lenient = {row[0]: row[1:] for row in rows if len(row) == 5}
+        assert lenient["Depth"] == ["0.0000", "1.0000", "0", "1 of 1"]
+        assert lenient["overall"] == ["0.6250", "0.8750", "0", "1 of 1"]

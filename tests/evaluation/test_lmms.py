@@ -24,6 +24,7 @@ from tiny_models import open_gates, tiny_llama, tiny_vision
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
+from agevlm.evaluation.answers import FiniteLogits
 from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
@@ -450,8 +451,24 @@ def test_settings_that_are_not_of_generation_are_left_out(chat, monkeypatch):
     chat.generate_until([chat_request(0, **settings)])
     (given,) = seen
     options = {name: value for name, value in given.items() if isinstance(value, int | list | str)}
-    pad = chat.processor.tokenizer.pad_token_id
-    assert options == {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": pad}
+    pad, (check,) = chat.processor.tokenizer.pad_token_id, options.pop("logits_processor")
+    assert isinstance(check, FiniteLogits)
+    assert options == {
+        "max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": pad, "remove_invalid_values": False,
+    }  # fmt: skip
+
+
+def test_a_model_that_has_diverged_is_not_scored(chat, simple, monkeypatch):
+    choices = [choice_request(1, "dog"), choice_request(1, "a longer cat")]
+    for lm in (chat, simple):
+        (norm,) = lm.model.get_decoder().norm.parameters()
+        monkeypatch.setattr(norm, "data", torch.full_like(norm, torch.nan))
+    message = r"not finite .* document 1 of task 't'.* choose an earlier checkpoint"
+    for beams in (1, 3):
+        with pytest.raises(ValueError, match=message):
+            chat.generate_until([chat_request(1, max_new_tokens=2, num_beams=beams)])
+    with pytest.raises(ValueError, match=message):
+        simple.loglikelihood(choices)
 
 
 def test_beams(chat, parts):

@@ -21,11 +21,13 @@ from evaluation_cases import (
     results,
     write_lines,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, BinaryPrecision, BinaryRecall
 
 from agevlm.evaluation import CvBench, Pope, Question
-from agevlm.evaluation.pope import parse_yes_no, yes_no_scores
+from agevlm.evaluation.pope import parse_yes_no, read_yes_no, yes_no_scores
 
 # --- rules and metrics ---
 
@@ -56,6 +58,55 @@ def test_yes_or_no(text, expected):
     assert parse_yes_no(text) == expected
 
 
+READ_LENIENTLY = {
+    "yes": "Yes|YES|Yes!|(yes)|**Yes**|yeah|Sure, yes.|The answer is: yes|<answer>Yes</answer>|It is.|There is a dog.|"
+    "I can see a dog|Of course.|Let me look.\nYes, it is there.|Yes, there is a dog, but no cat.|Yes. I cannot tell its breed.|"
+    "There is one, yes!",
+    "no": "NO|No!|(no)|no|**No**|Answer: NO|<answer>no</answer>|Nope.|there is no dog|There is none|It isn't.|It isn’t.|"
+    "I don't see a dog|I do not see one.|Nothing is there|Not at all|Let me look. No.|No, I'm not sure there is one.|"
+    "There are none!|The answer is no",
+    None: "|...|yes and no|Yes or no?|yes/no|no, yes|I'm not sure.|Maybe.|I cannot tell|It is unclear whether it is a dog|"
+    "I don't know.|A dog|Yesterday|Nobel|The image shows a dog. No cat.|犬",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(text, verdict) for verdict, texts in READ_LENIENTLY.items() for text in texts.split("|")]
+)
+def test_yes_or_no_by_the_lenient_rule(text, expected):
+    assert read_yes_no(text) == expected
+
+
+def test_what_is_neither_is_what_the_parsers_own_words_do_not_read():
+    """Each of these counts as yes, because none of POPE's words is in it; all but the last are no to a reader."""
+    answers = ["NO", "No!", "(no)", "no?", "NOT", "Hm"]
+    scores = yes_no_scores(answers, ["no"] * len(answers))
+    assert (scores["yes_ratio"], scores["neither"]) == (1, 6)
+    assert (scores["accuracy"], scores["lenient_accuracy"]) == (0, 5 / 6)
+    assert (scores["lenient_only"], scores["lenient_unanswered"]) == (5, 1)
+
+
+YES_NO_PARTS = ["yes", "Yes", "YES", "no", "No", "NO", "not", "n't", "and", "or", "sure", "there is", "I see", "a dog", "maybe",
+                "answer:", " ", "  ", ".", ",", "!", "/", "\n", "(", "**", "’"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(YES_NO_PARTS), max_size=9).map(" ".join)))
+def test_any_text_has_a_verdict_that_contradicts_no_plain_one(text):
+    lenient = read_yes_no(text)
+    assert lenient in ("yes", "no", None)
+    words = text.split(".")[0].replace(",", "").split(" ")
+    says, denies = any(word in ("yes", "Yes") for word in words), any(word in ("no", "No", "not") for word in words)
+    if says != denies:  # POPE's words say one thing
+        assert lenient in (parse_yes_no(text), None)
+        assert yes_no_scores([text], ["yes"])["neither"] == 0
+    for label in ("yes", "no"):
+        scores = yes_no_scores([text], [label])
+        assert scores["neither"] == (not says and not denies)
+        assert scores["lenient_unanswered"] == (lenient is None)
+        assert scores["lenient_accuracy"] == (lenient == label)
+
+
 def test_yes_no_scores_worked_by_hand():
     # TP 3, FN 1, FP 2, TN 4: precision 3/5, recall 3/4, F1 2 * 0.6 * 0.75 / 1.35 = 2/3
     answers = ["Yes", "yes", "Yes, a dog.", "No", "It is.", "Yes", "No", "no", "There is not.", "No, none."]
@@ -68,7 +119,10 @@ def test_yes_no_scores_worked_by_hand():
             "recall": 0.75,
             "f1": 2 / 3,
             "yes_ratio": 0.5,
-            "neither": 1,  # "It is."
+            "neither": 1,  # "It is.", which is yes by the lenient rule too
+            "lenient_accuracy": 0.7,
+            "lenient_unanswered": 0,
+            "lenient_only": 1,
         }
     )
 
@@ -122,6 +176,7 @@ def test_pope_scores_are_means_of_the_categories():
     assert scores["random"] == yes_no_scores(["Yes", "No", "No", "Maybe"], ["yes", "no", "no", "yes"])
     assert scores["mean"] == {
         "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.75, "questions": 5, "neither": 1,
+        "lenient_accuracy": 0.375, "lenient_unanswered": 1, "lenient_only": 0,
     }  # fmt: skip
 
 
@@ -277,6 +332,20 @@ def test_pope_command(monkeypatch, capsys, tmp_path, folders, pope_files, model)
     assert cells(printed, "│") == expected
     report = (tmp_path / "out" / "report.md").read_text()
     assert cells(report, "|") == expected
+    # The same answers but one, which only the lenient rule reads as no.
+    give_answers(tmp_path / "out", given | {"adversarial/2": "NO!"})
+    code, printed = run(monkeypatch, capsys, "eval", *command)
+    assert code == 0, printed
+    for text in (printed.replace("│", "|"), (tmp_path / "out" / "report.md").read_text()):
+        lenient = {
+            row[0]: row[1:]
+            for line in text.splitlines()
+            if len(row := [c.strip() for c in line.split("|")[1:-1]]) == 5
+        }
+        assert lenient["adversarial"] == ["0.2500", "0.5000", "0", "1 of 1"]
+        assert lenient["mean"] == ["0.5000", "0.5833", "0", "1 of 1"]
+    give_answers(tmp_path / "out", given)
+    assert run(monkeypatch, capsys, "eval", *command)[0] == 0
     assert f"- model: {folders / model}" in report
     written = results(tmp_path / "out")
     assert written["scores"]["mean"]["f1"] == pytest.approx((2 / 3 + 2 / 3) / 3)
