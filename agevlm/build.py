@@ -31,6 +31,7 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 from transformers.utils import logging
 
 from .files import new_folder, resolve_package_file
+from .hub import loading
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
@@ -144,11 +145,14 @@ def _split_gguf(path: str) -> tuple[str, dict[str, Any]]:
 def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
     path, kwargs = _split_gguf(path)
     # Before the weights: a wrong architecture should not cost a download of them.
-    _check_llama(AutoConfig.from_pretrained(path, **kwargs))
+    with loading(path) as place:
+        config = AutoConfig.from_pretrained(place, **kwargs)
+    _check_llama(config)
     if kwargs:
         # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    with loading(path) as place:
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kwargs)
 
 
 def from_parts(
@@ -179,7 +183,8 @@ def from_parts(
         text_model = _load_llama(resolve_package_file(text_model), dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
-        vision_model = AutoModel.from_pretrained(vision_model, dtype=dtype)
+        with loading(vision_model) as place:
+            vision_model = AutoModel.from_pretrained(place, dtype=dtype)
 
     text_config = {k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")}
     for name in ("cross_attention_layers", "cross_attention_sink"):
@@ -288,7 +293,11 @@ def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None
 
 def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that the vision model was trained with; CLIP's where unknown."""
-    config = AutoConfig.from_pretrained(vision_model) if isinstance(vision_model, str) else vision_model.config
+    if isinstance(vision_model, str):
+        with loading(vision_model) as place:
+            config = AutoConfig.from_pretrained(place)
+    else:
+        config = vision_model.config
     if (pretrained_cfg := getattr(config, "pretrained_cfg", None)) and "mean" in pretrained_cfg:
         return pretrained_cfg["mean"], pretrained_cfg["std"]
     if isinstance(vision_model, str):
@@ -377,7 +386,8 @@ def build_checkpoint(
         tokenizer_path, gguf = _split_gguf(text_model)
         # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
         # where the tokenizer's own files do not name a side.
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, padding_side="left", **gguf)
+        with loading(tokenizer_path) as place:
+            tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", **gguf)
         image_token = find_image_token(tokenizer, image_token)
         mean, std = _image_statistics(vision_model)
         image_processor = AgeVlmImageProcessor(

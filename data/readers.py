@@ -7,12 +7,12 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import new_folder
+from ..hub import ask_hub, unreachable
 from ..processing.rows import import_datasets, place_images, quiet_datasets, row_features
 
 if TYPE_CHECKING:
@@ -109,10 +109,8 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
             loaded = datasets.Dataset.from_parquet(name)
         elif place.is_file():
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")
-        elif place.suffix not in (".json", ".jsonl", ".parquet") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            loaded = _from_hub(name)
         else:
-            raise FileNotFoundError(f"no such file or folder: {path}")
+            loaded = _from_hub(name)
     except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -136,13 +134,19 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
 
 
 def _from_hub(path: str, *args: Any, **options: Any) -> Any:
-    """The data set of a Hub id."""
+    """The data set of a Hub id, or the copy in the cache where the Hub does not answer."""
+    datasets = import_datasets()
+    error = ask_hub(path, "data set")
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        return import_datasets().load_dataset(path, *args, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"no such file or folder: {path}, and the Hub's data set of this name cannot be read: {error}"
-        ) from error
+        datasets.config.HF_HUB_OFFLINE = offline or error is not None  # else each file is asked for several times
+        return datasets.load_dataset(path, *args, **options)
+    except (FileNotFoundError, ConnectionError) as missing:
+        if error is not None:
+            raise unreachable(path, "data set", error) from missing
+        raise FileNotFoundError(f"The Hub's data set {path} cannot be read: {missing}") from missing
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, clip_boxes_to_image
 
+from ..hub import loading
 from ..resume import fingerprint
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 TEACHERS = ("sam", "sam3", "grounded-sam", "grabcut")
+
+SAM_WEIGHTS = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"
+"""Where the best of SAM's official checkpoints is (2.4 GB)."""
 
 # Prompts in a batch. Each of their masks is decoded at the size of its image, in float32.
 _PROMPT_BATCH = 16
@@ -90,7 +94,8 @@ def load_sam(checkpoint: str | os.PathLike) -> Sam:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         raise FileNotFoundError(
-            f"there is no SAM checkpoint {checkpoint}; name an official file, such as sam_vit_h_4b8939.pth"
+            f"there is no SAM checkpoint {checkpoint}: the mask teachers sam and grounded-sam need SAM's weights (--checkpoint), one of "
+            f"the official .pth files, such as {SAM_WEIGHTS}"
         )
     try:
         state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -221,11 +226,13 @@ class Sam3Teacher:
     ):
         from transformers import AutoConfig, Sam3Model, Sam3Processor
 
-        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        with loading(checkpoint) as place:
+            model_type = AutoConfig.from_pretrained(place).model_type
         if model_type not in ("sam3", "sam3_video"):  # the published checkpoint holds both
             raise ValueError(f"{checkpoint} is a {model_type}, not a sam3; name a checkpoint such as facebook/sam3")
-        self.model = Sam3Model.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        self.processor = Sam3Processor.from_pretrained(checkpoint)
+        with loading(checkpoint) as place:
+            self.model = Sam3Model.from_pretrained(place, dtype=dtype).to(device).eval()
+            self.processor = Sam3Processor.from_pretrained(place)
         self.threshold = threshold
 
     @functools.cached_property
@@ -305,12 +312,14 @@ class GroundedSamTeacher:
         from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
         types = ("grounding-dino", "mm-grounding-dino", "owlvit", "owlv2")
-        model_type = AutoConfig.from_pretrained(detector).model_type
+        with loading(detector) as place:
+            model_type = AutoConfig.from_pretrained(place).model_type
         if model_type not in types:
             raise ValueError(f"{detector} is a {model_type}, but the detector must be one of {', '.join(types)}")
         self.sam = sam
-        self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=dtype).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(detector)
+        with loading(detector) as place:
+            self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(place, dtype=dtype).to(device).eval()
+            self.processor = AutoProcessor.from_pretrained(place)
         # OWL's processor tokenizes each phrase by itself, so only full length gives all of them the same length.
         self._padding = "max_length" if model_type.startswith("owl") else "longest"
         self.threshold = threshold
@@ -491,7 +500,8 @@ def load_teacher(
     if name not in TEACHERS:
         raise ValueError(f"there is no mask teacher {name!r}; choose one of: {', '.join(TEACHERS)}")
     if checkpoint is None and name != "grabcut":
-        raise ValueError(f"{name} needs a checkpoint (--checkpoint); only grabcut has no weights")
+        needed = "facebook/sam3, or a folder with it" if name == "sam3" else f"SAM's .pth file, such as {SAM_WEIGHTS}"
+        raise ValueError(f"{name} needs a checkpoint (--checkpoint): {needed}; only grabcut has no weights")
     if checkpoint is not None and name == "grabcut":
         raise ValueError(f"grabcut has no weights and no checkpoint; remove {checkpoint}")
     if (detector is not None) != (name == "grounded-sam"):

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..files import name_full_disk, new_file
+from ..hub import loading
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -118,9 +119,11 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype not in DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-    processor = AutoProcessor.from_pretrained(name)
+    with loading(name) as place:
+        processor = AutoProcessor.from_pretrained(place)
     _check_processor(processor, str(name))
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    with loading(name) as place:
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
     return model.to(device).eval(), processor
 
 

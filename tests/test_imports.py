@@ -227,7 +227,7 @@ def test_import_agevlm_imports_no_torch():
 
 
 def test_the_command_line_starts_without_torch():
-    assert not loaded_modules("import agevlm.cli") & {"torch", "transformers", "datasets", "timm"}
+    assert not loaded_modules("import agevlm.cli.commands") & {"torch", "transformers", "datasets", "timm"}
 
 
 def test_reading_a_llava_file_imports_neither_scene_builder_nor_trainer(tmp_path):

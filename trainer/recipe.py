@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
+from ..hub import loading
 from ..plots import CURVES, draw_training
 from ..resume import resume_or_refuse
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -227,11 +228,10 @@ def check_model(model: str) -> None:
         "`agevlm build --text LLAMA --vision BACKBONE --out FOLDER` assembles one from a Llama and a vision backbone"
     )
     try:
-        config, _ = PreTrainedConfig.get_config_dict(model)
+        with loading(model) as place:
+            config, _ = PreTrainedConfig.get_config_dict(place)
     except OSError as error:
-        raise OSError(
-            f"There is no model {model}. {build}; the later stages start from the former's output. ({error})"
-        ) from error
+        raise OSError(f"{error} {build}; the later stages start from the former's output.") from error
     if (found := config.get("model_type")) != MODEL_TYPE:
         raise ValueError(f"{model} has the model_type '{found}', but '{MODEL_TYPE}' is what trains here. {build}.")
 
@@ -249,12 +249,15 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 
     check_model(recipe.model)
     recipe = replace(recipe, model_args=_resolve_model_args(recipe))
-    return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), AutoProcessor.from_pretrained(recipe.model)
+    with loading(recipe.model) as place:
+        processor = AutoProcessor.from_pretrained(place)
+    return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), processor
 
 
 def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe: Recipe) -> PreTrainedModel:
     given = {name: value for name, value in dataclasses.asdict(recipe.model_args).items() if value is not None}
-    return model_class.from_pretrained(source, **given)
+    with loading(source) as place:
+        return model_class.from_pretrained(place, **given)
 
 
 def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:
@@ -268,7 +271,8 @@ def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) ->
         dtype: Any = str(model.dtype)
         given = replace(given, attn_implementation=model.config._attn_implementation)
     elif given.dtype == "auto":
-        dtype = PreTrainedConfig.get_config_dict(recipe.model)[0].get("dtype") or "auto"
+        with loading(recipe.model) as place:
+            dtype = PreTrainedConfig.get_config_dict(place)[0].get("dtype") or "auto"
     else:
         dtype = str(fastest_dtype()) if given.dtype == "fastest" else given.dtype
     return replace(given, dtype=dtype.removeprefix("torch."))
@@ -366,13 +370,19 @@ def train(
     every_args = [training_arguments(stage) for stage in stages]
     folders = [Path(args.output_dir) for args in every_args]
     check_output(folders, resume)
-    config = AgeVlmConfig.from_pretrained(recipe.model) if model is None else base_model(model).config
+    if model is None:
+        with loading(recipe.model) as place:
+            config = AgeVlmConfig.from_pretrained(place)
+    else:
+        config = base_model(model).config
     stores: dict[str, FeatureStore] = {}
     for stage, args in zip(stages, every_args, strict=True):
         _check_fit(stage, args, config)
         if stage.features is not None and stage.features not in stores:
             stores[stage.features] = FeatureStore(stage.features)
-    processor = processor or AutoProcessor.from_pretrained(recipe.model)
+    if processor is None:
+        with loading(recipe.model) as place:
+            processor = AutoProcessor.from_pretrained(place)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
 

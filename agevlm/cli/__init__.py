@@ -1,75 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, `agevlm`. Each command calls one public function; each module has a group of commands."""
+"""The command line, `agevlm`: `commands` has all commands, each of which calls one public function.
 
+Nothing else is imported here, so that from the first moment an interrupt ends in a message.
+"""
+
+import io
 import signal
 import sys
-from typing import Annotated
+from types import FrameType
+from typing import NoReturn
 
-import typer
-from rich.console import Console
+WRONG_INPUT, UNEXPECTED, INTERRUPTED, TERMINATED = 2, 70, 130, 143
+"""Exit codes, beside 0 and the 1 of `agevlm data check`, which has found bad rows."""
 
-from .. import __version__
-from . import ask, build, data, eval, features, train
-
-app = typer.Typer(
-    help="AGE-VLM: vision-language models that are taught where to look.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"agevlm {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
-
-
-for command in (
-    build.build,
-    data.scenes,
-    data.masks,
-    features.features,
-    train.train,
-    ask.ask,
-    ask.attention,
-    eval.similarity,
-):
-    app.command()(command)
-
-data_app = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
-for data_command in (data.check, data.convert):
-    data_app.command()(data_command)
-app.add_typer(data_app, name="data")
-
-eval_app = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
-for name, eval_command in eval.COMMANDS.items():
-    eval_app.command(name)(eval_command)
-app.add_typer(eval_app, name="eval")
+_INTERRUPTED = "agevlm: interrupted"
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in a message and exit code 2, never in a traceback."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    # What schedulers send: an exception, so that unfinished work is removed on the way out. 128 + 15 is what shells say of it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Entry point: whatever goes wrong ends in one message and an exit code, and never in a traceback without `--debug`."""
+    # SIGTERM, which clusters send, ends the work as Ctrl-C does, so that what it has begun is removed.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        Console(stderr=True).print(
-            f"[red]agevlm: error:[/red] {type(error).__name__ if not str(error) else ''}", end=""
-        )
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("agevlm: interrupted", file=sys.stderr)
-        sys.exit(130)
+        from .commands import app
+
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A name or an answer that the terminal's encoding lacks must not end a command whose work is done.
+                stream.reconfigure(errors="backslashreplace")
+        app(prog_name="agevlm")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer has caught the interrupt
+            print(_INTERRUPTED, file=sys.stderr)
+        raise
+    except BaseException as error:
+        _end(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    print("agevlm: terminated", file=sys.stderr)
+    sys.exit(TERMINATED)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Says what went wrong, and exits."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if any(isinstance(link, KeyboardInterrupt) for link in chain):  # libraries make other errors of it
+        print(_INTERRUPTED, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+    # A module of torch that is not loaded cannot have raised the error.
+    out_of_memory = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+    message = str(error) or type(error).__name__
+    if isinstance(error, out_of_memory):
+        message = f"There is not enough memory: make the batches, the images or the model smaller. ({message})"
+    expected = isinstance(error, (ValueError, OSError, ImportError, *out_of_memory))
+    if sys.argv[1:2] == ["--debug"]:
+        import traceback
+
+        traceback.print_exception(error)
+    if expected:
+        print(f"agevlm: error: {message}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    print(
+        f"agevlm: unexpected error: {type(error).__name__}: {message} (This is a fault of agevlm: please report it with "
+        f"the traceback, which `agevlm --debug {' '.join(sys.argv[1:2])} …` prints.)",
+        file=sys.stderr,
+    )
+    sys.exit(UNEXPECTED)

@@ -47,10 +47,13 @@ def ask(
     from transformers import AutoConfig
 
     from ..evaluation.answers import Question, answer_batch, load_model, open_image
+    from ..hub import loading
 
     picture = open_image(image)
     if heatmap is not None:
-        check_cross_attention(AutoConfig.from_pretrained(model), model)
+        with loading(model) as place:
+            config = AutoConfig.from_pretrained(place)
+        check_cross_attention(config, model)
     vlm, processor = load_model(model)
     if heatmap is None:
         (found,) = answer_batch(vlm, processor, [Question("question", lambda: picture, question)], max_new_tokens)
@@ -99,9 +102,12 @@ def attention(
     from transformers import AutoConfig
 
     from ..evaluation.answers import load_model, open_image
+    from ..hub import loading
 
     picture = open_image(image)
-    check_cross_attention(AutoConfig.from_pretrained(model), model)
+    with loading(model) as place:
+        config = AutoConfig.from_pretrained(place)
+    check_cross_attention(config, model)
     vlm, processor = load_model(model)
     found = attend(
         vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens

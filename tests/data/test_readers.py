@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from command_line import check_refused, run
+from fake_hub import fake_hub
 from PIL import Image
 from row_cases import (
     CAPTION,
@@ -300,12 +301,9 @@ def test_rows_from_a_folder_of_files(tmp_path):
 
 
 def test_rows_from_the_hub(monkeypatch):
-    asked = []
+    asked = fake_hub(monkeypatch, "me/mine")
 
     def load_dataset(name):
-        asked.append(name)
-        if name == "them/none":
-            raise datasets.exceptions.DatasetNotFoundError(f"{name} does not exist")
         return datasets.DatasetDict({"train": to_dataset([good_row()]), "test": to_dataset([good_row()]).select([])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -313,7 +311,7 @@ def test_rows_from_the_hub(monkeypatch):
     with pytest.raises(ValueError, match="me/mine has no split 'val'; it has: train, test"):
         read_rows("me/mine", "val")
     with pytest.raises(
-        FileNotFoundError, match=r"no such file or folder: them/none, and the Hub's data set .* not exist"
+        FileNotFoundError, match="no such file or folder: them/none, and the Hub has no data set of this name"
     ):
         read_rows("them/none")
     assert asked == ["me/mine", "me/mine", "them/none"]
@@ -324,15 +322,25 @@ def test_rows_from_the_hub(monkeypatch):
 
 
 def test_the_hub_cannot_be_reached(monkeypatch):
+    fake_hub(monkeypatch, down=True)
+    for options in ({}, {"name": "small", "split": "train"}):
+        with pytest.raises(FileNotFoundError, match="no such file or folder: nope, and the Hub cannot be asked"):
+            read_dataset("nope", **options)
+
+
+def test_a_copy_in_the_cache_is_read_where_the_hub_cannot_be_reached(monkeypatch):
+    """Without the minutes in which `datasets` would try again and again."""
+    fake_hub(monkeypatch, down=True)
+    seen = []
+
     def load_dataset(*args, **options):
-        raise ConnectionError("offline")
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return datasets.DatasetDict({"train": to_dataset([good_row()])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for options in ({}, {"name": "small", "split": "train"}):
-        with pytest.raises(
-            FileNotFoundError, match=r"no such file or folder: nope, and the Hub's data set .*: offline"
-        ):
-            read_dataset("nope", **options)
+    assert len(read_rows("me/mine")) == 1
+    assert seen == [True]
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("images", ["photo.jpg", {"path": "photo.jpg"}, 3])
@@ -353,7 +361,7 @@ def test_other_files_are_refused(tmp_path):
 
 def test_import_is_light():
     code = (
-        "import sys, agevlm.data.readers, agevlm.cli;"
+        "import sys, agevlm.data.readers, agevlm.cli.commands;"
         "print(sorted({'torch', 'datasets', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ from documents import (
 )
 
 import agevlm
-from agevlm import cli
+from agevlm.cli.commands import app
 from agevlm.trainer.recipe import load_recipe
 
 PACKAGES = ("modeling_agevlm", "processing", "data", "trainer", "evaluation", "hub_cards")
@@ -122,7 +122,7 @@ UsageError = typer.BadParameter.__mro__[1]  # of the click that typer brings
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words after `agevlm` begin with, and the words after it."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     while words and hasattr(command, "commands") and re.match(r"[a-z]", words[0]):
         assert words[0] in command.commands, words
         command, words = command.commands[words[0]], words[1:]

@@ -20,8 +20,9 @@ from timm.data import ImageNetInfo
 from tiny import IMAGE, tiny_tokenizer
 from tiny_models import tiny_llama, tiny_vision
 
-from agevlm import AgeVlmForConditionalGeneration, cli
+from agevlm import AgeVlmForConditionalGeneration
 from agevlm.build import build_checkpoint, load_timm
+from agevlm.cli.commands import app
 from agevlm.data import build_scenes
 from agevlm.evaluation import evaluate_scenes
 from agevlm.evaluation.answers import Question, load_model
@@ -51,7 +52,7 @@ def tiny_parts(tmp_path_factory):
     template = demo.EXAMPLES / "recipes" / "demo" / "chat_template.jinja"
     options = ["--text", folder / "text", "--vision", folder / "vision", "--image-size", "64", "--image-token", IMAGE]
     options += ["--chat-template", template, "--visual-position-embedding", "--cross-attention-sink"]
-    cli.app([*map(str, ["build", *options, "--out", folder / "model"])], standalone_mode=False)
+    app([*map(str, ["build", *options, "--out", folder / "model"])], standalone_mode=False)
     model = AgeVlmForConditionalGeneration.from_pretrained(folder / "model")
     for name, parameter in model.named_parameters():
         if name.endswith(".gate"):
@@ -74,7 +75,7 @@ def play(tiny_parts, commands):
         words = [str(word) for word in command]
         commands.append(words[1:])
         if words[0] == str(demo.AGEVLM):
-            cli.app(words[1:], standalone_mode=False)
+            app(words[1:], standalone_mode=False)
         else:
             subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
@@ -286,7 +287,7 @@ def test_held_out_scenes_are_the_same_however_many_are_trained_on(assets, tmp_pa
 
 def test_shipped_weights_answer_about_held_out_scenes(assets, tmp_path):
     parts = [*demo.PARTS, "--trained-weights", demo.WEIGHTS, "--dtype", str(demo.fastest_dtype())[len("torch.") :]]
-    cli.app([*map(str, ["build", *parts, "--out", tmp_path / "checkpoint"])], standalone_mode=False)
+    app([*map(str, ["build", *parts, "--out", tmp_path / "checkpoint"])], standalone_mode=False)
     demo.check_weights(demo.WEIGHTS, demo.CLASSES.split(","))
     scenes = held_out_scenes(assets, tmp_path / "scenes", 1, 6)
     scenes = scenes.filter(lambda kind: kind == "existence", input_columns="kind")

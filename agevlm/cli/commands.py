@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All commands of `agevlm`. Each calls one public function; each of the other modules has a group of commands."""
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import ask, build, data, eval, features, train
+
+app = typer.Typer(
+    help="AGE-VLM: vision-language models that are taught where to look.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agevlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of whatever goes wrong, of your own mistakes too.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (
+    build.build,
+    data.scenes,
+    data.masks,
+    features.features,
+    train.train,
+    ask.ask,
+    ask.attention,
+    eval.similarity,
+):
+    app.command()(command)
+
+data_app = typer.Typer(help="Check and convert grounding data.", no_args_is_help=True)
+for data_command in (data.check, data.convert):
+    data_app.command()(data_command)
+app.add_typer(data_app, name="data")
+
+eval_app = typer.Typer(help="Evaluate models on benchmarks.", no_args_is_help=True)
+for name, eval_command in eval.COMMANDS.items():
+    eval_app.command(name)(eval_command)
+app.add_typer(eval_app, name="eval")

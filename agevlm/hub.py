@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where models are loaded from: a folder here, or a repository of the Hugging Face Hub; and what is said when that fails."""
+
+import contextlib
+import json
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["model", "data set"]
+
+PATIENCE = 8.0
+"""Seconds in which the Hub must answer whether it has a repository."""
+
+# Names that begin like paths, and names of files.
+_PATH = re.compile(r"[./~\\]|.*\.(jsonl?|ya?ml|parquet|arrow|csv|txt|safetensors|bin|pth?|ckpt|gguf|zip|tar|gz)$")
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+
+def ask_hub(name: str, kind: Kind) -> Exception | None:
+    """Whether the Hub has a repository, found out within [`PATIENCE`].
+
+    Returns:
+        None if it has, else why this could not be found out: the Hub does not answer, or must not be asked (HF_HUB_OFFLINE).
+
+    Raises:
+        FileNotFoundError: if it has none, or the name is none of a repository but a path.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        is_path = True
+    else:
+        is_path = _PATH.match(name) is not None
+    if is_path:
+        raise FileNotFoundError(f"{_missing(name, kind)}: name one that exists, or a {kind} of the Hub as OWNER/NAME.")
+
+    answers: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            HfApi().repo_info(name, repo_type=kind.replace(" ", ""), timeout=PATIENCE)
+            answers.put(None)
+        except Exception as error:
+            answers.put(error)
+
+    # In a thread, because a name server that does not answer knows no time limit.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answers.get(timeout=PATIENCE)
+    except queue.Empty:
+        error = TimeoutError(f"no answer in {PATIENCE:g} seconds")
+    if isinstance(error, RepositoryNotFoundError):
+        raise FileNotFoundError(
+            f"{_missing(name, kind)}, and the Hub has no {kind} of this name: correct the name, or log in with `hf auth login` if it is private."
+        ) from error
+    return error
+
+
+def unreachable(name: str, kind: Kind, error: Exception) -> FileNotFoundError:
+    """What to raise where neither a folder, nor the cache, nor the Hub has what is named."""
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return FileNotFoundError(
+        f"{_missing(name, kind)}, and the Hub cannot be asked for a {kind} of this name ({reason}): correct the name, or "
+        "connect to the Hub."
+    )
+
+
+def _missing(name: str, kind: Kind) -> str:
+    return f"there is no folder {name}" if kind == "model" else f"no such file or folder: {name}"
+
+
+def find_model(name: str | os.PathLike) -> str:
+    """What to load a model or a processor from, for `from_pretrained`.
+
+    Args:
+        name: a folder, or the id of a model on the Hub.
+
+    Returns:
+        The name itself, or the folder in the cache that has the model where the Hub does not answer.
+
+    Raises:
+        FileNotFoundError: if there is neither a folder nor a model on the Hub of this name.
+        ValueError: if it is a file, or a folder whose weights are all pickled.
+    """
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        _refuse_pickles(Path(name))
+        return name
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file: name the folder of a model, or a model of the Hub as OWNER/NAME.")
+    if (error := ask_hub(name, "model")) is None:
+        return name
+    try:
+        cached = snapshot_download(name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise unreachable(name, "model", error) from error
+    return name if is_offline_mode() else cached  # by its name, each file would be asked for several times
+
+
+def _refuse_pickles(folder: Path) -> None:
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    pickled = [name for name in files if name.endswith(_WEIGHTS) and name.startswith(("pytorch_model", "model"))]
+    if pickled and not any(name.endswith((".safetensors", ".gguf")) for name in files):
+        raise ValueError(
+            f"{folder / pickled[0]}: weights in this format are not read, because such files can run code. If you trust "
+            "its source, convert the model: load it with Transformers, and save it with `save_pretrained`, which writes "
+            "safetensors."
+        )
+
+
+@contextlib.contextmanager
+def loading(name: str | os.PathLike) -> Iterator[str]:
+    """Finds a model ([`find_model`]), and makes one error of all that can go wrong while it is loaded in the block.
+
+    Raises:
+        OSError: if there is no such model, or it lacks a file.
+        ValueError: if one of its files is damaged, or does not fit the others; names the file where it can be found out.
+    """
+    place = find_model(name)
+    try:
+        yield place
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # readers raise errors of many types for damaged files
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be loaded
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            message = f"there is no {message}"
+        message = message if len(message) < 600 else f"{message[:600]} …"
+        damaged = _damaged_file(Path(place)) if os.path.isdir(place) else None
+        if damaged is not None:
+            raise ValueError(f"{damaged}: replace the file, or name another model.") from error
+        if isinstance(error, OSError):
+            raise OSError(f"{name} cannot be loaded: {message}") from error
+        raise ValueError(f"{name} cannot be loaded: {message}") from error
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of a model's folder that cannot be read at all, and why."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict | list):
+                    return f"{file} is damaged (it is not a JSON object)"
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror or error})"
+        except (ValueError, SafetensorError, RecursionError) as error:
+            size = f"{file.stat().st_size} bytes"
+            return f"{file} is damaged ({size}; {' '.join(str(error).split()) or type(error).__name__})"
+    return None
