@@ -276,7 +276,7 @@ def test_overrides(recipe):
         (["training.stage=aling"], ["no preset 'aling'", "align, adapt_vision, guide, instruct"]),
         (["training.lr_scheduler_type=cosin"], ["cosin is not", "cosine"]),
         (["eval_data=[{path: a}]"], ["set training.eval_strategy"]),
-        (["model=nowhere/at/all"], ["no model nowhere/at/all", "agevlm build"]),
+        (["model=nowhere/at/all"], ["no folder nowhere/at/all", "agevlm build"]),
         (["data.0.path=no_such.json"], ["no such file or folder: no_such.json"]),
         (["data.0.images=here"], ["`images` is the folder", "format rows"]),
         (["data.0.format=grit"], ["`images` is the folder", "format grit"]),
