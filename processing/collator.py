@@ -224,7 +224,7 @@ class AgeVlmDataCollator:
             `completion`, only the assistant's turns of the completion are learned.
         pad_to_multiple_of: pad texts to a multiple of this.
         guided_fraction: share of the grounded rows whose masks are used. The rows are chosen by their content and `seed`, so
-            the choice is the same in every epoch, process and resumed run.
+            the choice is the same in every epoch, process and resumed run. It does not concern phrases that name nothing.
         guide_absent: also guide phrases that name nothing in the image, for models with an attention sink.
         seed: of that choice.
         features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
@@ -293,9 +293,12 @@ class AgeVlmDataCollator:
         return answers if self.assistant_only_loss else [(0, len(conversation.text))]
 
     def guided_phrases(self, row: dict, images: list, conversation: RenderedConversation) -> list[GuidedPhrase]:
-        """The phrases of a row that have masks; none if the row is not guided (`guided_fraction`)."""
+        """The phrases of a row that have masks; only the absent ones if the row is not guided (`guided_fraction`)."""
         grounding = [entry for entry in row.get("grounding") or () if entry.get("mask") is not None]
-        if self.grid is None or not grounding or not self._is_guided(grounding):
+        if self.grid is None or not grounding:
+            return []
+        is_guided = self._is_guided(grounding)
+        if not is_guided and not self.guide_absent:
             return []
         decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same object
         masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # by span and image
@@ -323,6 +326,8 @@ class AgeVlmDataCollator:
             joined[image] = joined[image] | mask if image in joined else mask
         phrases = []
         for span, joined in masks.items():
+            if not is_guided and not absent[span]:
+                continue
             target = torch.zeros(len(images), self.grid[0] * self.grid[1])
             for image, mask in joined.items():
                 target[image] = mask_coverage(mask, self.grid, self.processor.image_processor)

@@ -25,16 +25,19 @@ class AgeVlmArgumentsMixin:
         guidance_weight (`float`, defaults to 1.0):
             Weight of the guidance loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
         guidance_loss (`str`, defaults to `"dice"`):
-            What compares attention maps with masks: `"dice"`, the paper's, `"bce"` (binary cross-entropy) or `"kl"`
-            (Kullback-Leibler divergence), see [`agevlm.trainer.losses`]. Their gradients differ in size, and so do the
+            What compares attention maps with masks: `"dice"`, the paper's, `"log_dice"` (the negative logarithm of the
+            Dice coefficient), `"bce"` (binary cross-entropy) or `"kl"` (Kullback-Leibler divergence), see [`agevlm.trainer.losses`]. Their gradients differ in size, and so do the
             weights that suit them.
         rescale_maps (`bool`, defaults to `True`):
-            Scale maps, which sum to 1, to their mask's area before dice or bce compares them. False takes them as they are.
+            Scale maps, which sum to 1, to their mask's area before dice, log_dice or bce compares them. False takes them as they are.
         guided_layers (`list[int]`, *optional*):
             The cross-attention layers to guide, of the configuration's `cross_attention_layers` (so 2, 7, 12, 17 for
             age-vlm-1b). All by default.
         guided_fraction (`float`, defaults to 1.0):
-            Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data.
+            Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data. Phrases whose
+            object is not in the image are not counted: `guide_absent` decides on them.
+        guide_absent (`bool`, defaults to `True`):
+            Also guide phrases whose object is not in the image: to the attention sink. Without a sink they are not guided.
         initial_gate (`float`, *optional*):
             Value that replaces gates of exactly 0, as in a freshly assembled model, when training starts. 20 keeps them
             open, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
@@ -51,14 +54,15 @@ class AgeVlmArgumentsMixin:
     # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
     stage: list[str] | str | None = field(default=None, metadata={"help": "Preset or groups that train."})
     guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the guidance loss; 0 for no guidance."})
-    guidance_loss: Literal["dice", "bce", "kl"] = field(
+    guidance_loss: Literal["dice", "log_dice", "bce", "kl"] = field(
         default="dice", metadata={"help": "What compares attention maps with masks."}
     )
-    rescale_maps: bool = field(default=True, metadata={"help": "Scale maps to their mask's area, with dice and bce."})
+    rescale_maps: bool = field(default=True, metadata={"help": "Scale maps to their mask's area, with dice, log_dice and bce."})
     guided_layers: list[int] | None = field(
         default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}
     )
     guided_fraction: float = field(default=1.0, metadata={"help": "Share of the rows with masks that are guided."})
+    guide_absent: bool = field(default=True, metadata={"help": "Guide phrases of absent objects to the attention sink."})
     initial_gate: float | None = field(default=None, metadata={"help": "Value of gates that are exactly 0."})
     group_learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Learning rates by group of parameters."}

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing.collator import AgeVlmDataCollator
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .losses import attention_iou, guidance_losses, pointing_hits, resolve_loss
 from .stages import AnyTrainer, base_model
+
+logger = logging.get_logger(__name__)
 
 # Inputs of guidance that are no inputs of the model.
 _TARGETS = ("map_targets", "num_dropped_phrases")
@@ -64,6 +67,11 @@ class GuidanceMixin(AnyTrainer):
         base = base_model(model)
         self._guided_blocks = guided_blocks(base.config, args.guided_layers)
         self._guidance_loss = resolve_loss(args.guidance_loss, args.rescale_maps)
+        if args.guidance_weight and args.guidance_loss == "dice" and base.config.text_config.cross_attention_sink:
+            logger.warning(
+                "guidance_loss='dice' with an attention sink: attention can move into the sink, where Dice has almost no "
+                "gradient back to the object. Use log_dice or kl, or a model without a sink."
+            )
 
         self._captured: list[torch.Tensor | None] | None = None
         self._num_phrases: torch.Tensor | None = None
@@ -103,7 +111,7 @@ class GuidanceMixin(AnyTrainer):
             assistant_only_loss=assistant_only_loss,
             pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),  # of TRL's configurations
             guided_fraction=args.guided_fraction,
-            guide_absent=base_model(model).config.text_config.cross_attention_sink,
+            guide_absent=args.guide_absent and base_model(model).config.text_config.cross_attention_sink,
             seed=args.seed,
             features=features,
         )

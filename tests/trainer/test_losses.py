@@ -28,7 +28,7 @@ from agevlm.trainer.losses import (
 )
 
 # Every loss with maps on the scale of their targets and, where it has that form, as they are.
-VARIANTS = [("dice", True), ("dice", False), ("bce", True), ("bce", False), ("kl", True)]
+VARIANTS = [("dice", True), ("dice", False), ("log_dice", True), ("log_dice", False), ("bce", True), ("bce", False), ("kl", True)]
 every_loss = pytest.mark.parametrize(("name", "rescale"), VARIANTS)
 
 
@@ -68,6 +68,9 @@ def by_definition(name: str, rescale: bool, attention: list[float], mask: list[f
     if name == "dice":
         both = sum(a * m for a, m in zip(scaled, mask, strict=True))
         return 1 - (2 * both + 1e-3) / (sum(scaled) + area + 1e-3)
+    if name == "log_dice":
+        both = sum(a * m for a, m in zip(scaled, mask, strict=True))
+        return -math.log(((2 * both + 1e-5) / (sum(scaled) + area + 1e-5) + 1e-5) / (1 + 1e-5))
     if name == "kl":
         shares = [m / area for m in mask]
         return sum(q * math.log((q + 1e-6) / (a + 1e-6)) for q, a in zip(shares, attention, strict=True))
@@ -229,15 +232,31 @@ def test_at_even_attention_bce_teaches_as_strongly_as_dice(share):
         strengths[name] = scores.grad.norm().item()
     assert 0.5 < strengths["bce"] / strengths["dice"] < 2
     assert 2 < strengths["kl"] / strengths["dice"] < 400
+    assert 0.5 < strengths["log_dice"] / strengths["kl"] < 2
     scores = torch.zeros(24 * 24, requires_grad=True)
     dice_loss(scores.softmax(-1), mask, rescale=False).backward()
     assert scores.grad.norm() < strengths["dice"]
 
 
+def test_log_dice_teaches_maps_that_look_elsewhere():
+    """With attention p on an object of whole tokens, the gradient on scores is p (1 - p) of Dice, and 1 - p of its logarithm."""
+    mask = torch.zeros(256, dtype=torch.float64)
+    mask[:4] = 1
+    for p in (1e-3, 4 / 256, 0.2):  # where nothing is cut off at 1: the object has p of the attention, evenly
+        target = torch.where(mask > 0, p / 4, (1 - p) / 252)
+        slopes = {}
+        for name in ("dice", "log_dice"):
+            shift = torch.zeros((), dtype=torch.float64, requires_grad=True)  # of the object's scores
+            resolve_loss(name)((target.log() + shift * mask).softmax(-1), mask).backward()
+            slopes[name] = -shift.grad.item()
+        assert slopes["dice"] == pytest.approx(p * (1 - p), rel=2e-3)
+        assert slopes["log_dice"] == pytest.approx(1 - p, rel=2e-2)
+
+
 def test_losses_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="no guidance_loss 'focal': choose one of dice, bce, kl"):
+    with pytest.raises(ValueError, match="no guidance_loss 'focal': choose one of dice, log_dice, bce, kl"):
         resolve_loss("focal")
-    with pytest.raises(ValueError, match="leave rescale_maps out, or choose dice or bce"):
+    with pytest.raises(ValueError, match="leave rescale_maps out, or choose dice, log_dice or bce"):
         resolve_loss("kl", rescale=False)
 
 
