@@ -57,12 +57,16 @@ class AgeVlmArgumentsMixin:
     guidance_loss: Literal["dice", "log_dice", "bce", "kl"] = field(
         default="dice", metadata={"help": "What compares attention maps with masks."}
     )
-    rescale_maps: bool = field(default=True, metadata={"help": "Scale maps to their mask's area, with dice, log_dice and bce."})
+    rescale_maps: bool = field(
+        default=True, metadata={"help": "Scale maps to their mask's area, with dice, log_dice and bce."}
+    )
     guided_layers: list[int] | None = field(
         default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}
     )
     guided_fraction: float = field(default=1.0, metadata={"help": "Share of the rows with masks that are guided."})
-    guide_absent: bool = field(default=True, metadata={"help": "Guide phrases of absent objects to the attention sink."})
+    guide_absent: bool = field(
+        default=True, metadata={"help": "Guide phrases of absent objects to the attention sink."}
+    )
     initial_gate: float | None = field(default=None, metadata={"help": "Value of gates that are exactly 0."})
     group_learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Learning rates by group of parameters."}

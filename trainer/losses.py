@@ -43,7 +43,9 @@ def dice_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-3, *, r
     return 1 - (2 * (scaled * targets).sum(-1) + eps) / (scaled.sum(-1) + targets.sum(-1) + eps)
 
 
-def log_dice_loss(maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-5, *, rescale: bool = True) -> torch.Tensor:
+def log_dice_loss(
+    maps: torch.Tensor, targets: torch.Tensor, eps: float = 1e-5, *, rescale: bool = True
+) -> torch.Tensor:
     """The negative logarithm of the Dice coefficient, by phrase.
 
     With `p` the attention on the object, Dice has a gradient of about `p (1 - p)` behind a softmax, which is close to 0 for a

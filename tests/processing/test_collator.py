@@ -759,6 +759,21 @@ def test_phrases_that_name_nothing_in_the_image_are_guided_where_that_is_asked(g
     assert batch["num_dropped_phrases"].tolist() == [0 if guide_absent else 1]
 
 
+def test_the_guided_fraction_does_not_count_phrases_that_name_nothing():
+    question = "Is there a dog or a cat?"
+    example = square_row(
+        question,
+        "A dog.",
+        [entry(0, question, "dog", 0, blocks(3)), entry(0, question, "cat", 0, np.zeros((32, 32), dtype=bool))],
+    )
+    for fraction, guide_absent, expected in [
+        (0.0, True, ["cat"]), (0.0, False, None), (1.0, True, ["dog", "cat"]), (1.0, False, ["dog"]),
+    ]:  # fmt: skip
+        collator = make_collator(guided_fraction=fraction, guide_absent=guide_absent)
+        batch = collator([example])
+        assert (read_phrases(collator, batch) if "map_queries" in batch else None) == expected
+
+
 def test_phrases_that_name_nothing_are_dropped_before_any_image():
     text = [text_part("A dog"), PICTURE, text_part("no cat")]
     joined, empty = "A dogno cat", np.zeros((32, 32), dtype=bool)

@@ -7,8 +7,10 @@ import torch
 from tiny_training import gradients, tiny_processor, tiny_trainable
 from training_runs import mixed_rows, start_model
 from training_steps import KINDS, KeepGradients, assert_same_gradients, collate, make_trainer, step_gradients
+from transformers.testing_utils import CaptureLogger
 
 from agevlm.processing.collator import AgeVlmDataCollator
+from agevlm.trainer import guidance
 from agevlm.trainer.losses import resolve_loss
 from agevlm.trainer.stages import freeze
 
@@ -98,6 +100,22 @@ def test_a_fraction_of_the_rows_is_guided_and_always_the_same(tmp_path):
     assert all(more or not less for less, more in zip(half, guided(0.8), strict=True))
     assert not any(guided(0.0))
     assert all(guided(1.0))
+
+
+def test_absent_phrases_are_guided_where_there_is_a_sink_and_it_is_asked():
+    for sink, asked, expected in [(True, True, True), (True, False, False), (False, True, False)]:
+        trainer = make_trainer(start_model(cross_attention_sink=sink), "1", guide_absent=asked)
+        assert trainer.data_collator.guide_absent == expected
+
+
+@pytest.mark.parametrize(
+    ("sink", "settings"),
+    [(True, {}), (False, {}), (True, {"guidance_loss": "log_dice"}), (True, {"guidance_weight": 0.0})],
+)
+def test_dice_with_a_sink_is_warned_of(sink, settings):
+    with CaptureLogger(guidance.logger) as log:
+        make_trainer(start_model(cross_attention_sink=sink), "1", **settings)
+    assert ("attention can move into the sink" in log.out) == (sink and not settings)
 
 
 @pytest.mark.parametrize("stage", ["guide", "full", ["adapter"]])

@@ -28,7 +28,15 @@ from agevlm.trainer.losses import (
 )
 
 # Every loss with maps on the scale of their targets and, where it has that form, as they are.
-VARIANTS = [("dice", True), ("dice", False), ("log_dice", True), ("log_dice", False), ("bce", True), ("bce", False), ("kl", True)]
+VARIANTS = [
+    ("dice", True),
+    ("dice", False),
+    ("log_dice", True),
+    ("log_dice", False),
+    ("bce", True),
+    ("bce", False),
+    ("kl", True),
+]
 every_loss = pytest.mark.parametrize(("name", "rescale"), VARIANTS)
 
 
