@@ -20,6 +20,7 @@ Shapes: `B` rows of the batch, `S` text tokens, `N` images of the batch in order
 tokens per row (the row's images one after another, padded), `P` phrases, `D` width of the text model.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, flex_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -52,7 +53,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_tracing, torch_compilable_check
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
@@ -180,6 +181,11 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
         # The layer is small and the next token needs it again, so it stays on its device.
         pass
 
+    def prefetch(self) -> None:
+        # An offloaded cache fetches the layer after the one in use. After the last self-attention layer that is the first of
+        # these layers, but the next in use is the first of all.
+        self.text_layer.prefetch()
+
     def reset(self) -> None:
         # Dropped rather than filled with zeros: the next prompt has other images, or none.
         self.keys = self.values = self.positions = None
@@ -227,6 +233,96 @@ def cached_visual_positions(cache: Cache | None, config: AgeVlmTextConfig) -> to
     """Positions `(B, V)` of the visual tokens in the cache, None if it holds none."""
     cross_attention_layers = cache.layers[config.num_hidden_layers :] if isinstance(cache, Cache) else []
     return cross_attention_layers[0].positions if cross_attention_layers else None
+
+
+def packed_texts(
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """Which of its row's texts each token belongs to, as numbers `(B, S)`. None if each row is one text.
+
+    A row with several texts (packing, padding-free training) brings their boundaries in the form of FlashAttention
+    (`cu_seq_lens_q`) or of linear attention (`seq_idx`), or its position ids start anew with each text.
+
+    Args:
+        tokens: `(B, S, ...)`, of which the shape and the device are read.
+        position_ids: `(B, S)` or `(1, S)`.
+        attention_mask: `(B, S)`, 0 for padding.
+    """
+    batch_size, seq_length = tokens.shape[:2]
+    index = torch.arange(batch_size * seq_length, device=tokens.device).view(batch_size, seq_length)
+    if cu_seq_lens_q is not None:
+        texts = torch.bucketize(index, cu_seq_lens_q[1:].to(index), right=True)
+    elif seq_idx is not None:
+        texts = seq_idx.expand(batch_size, -1)
+    elif position_ids is None:
+        return None
+    elif attention_mask is None:  # the rule of Llama and of all models of Transformers
+        texts = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+        if texts is None:
+            return None
+    else:
+        # The position ids of padding may be anything, so each token is compared with the last one that is not padding.
+        position_ids, is_token = position_ids.expand(batch_size, -1), attention_mask.bool()
+        index = index - index[:, :1]
+        last = torch.where(is_token, index, -1).cummax(-1).values
+        last = nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+        restarts = is_token & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
+        texts = restarts.cumsum(-1)
+    return texts if is_tracing(texts) or bool((texts != texts[:, :1]).any()) else None
+
+
+def positions_in_texts(texts: torch.Tensor) -> torch.Tensor:
+    """Position ids `(B, S)` that start anew with each of the `texts` of [`packed_texts`]."""
+    index = torch.arange(texts.shape[1], device=texts.device)
+    starts = nn.functional.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(-1).values
+
+
+def to_attention_mask(allowed: torch.Tensor, attn_implementation: str | None, dtype: torch.dtype) -> Any:
+    """Bool `(B, queries, keys)`, True where a query may attend to a key, in the form of an attention implementation."""
+    if attn_implementation == "flex_attention":
+        return flex_attention_mask(
+            *allowed.shape,
+            mask_function=lambda batch_idx, head_idx, q_idx, kv_idx: allowed[batch_idx, q_idx, kv_idx],
+            device=allowed.device,
+        )
+    if attn_implementation == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    return allowed[:, None]
+
+
+def visible_images(
+    self_attention_mask: Any, text_positions: torch.Tensor, visual_positions: torch.Tensor
+) -> torch.Tensor:
+    """Bool `(B, S, V)`: a text token sees a visual token if it may attend to the text token that stands for its image.
+
+    Args:
+        self_attention_mask: as it goes to the Llama layers: `(B, heads, S, keys)`, bool or added to the scores; a
+            `BlockMask`; or None for plain causal attention.
+        text_positions: `(S,)`, indices of the text tokens, counted with the cached ones.
+        visual_positions: `(B, V)`, see [`AgeVlmCrossAttentionCacheLayer`].
+    """
+    # Plain causal attention, and whatever the mask says of `NEVER`.
+    visible = visual_positions[:, None] <= text_positions[:, None]
+    if self_attention_mask is None:
+        return visible
+    (batch_size, seq_length, _), num_keys = visible.shape, self_attention_mask.shape[-1]
+    keys = visual_positions.clamp(max=num_keys - 1)[:, None]
+    if isinstance(self_attention_mask, torch.Tensor):
+        mask = self_attention_mask.expand(batch_size, -1, seq_length, -1)
+        allowed = mask.gather(-1, keys[:, None].expand(-1, mask.shape[1], seq_length, -1))
+        # At -1000 a probability is zero in any floating point type, while a bias (ALiBi) is far above it.
+        allowed = (allowed if allowed.dtype == torch.bool else allowed > -1000).any(1)
+    else:
+        rows = torch.arange(batch_size, device=keys.device)[:, None, None]
+        queries = torch.arange(seq_length, device=keys.device)[:, None]
+        allowed = self_attention_mask.mask_mod(rows, torch.zeros_like(rows), queries, keys)
+    return visible & allowed
 
 
 # A `ModelOutput`, because `device_map` and FSDP2 look for the tensors of a module's inputs inside mappings. The tensors that
@@ -548,19 +644,23 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_length = inputs_embeds.shape[:2]
 
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
         text_positions = torch.arange(seq_length, device=inputs_embeds.device) + num_cached_tokens(cache)
+        texts = self._packed_texts(inputs_embeds, attention_mask, position_ids, cache, **kwargs)
+        if texts is not None:
+            allowed = (texts[:, :, None] == texts[:, None]) & (text_positions <= text_positions[:, None])
+            if attention_mask is not None:
+                allowed = allowed & attention_mask[:, None].bool()
+            attention_mask = to_attention_mask(allowed, self.config._attn_implementation, inputs_embeds.dtype)
+            if position_ids is None:
+                position_ids = positions_in_texts(texts)
+        # A cache holds one text a row. Compiled code cannot know whether there are more.
+        if use_cache and cache is None and (texts is None or is_tracing(texts)):
+            cache = DynamicCache(config=self.config)
+        causal_mask = create_causal_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache
+        )
         if position_ids is None:
             position_ids = text_positions.unsqueeze(0)
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
 
         cached_positions = cached_visual_positions(cache, self.config)
         all_positions = [positions for positions in (cached_positions, visual_positions) if positions is not None]
@@ -568,7 +668,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         if all_positions:
             if cache is not None:
                 append_cross_attention_layers(cache, self.config)
-            visible = torch.cat(all_positions, dim=-1)[:, None, :] <= text_positions[None, :, None]
+            visible = visible_images(causal_mask, text_positions, torch.cat(all_positions, dim=-1))
             cross_attention_inputs = self._cross_attention_inputs(
                 visible, inputs_embeds, visual_positions, map_queries
             )
@@ -609,6 +709,39 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
             cross_attention_maps=cross_attention_maps,
         )
 
+    def _packed_texts(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor | None:
+        """[`packed_texts`] of this call, None if the caller's own 4-D mask says who attends to whom.
+
+        Raises:
+            ValueError: if there are several texts in a row, and a cache.
+        """
+        if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+            return None
+        if cache is None:
+            return packed_texts(inputs_embeds, position_ids, attention_mask, **kwargs)
+        seq_length = inputs_embeds.shape[1]
+        # The positions of one token do not say anything, and compiled code must not read a value. Continuous batching has
+        # a cache of another class, which keeps the texts apart.
+        if isinstance(cache, Cache) and seq_length > 1 and not is_tracing(inputs_embeds):
+            # In a cached text the position ids may skip some, but not start anew.
+            is_token = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+            if attention_mask is not None:
+                is_token = attention_mask[:, -seq_length:]
+            if packed_texts(inputs_embeds, position_ids, is_token, **kwargs) is not None:
+                raise ValueError(
+                    "Got several texts in a row of the batch (position ids that start anew, `cu_seq_lens_q` or "
+                    "`seq_idx`) together with a cache, which holds one text a row. Pass the packed texts without "
+                    "`cache`, or each text in its own row."
+                )
+        return None
+
     def _cross_attention_inputs(
         self,
         visible: torch.Tensor,
@@ -622,18 +755,14 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         # CODEPATH: as in `AgeVlmCrossAttention`.
         if self.config.cross_attention_sink:
             attend = nn.functional.pad(attend, (0, 1), value=True)
-        attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=None,
-            encoder_hidden_states=inputs_embeds.new_empty((attend.shape[0], attend.shape[-1], 0)),
-            and_mask_function=lambda batch_idx, head_idx, q_idx, kv_idx: attend[batch_idx, q_idx, kv_idx],
-        )
+        attention_mask = to_attention_mask(attend, self.config._attn_implementation, inputs_embeds.dtype)
         map_index = map_members = None
         if map_queries is not None:
-            # First the tokens of any phrase, in order, then tokens of no phrase as padding.
+            # First the tokens of any phrase, in order, then tokens of no phrase as padding. Compiled code must not read how
+            # many there are, and keeps all.
             asked = map_queries.any(dim=1)
-            map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, : int(asked.sum(-1).max())]
+            num_rows = asked.shape[1] if is_tracing(asked) else int(asked.sum(-1).max())
+            map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :num_rows]
             map_members = map_queries.gather(2, map_index[:, None].expand(-1, map_queries.shape[1], -1))
         return AgeVlmCrossAttentionInputs(
             visible=visible,
@@ -781,35 +910,58 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         Raises:
             ValueError: if there are more or fewer images than image tokens.
         """
-        tokens, mask = features.pooler_output, features.visual_attention_mask
+        device = image_token_mask.device
+        tokens, mask = features.pooler_output.to(device), features.visual_attention_mask
         counts = image_token_mask.sum(-1)
-        rows, columns = image_token_mask.nonzero(as_tuple=True)  # row by row, which is the order of the images
-        cached = cached_visual_positions(cache, self.language_model.config)
-        if tokens.shape[0] != rows.shape[0] and cached is not None:
-            # A later turn may pass the images of the whole conversation again. The cached ones are skipped.
-            seen = torch.tensor([row[row != NEVER].unique().numel() for row in cached], device=counts.device)
-            if tokens.shape[0] == int((seen + counts).sum()):
-                ends = (seen + counts).cumsum(0)
-                new = torch.cat(
-                    [torch.arange(end - n, end) for end, n in zip(ends.tolist(), counts.tolist(), strict=True)]
-                )
-                tokens = tokens[new.to(tokens.device)]
+        if is_tracing(counts):
+            # No value may be read, so each row has room for all images, and the check waits for the run.
+            max_images = tokens.shape[0]
+            torch_compilable_check(counts.sum() == max_images, "Each image needs exactly one image token.")
+        else:
+            max_images = int(counts.max())
+            new = self._new_images(tokens.shape[0], counts.tolist(), cache)
+            if new is not None:
+                tokens = tokens[new.to(device)]
                 mask = mask[new.to(mask.device)] if mask is not None else None
-        if tokens.shape[0] != rows.shape[0]:
-            raise ValueError(
-                f"Got {tokens.shape[0]} image(s) for {rows.shape[0]} image token(s) (id {self.config.image_token_id}; "
-                f"by row of the batch: {counts.tolist()}). Each image needs exactly one image token in the text, in the "
-                "same order; AgeVlmProcessor puts them there."
-            )
         num_images, num_tokens, width = tokens.shape
-        slots = torch.arange(num_images, device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        shape = (image_token_mask.shape[0], int(counts.max()), num_tokens)
+        batch_size, seq_length = image_token_mask.shape
+        # The n-th image token, row by row, stands for the n-th image.
+        images = torch.arange(num_images, device=device)
+        index = torch.searchsorted(image_token_mask.flatten().cumsum(0), images, right=True)
+        rows, columns = index // seq_length, index % seq_length
+        slots = images - (counts.cumsum(0) - counts)[rows]
+        shape = (batch_size, max_images, num_tokens)
         image_positions = (columns + num_cached_tokens(cache))[:, None].expand(-1, num_tokens)
         if mask is not None:
-            image_positions = image_positions.masked_fill(~mask.to(rows.device), NEVER)
+            image_positions = image_positions.masked_fill(~mask.to(device), NEVER)
         states = tokens.new_zeros((*shape, width)).index_put((rows, slots), tokens)
         positions = rows.new_full(shape, NEVER).index_put((rows, slots), image_positions)
         return states.flatten(1, 2), positions.flatten(1, 2)
+
+    def _new_images(self, num_images: int, counts: list[int], cache: Cache | None) -> torch.Tensor | None:
+        """Indices of the images that the cache does not hold, None if it holds none of them.
+
+        Args:
+            num_images: number of images that the caller passed.
+            counts: number of image tokens in each row.
+            cache: a later turn may pass the images of the whole conversation again.
+
+        Raises:
+            ValueError: if there are more or fewer images than image tokens.
+        """
+        if num_images == sum(counts):
+            return None
+        cached = cached_visual_positions(cache, self.language_model.config)
+        if cached is not None:
+            seen = [row[row != NEVER].unique().numel() for row in cached]
+            if num_images == sum(seen) + sum(counts):
+                ends = itertools.accumulate(before + new for before, new in zip(seen, counts, strict=True))
+                return torch.cat([torch.arange(end - new, end) for end, new in zip(ends, counts, strict=True)])
+        raise ValueError(
+            f"Got {num_images} image(s) for {sum(counts)} image token(s) (id {self.config.image_token_id}; "
+            f"by row of the batch: {counts}). Each image needs exactly one image token in the text, in the "
+            "same order; AgeVlmProcessor puts them there."
+        )
 
     def _blank_image(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`cross_attention_states` and `visual_positions` of one visual token per row that no text token may see.
@@ -840,7 +992,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     def _check_no_image_token(self, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
         # Only at the start of a text: the images of a cached text are cached too, and a draft may propose any token. Not
         # in compiled code, where reading a value breaks the graph.
-        if input_ids is None or is_torchdynamo_compiling():
+        if input_ids is None or is_tracing(input_ids):
             return
         if num_cached_tokens(cache) == 0 and (num_tokens := int((input_ids == self.config.image_token_id).sum())):
             raise ValueError(
