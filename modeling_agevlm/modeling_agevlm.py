@@ -20,9 +20,11 @@ Shapes: `B` rows of the batch, `S` text tokens, `N` images of the batch in order
 tokens per row (the row's images one after another, padded), `P` phrases, `D` width of the text model.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,9 @@ logger = logging.get_logger(__name__)
 
 # Position of a visual token that no text token may see: it covers only padding, or fills up a row with fewer images.
 NEVER = torch.iinfo(torch.long).max
+
+# Cross-attentions of each token that the `generate` call in progress has generated.
+_generated_cross_attentions: ContextVar[list | None] = ContextVar("generated_cross_attentions", default=None)
 
 
 @auto_docstring(custom_intro="Image features: the output of the vision tower and of the adapter.")
@@ -1254,6 +1259,35 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             cross_attentions=outputs.cross_attentions,
             cross_attention_maps=outputs.cross_attention_maps,
         )
+
+    # Without this override and the next, `generate(output_attentions=True)` drops the cross-attentions: Transformers collects
+    # those of encoder-decoder models only. They can go when it collects those of any model that returns them.
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        token = _generated_cross_attentions.set([])
+        try:
+            outputs = super().generate(*args, **kwargs)
+            if getattr(outputs, "attentions", None) is not None:
+                # Transformers may run one step too many, and leaves it out.
+                collected = _generated_cross_attentions.get()[: len(outputs.attentions)]
+                outputs["cross_attentions"] = tuple(collected)
+        finally:
+            _generated_cross_attentions.reset(token)
+        return outputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        collected, blocks = _generated_cross_attentions.get(), outputs.get("cross_attentions")
+        # Only eager attention returns its weights. A batch without images has none: the tuple is empty.
+        if collected is not None and blocks is not None and all(block is not None for block in blocks):
+            if "num_new_tokens" in kwargs:
+                # Assisted decoding checks several tokens in one pass, the first of them after the prompt.
+                drafted = outputs.logits.shape[1] - 1
+                rows = [block.split([block.shape[2] - drafted, *[1] * drafted], dim=2) for block in blocks]
+                collected += zip(*rows, strict=True) if rows else [()] * (drafted + 1)
+                del collected[len(collected) - drafted - 1 + kwargs["num_new_tokens"] :]
+            else:
+                collected.append(blocks)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     # Without this override a draft model gets no images: Transformers passes `mm_encoder_outputs` in the first iteration only,
     # and no call of a draft counts as one. It can go when assisted decoding sets `is_first_iteration` for the prefill of a

@@ -7,6 +7,9 @@ import torch.distributed as dist
 from tiny_models import COUNTS, IMAGE, ROWS, batch, images, pad, text, tiny_age_vlm, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import Cache, CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import CacheLayerMixin, Fp8QuantizedLayer
+
+from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttentionCacheLayer
 
 STEPS = 16
 PIXELS = list(images(sum(COUNTS)).split(COUNTS))
@@ -206,6 +209,73 @@ def test_prompt_lookup_does_not_propose_the_image_token(model):
         pytest.fail("no prompt makes the model repeat the token before the image token")
 
 
+# ---------------------------------------------------------------------------------------- attentions
+
+
+@torch.no_grad()
+def whole_cross_attentions(model, sequence: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+    """Of all blocks `(blocks, heads, S, V)`, from one forward pass."""
+    has_images = pixels is not None and len(pixels)
+    inputs = {"pixel_values": pixels} if has_images else {}
+    blocks = model(sequence[None], output_attentions=True, use_cache=False, **inputs).cross_attentions
+    return torch.cat(blocks) if blocks else torch.empty(0)
+
+
+def tiny_eager_model():
+    model = tiny_age_vlm()
+    model.set_attn_implementation({"text_config": "eager"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def eager_model():
+    return tiny_eager_model()
+
+
+ATTENTIONS = {"output_attentions": True, "return_dict_in_generate": True, "do_sample": False, "max_new_tokens": STEPS}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"assisted": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("i", [0, 2])
+def test_generated_cross_attentions(eager_model, kwargs, i):
+    """One tuple of blocks a token: rows of the prompt first, then one row each, as for `attentions`."""
+    if kwargs.get("assisted"):
+        kwargs = {"assistant_model": tiny_eager_model()}  # whose tokens are all accepted
+    out = eager_model.generate(**one(i), **ATTENTIONS, **kwargs)
+    assert len(out.cross_attentions) == len(out.attentions) == STEPS
+    if i == 0:  # a text without image
+        assert out.cross_attentions == ((),) * STEPS
+        return
+    whole, prompt = whole_cross_attentions(eager_model, out.sequences[0], PIXELS[i]), len(ROWS[i])
+    for step, blocks in enumerate(out.cross_attentions):
+        end = prompt + step
+        start = 0 if step == 0 or kwargs.get("use_cache") is False else end - 1
+        torch.testing.assert_close(torch.cat(blocks), whole[:, :, start:end], atol=1e-5, rtol=0)
+
+
+def test_generated_cross_attentions_of_beams_and_drafts(eager_model):
+    """Beams as Transformers returns them for `attentions`: a row for each beam. A draft's attentions are its own."""
+    out = eager_model.generate(**batch(), **ATTENTIONS, num_beams=2)
+    assert len(out.cross_attentions) == len(out.attentions)
+    for step, blocks in enumerate(out.cross_attentions):
+        rows = batch()["input_ids"].shape[1] if step == 0 else 1
+        assert [block.shape for block in blocks] == [(6, 4, rows, 2 * 16)] * 4
+    first = torch.cat(out.cross_attentions[0])[4, :, -len(ROWS[2]) :]  # row 2, first beam and block
+    whole = whole_cross_attentions(eager_model, ROWS[2], PIXELS[2])
+    torch.testing.assert_close(first, whole[0], atol=1e-5, rtol=0)
+    assert "cross_attentions" not in eager_model.generate(**one(1), return_dict_in_generate=True, max_new_tokens=2)
+
+
 # ---------------------------------------------------------------------------------------- compiled
 
 
@@ -275,6 +345,80 @@ def test_cache_made_without_a_configuration(model, expected, i):
     row, new = torch.cat([out.sequences[0], text(5, 40, (2,))]), images(1)
     generated = generate(model, {"input_ids": row[None], "pixel_values": new}, cache=out.cache)
     assert torch.equal(generated[0], greedy(model, row, torch.cat([PIXELS[i], new])))
+
+
+class Stream:
+    """In place of a stream of an accelerator."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def emulated_offloading(monkeypatch):
+    """Layers of a cache lie on the CPU and their device is the CPU too: an offloaded layer loses its data until it is fetched."""
+    offloaded = {}
+
+    def offload(layer):
+        if layer.is_initialized:
+            offloaded[layer] = layer.keys, layer.values
+            layer.keys = layer.values = None
+
+    def prefetch(layer):
+        if layer in offloaded:
+            layer.keys, layer.values = offloaded.pop(layer)
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    return offloaded
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "late", "made", "made static"])
+@pytest.mark.parametrize("with_images", [False, True])
+def test_offloaded_caches(model, expected, emulated_offloading, kind, with_images):
+    """A layer is back on its device before each use. The layer after the last self-attention layer is the first one."""
+    config = model.config.text_config
+    caches = {
+        "late": lambda: DynamicCache(offloading=True),
+        "made": lambda: DynamicCache(config=config, offloading=True),
+        "made static": lambda: StaticCache(config=config, max_cache_len=64, offloading=True),
+    }
+    kwargs = {"cache": caches[kind]()} if kind in caches else {"cache_implementation": kind}
+    i = 2 if with_images else 0
+    out = model.generate(**one(i), **kwargs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences[0, len(ROWS[i]) :], expected[i])
+    text_layers, visual_layers = out.cache.layers[:6], out.cache.layers[6:]
+    assert sum(layer in emulated_offloading for layer in text_layers) >= 5
+    assert len(visual_layers) == (4 if with_images else 0)
+    assert all(layer.keys is not None for layer in visual_layers)
+
+    if kind != "offloaded_static":  # which has room for one turn
+        row = torch.cat([out.sequences[0], text(4, 90)])
+        inputs = {"input_ids": row[None], "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        generated = generate(model, inputs, cache=out.cache, max_new_tokens=4)
+        assert torch.equal(generated[0], greedy(model, row, PIXELS[i], steps=4))
+
+
+def test_quantized_cache(model, expected, monkeypatch):
+    """Self-attention is quantized, visual tokens are not. With a quantization that loses nothing, tokens are the same."""
+    inputs = {**batch(), "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
+    assert [type(layer) for layer in out.cache.layers] == [Fp8QuantizedLayer] * 6 + [
+        AgeVlmCrossAttentionCacheLayer
+    ] * 4
+    assert torch.equal(out.sequences[:, -STEPS], expected[:, 0])
+    monkeypatch.setattr(Fp8QuantizedLayer, "_quantize", lambda self, tensor, scale=None: (tensor, 1.0))
+    for kwargs in ({}, {"num_beams": 3}):
+        reference = expected if not kwargs else generate(model, batch(), **kwargs)
+        assert torch.equal(generate(model, inputs, **kwargs), reference)
 
 
 @torch.no_grad()

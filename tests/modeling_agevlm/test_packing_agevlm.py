@@ -87,10 +87,7 @@ def packed_inputs(form: str) -> dict[str, torch.Tensor]:
 
 def nn_pad(rows: torch.Tensor, value: int) -> torch.Tensor:
     return torch.stack(
-        [
-            torch.nn.functional.pad(row, (3 - side, side), value=value)
-            for row, side in zip(rows, (0, 2), strict=True)
-        ]
+        [torch.nn.functional.pad(row, (3 - side, side), value=value) for row, side in zip(rows, (0, 2), strict=True)]
     )
 
 
@@ -282,7 +279,7 @@ def test_packed_texts_return_no_cache(model, implementation):
 def test_packed_texts_and_a_cache_are_refused(model, form, static):
     config = model.config.text_config
     cache = StaticCache(config=config, max_cache_len=64) if static else DynamicCache(config=config)
-    with pytest.raises(ValueError, match="several texts in a row .*without `cache`"):
+    with pytest.raises(ValueError, match=r"several texts in a row .*without `cache`"):
         model(**packed_inputs(form), cache=cache)
     first = text(6, 9, (1,))
     cache = model(first[None], pixel_values=images(1).double(), use_cache=True).cache
