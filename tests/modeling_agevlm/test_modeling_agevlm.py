@@ -714,7 +714,8 @@ def test_exported_saved_and_loaded(with_images, tmp_path):
         padded = pad(rows)
         count = int((padded["input_ids"] == IMAGE).sum())
         found = {name: padded[name] for name in ("input_ids", "attention_mask")}
-        return {**found, "pixel_values": images(count)} if with_images else found
+        sizes = torch.tensor([[IMAGE_SIZE, 9 + i] for i in range(count)])
+        return {**found, "pixel_values": images(count), "image_sizes": sizes} if with_images else found
 
     batches = [ROWS, [text(5, 1, (0,))], [text(20, 2, (5, 6)), text(9, 3), text(4, 4, (3,)), text(7, 5, (1, 2, 3))]]
     if not with_images:
@@ -723,7 +724,7 @@ def test_exported_saved_and_loaded(with_images, tmp_path):
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {"input_ids": {0: dynamic, 1: dynamic}, "attention_mask": {0: dynamic, 1: dynamic}, "use_cache": None}
     if with_images:
-        shapes["pixel_values"] = {0: dynamic}
+        shapes |= {"pixel_values": {0: dynamic}, "image_sizes": {0: dynamic}}
     torch.export.save(torch.export.export(model, (), example, dynamic_shapes=shapes), tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     for rows in batches:
@@ -731,7 +732,7 @@ def test_exported_saved_and_loaded(with_images, tmp_path):
         torch.testing.assert_close(program(**inputs(rows), use_cache=False).logits, expected, atol=2e-5, rtol=1e-5)
     if with_images:
         with pytest.raises(RuntimeError):
-            program(**{**example, "pixel_values": images(2)})  # for three image tokens
+            program(**{**example, **{name: example[name][:2] for name in ("pixel_values", "image_sizes")}})
 
 
 # ---------------------------------------------------------------------------------------- saving and loading

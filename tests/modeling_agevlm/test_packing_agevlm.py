@@ -5,12 +5,15 @@ import itertools
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import COUNTS, IMAGE, NUM_VISUAL, PAD, ROWS, VOCAB, images, text, tiny_age_vlm, tiny_llama
+from tiny_training import tiny_processor, tiny_trainable
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from agevlm.modeling_agevlm.modeling_agevlm import NEVER, visible_images
+from agevlm.trainer import AgeVlmSFTConfig, AgeVlmSFTTrainer
 
 # Two rows of three texts with one, no and two images, and with no, two and one. Both rows have 20 tokens.
 PACKED = [
@@ -214,6 +217,27 @@ def test_maps_and_gradients_of_packed_texts(model, implementation, form):
     assert actual.keys() == expected.keys()
     for name, gradient in actual.items():  # the maps are float32
         torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_the_sft_trainer_packs_texts(tmp_path):
+    """`packing=True` is for texts without images, in TRL. The loss is that of the texts alone."""
+    model = tiny_trainable()
+    sentences = ["There is a dog in this image.", "No.", "What is the brown cat?", "There is a sofa."]
+    encoded = [tiny_processor().tokenizer(sentence)["input_ids"] for sentence in sentences]
+    losses = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss * (len(ids) - 1) for ids in encoded]
+    expected = sum(losses) / sum(len(ids) - 1 for ids in encoded)
+    args = AgeVlmSFTConfig(
+        str(tmp_path), packing=True, max_length=1 + max(map(len, encoded)), per_device_train_batch_size=4, max_steps=1,
+        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": ids} for ids in encoded])
+    trainer = AgeVlmSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_processor())
+    assert len(trainer.train_dataset) < len(encoded), "some rows have several texts"
+    with torch.enable_grad():
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- what is no packing
