@@ -33,7 +33,7 @@ from transformers.utils import logging
 from .files import new_folder, resolve_package_file
 from .hub import loading
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
-from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
 
@@ -164,7 +164,8 @@ def from_parts(
 ) -> AgeVlmForConditionalGeneration:
     """Assembles an AGE-VLM from a Llama and a vision backbone, with fresh adapter and cross-attention.
 
-    The model takes over the parts' weights; it does not copy them. Its gates are zero, so it gives exactly the
+    The model takes over the parts' weights; it does not copy them. It leaves out the vision backbone's pooling head, which
+    no visual token goes through. Its gates are zero, so it gives exactly the
     Llama's logits, for text and for images.
 
     Args:
@@ -206,6 +207,7 @@ def from_parts(
     if unloaded:
         raise ValueError(f"The text model does not match its own Llama configuration at {unloaded}.")
     language_model.rotary_emb = text_model.model.rotary_emb  # its buffers are in no state dict
+    remove_pooling_head(vision_model)
     model.model.vision_tower = vision_model
     model.lm_head.weight = text_model.lm_head.weight
     for fresh in fresh_modules(model).values():

@@ -68,6 +68,25 @@ NEVER = torch.iinfo(torch.long).max
 # Cross-attentions of each token that the `generate` call in progress has generated.
 _generated_cross_attentions: ContextVar[list | None] = ContextVar("generated_cross_attentions", default=None)
 
+# Pooling heads by type of vision tower. No visual token goes through them.
+POOLING_HEADS = {
+    "beit": ("pooler",),
+    "clip_vision_model": ("post_layernorm",),
+    "convnext": ("layernorm",),
+    "convnextv2": ("layernorm",),
+    "timm_wrapper": (
+        "attn_pool",
+        "conv_head",
+        "fc_norm",
+        "head",
+        "in_conv",
+        "norm_head",
+        "pre_classifier",
+        "pre_logits",
+    ),
+    "vit": ("pooler",),
+}
+
 
 @auto_docstring(custom_intro="Image features: the output of the vision tower and of the adapter.")
 @dataclass
@@ -791,6 +810,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if not supported:
             config.vision_config._attn_implementation = "eager"
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        remove_pooling_head(self.vision_tower)
         self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
         self.post_init()
 
@@ -1091,6 +1111,23 @@ def set_training_mode(module: nn.Module, parent_is_trainable: bool = False) -> N
     module.training = is_trainable and not isinstance(module, nn.modules.batchnorm._BatchNorm)
     for child in module.children():
         set_training_mode(child, is_trainable)
+
+
+def remove_pooling_head(vision_tower: PreTrainedModel) -> None:
+    """Removes the parameters of a vision tower that no visual token goes through.
+
+    They would never get a gradient. Data-parallel processes would wait for it, and a sharded checkpoint would have no
+    optimizer state of them.
+    """
+    parent = getattr(vision_tower, "timm_model", vision_tower)
+    for name in POOLING_HEADS.get(vision_tower.config.model_type, ()):
+        # In an EfficientNet of timm, which has a `bn2`, `conv_head` belongs to the features.
+        if getattr(parent, name, None) is not None and not (name == "conv_head" and hasattr(parent, "bn2")):
+            setattr(parent, name, nn.Identity())
+    for module in vision_tower.modules():
+        # The embedding of masked patches. A buffer, because Transformers initializes and loads it.
+        if (mask_token := module._parameters.pop("mask_token", None)) is not None:
+            module.register_buffer("mask_token", mask_token.data)
 
 
 def vision_width(vision_tower: PreTrainedModel) -> int:

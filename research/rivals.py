@@ -21,6 +21,7 @@ from agevlm.modeling_agevlm.modeling_agevlm import (
     AgeVlmImageFeatures,
     AgeVlmModel,
     AgeVlmMultiModalProjector,
+    remove_pooling_head,
     vision_width,
 )
 from agevlm.processing.collator import AgeVlmDataCollator
@@ -43,6 +44,7 @@ class ConcatenationModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         # Convolutional towers have no attention, and refuse the implementations that the text model is asked to use.
         self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
+        remove_pooling_head(self.vision_tower)
         self.multi_modal_projector = AgeVlmMultiModalProjector(config, vision_width(self.vision_tower))
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

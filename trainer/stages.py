@@ -60,13 +60,6 @@ _BLOCK = re.compile(
     r"model\.vision_tower\.(?:\w+\.)*?((?:stages?|blocks|layers?)[._]\d+(?:\.(?:(?:blocks|layers?)\.)?\d+)*)\."
 )
 
-# Pooling heads, which no visual token goes through: they would never get a gradient.
-_POOLING = {
-    "convnext": r"model\.vision_tower\.layernorm\.",
-    "convnextv2": r"model\.vision_tower\.layernorm\.",
-    "timm_wrapper": r"model\.vision_tower\.timm_model\.(head|fc_norm|attn_pool)\.",
-}
-
 
 def last_block(names: Sequence[str]) -> str:
     """Regular expression of a vision tower's last block, from its parameters' names.
@@ -84,22 +77,20 @@ def last_block(names: Sequence[str]) -> str:
 
 
 def group_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each group, by name; pooling heads of the tower are in none.
+    """The parameters of each group, by name.
 
     Raises:
         ValueError: if a group's pattern matches nothing, or a parameter is in no group.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    unused = _POOLING.get(model.config.vision_config.model_type, r"(?!)")
-    used = {name: parameter for name, parameter in parameters.items() if not re.match(unused, name)}
-    patterns = {**GROUPS, "vision_last_block": last_block([name for name in used if "vision_tower" in name])}
+    patterns = {**GROUPS, "vision_last_block": last_block([name for name in parameters if "vision_tower" in name])}
     groups = {
-        group: {name: parameter for name, parameter in used.items() if re.match(pattern, name)}
+        group: {name: parameter for name, parameter in parameters.items() if re.match(pattern, name)}
         for group, pattern in patterns.items()
     }
     if empty := [group for group, members in groups.items() if not members]:
         raise ValueError(f"No parameter of this {type(model).__name__} is in the group(s) {', '.join(empty)}.")
-    if strays := used.keys() - {name for members in groups.values() for name in members}:
+    if strays := parameters.keys() - {name for members in groups.values() for name in members}:
         raise ValueError(f"In no group of parameters: {', '.join(sorted(strays)[:5])}.")
     return groups
 

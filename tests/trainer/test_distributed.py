@@ -40,6 +40,9 @@ CHECKPOINTING = {
     "optim": "adamw_torch",
     "adam_epsilon": 1e-3,
 }
+# No stage: all parameters of the model train, as under plain trainers.
+EVERYTHING = {**CHECKPOINTING, "stage": None}
+SHARDED = {**EVERYTHING, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
 MUON = {"stage": "guide", "optim": "muon", "optim_args": "adamw_lr_scale=0.1", "adam_epsilon": 1e-3}
 CASES = {
     "ddp": {
@@ -47,6 +50,7 @@ CASES = {
         "checkpointing": {**CHECKPOINTING, "gradient_accumulation_steps": 2},
         "resumed": {**CHECKPOINTING, "gradient_accumulation_steps": 2, "resume": "checkpointing/checkpoint-2"},
         "sft": {"stage": "guide", "trainer": "sft"},
+        "everything": {"stage": None, "ddp_find_unused_parameters": False},
         "tokens": {"stage": "guide", "tokens_per_batch": 90, "train_sampling_strategy": "random"},
         "muon": MUON,
     },
@@ -54,6 +58,8 @@ CASES = {
         "full": {"stage": "full", "eval_kinds": "12t3uttt", "eval_strategy": "epoch", "per_device_eval_batch_size": 2},
         "checkpointing": CHECKPOINTING,
         "resumed": {**CHECKPOINTING, "resume": "checkpointing/checkpoint-4"},
+        "everything": SHARDED,
+        "everything resumed": {**SHARDED, "resume": "everything/checkpoint-4"},
         "muon": MUON,
     },
 }
@@ -91,6 +97,7 @@ def results(launched: tuple[str, Path], case: str, tmp_path: Path) -> tuple[list
     """What each of the two processes returned, and what one process does that takes twice as many batches a step."""
     kind, folder = launched
     arguments = {**SHARED, **CASES[kind][case], "save_strategy": "no"}
+    arguments.pop("fsdp_state_dict_type", None)
     arguments["gradient_accumulation_steps"] = 2 * arguments.get("gradient_accumulation_steps", 1)
     return [torch.load(folder / f"{case}-{i}.pt") for i in range(2)], train(tmp_path, **arguments)
 
@@ -103,7 +110,7 @@ def losses(result: dict) -> dict[int, dict]:
 
 @pytest.mark.parametrize(
     ("launched", "case"),
-    [(kind, case) for kind in CASES for case in CASES[kind] if case != "resumed"],
+    [(kind, case) for kind in CASES for case in CASES[kind] if "resumed" not in case],
     indirect=["launched"],
 )
 def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, monkeypatch):
@@ -133,9 +140,20 @@ def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, mon
     assert trained > 20
 
 
-def test_two_processes_resume_from_a_checkpoint(launched):
+@pytest.mark.parametrize(
+    ("launched", "case", "resumed"),
+    [
+        ("ddp", "checkpointing", "resumed"),
+        ("fsdp", "checkpointing", "resumed"),
+        ("fsdp", "everything", "everything resumed"),
+    ],
+    indirect=["launched"],
+)
+def test_two_processes_resume_from_a_checkpoint(launched, case, resumed):
     _, folder = launched
-    resumed, whole = (torch.load(folder / f"{case}-0.pt") for case in ("resumed", "checkpointing"))
+    if case == "everything":
+        assert (folder / "everything" / "checkpoint-4" / "optimizer_0").is_dir(), "sharded indeed"
+    resumed, whole = (torch.load(folder / f"{name}-0.pt") for name in (resumed, case))
     assert losses(resumed) == losses(whole)
     for name, weights in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weights), name

@@ -11,15 +11,23 @@ from tiny_training import tiny_processor, tiny_trainable
 from training_runs import SETTINGS, start_model
 from training_steps import KeepGradients, collate, make_trainer
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
     ConvNextV2Config,
     ConvNextV2Model,
+    Dinov2Config,
+    Dinov2Model,
     DINOv3ConvNextConfig,
     DINOv3ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     HfArgumentParser,
     TimmWrapperConfig,
     TimmWrapperModel,
+    ViTConfig,
+    ViTModel,
 )
 from trl import TrlParser
 
@@ -41,7 +49,16 @@ def timm(architecture: str, **model_args) -> TimmWrapperModel:
 
 
 CONVNEXT = {"depths": (1, 1, 1, 2), "dims": (8, 8, 8, 12)}
-# By hand: the beginning of the names of each tower's last block, and of its pooling head, which no visual token goes through.
+VIT = {"img_size": 64, "patch_size": 16, "depth": 2}
+SEQUENCE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 64,
+    "patch_size": 16,
+}
+# By hand: the beginning of the names of each tower's last block, and of what no visual token goes through.
 TOWERS = {
     "convnext": (convnext, "encoder.stages.3.layers.1.", "layernorm."),
     "convnextv2": (lambda: convnext(ConvNextV2Config, ConvNextV2Model), "encoder.stages.3.layers.1.", "layernorm."),
@@ -56,20 +73,44 @@ TOWERS = {
         "timm_model.stages_3.blocks.1.",
         None,
     ),
+    "timm convnext with an MLP": (
+        lambda: timm("convnext_large_mlp", **CONVNEXT),
+        "timm_model.stages.3.blocks.1.",
+        "timm_model.head.",
+    ),
     "timm efficientnet": (lambda: timm("test_efficientnet"), "timm_model.blocks.4.0.", None),
     "timm efficientnet, features only": (
         lambda: timm("test_efficientnet", features_only=True),
         "timm_model.blocks.4.0.",
         None,
     ),
-    "timm vit": (lambda: timm("test_vit", img_size=64, patch_size=16, depth=2), "timm_model.blocks.1.", None),
+    "timm mobilenet": (lambda: timm("mobilenetv3_small_050"), "timm_model.blocks.5.0.", "timm_model.conv_head."),
+    "timm vit": (lambda: timm("test_vit", **VIT), "timm_model.blocks.1.", None),
+    "timm vit, mean": (
+        lambda: timm("test_vit", global_pool="avg", **VIT),
+        "timm_model.blocks.1.",
+        "timm_model.fc_norm.",
+    ),
+    "timm vit, attention": (
+        lambda: timm("test_vit4", global_pool="map", class_token=False, reg_tokens=0, **VIT),
+        "timm_model.blocks.1.",
+        "timm_model.attn_pool.",
+    ),
+    "vit": (lambda: ViTModel(ViTConfig(**SEQUENCE)), "layers.1.", "pooler."),
+    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**SEQUENCE)), "encoder.layers.1.", "post_layernorm."),
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SEQUENCE)), "encoder.layer.1.", "embeddings.mask_token"),
+    "dinov3 vit": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SEQUENCE, num_register_tokens=2)), "model.layer.1.", "embeddings.mask_token"),
 }
 
 
 @functools.cache
 def tower(name: str) -> TimmWrapperModel:
     torch.manual_seed(0)
-    return TOWERS[name][0]()
+    found = TOWERS[name][0]()
+    with torch.no_grad():
+        for parameter in found.parameters():  # no two tokens are the same, and no register is zero
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return found
 
 
 def with_tower(name: str, **llama) -> AgeVlmForConditionalGeneration:
@@ -92,10 +133,6 @@ def in_vision(model, prefix: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(f"model.vision_tower.{prefix}")}
 
 
-def pooling_head(model, name: str) -> set[str]:
-    return in_vision(model, TOWERS[name][2]) if TOWERS[name][2] else set()
-
-
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_last_block_is_found_and_every_parameter_is_in_one_group(name):
     model = with_tower(name)
@@ -105,18 +142,37 @@ def test_the_last_block_is_found_and_every_parameter_is_in_one_group(name):
     assert set(groups["vision_last_block"]) == last
     counted = [parameter for group in GROUPS for parameter in groups[group]]
     assert len(counted) == len(set(counted))
-    assert {name for name, _ in model.named_parameters()} - set(counted) == pooling_head(model, name)
+    assert {name for name, _ in model.named_parameters()} == set(counted)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_model_leaves_out_what_no_visual_token_goes_through(name, tmp_path):
+    model, whole, head = with_tower(name), tower(name).eval(), TOWERS[name][2]
+    names = {name for name, _ in whole.named_parameters()}
+    removed = names - {name.removeprefix("model.vision_tower.") for name in in_vision(model, "")}
+    assert removed == {name for name in names if head is not None and name.startswith(head)}
+    assert bool(removed) == (head is not None)
+    model.save_pretrained(tmp_path)
+    again, info = AgeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in model.named_parameters()}
+    # The tokens are those of the whole tower.
+    whole.load_state_dict(again.model.vision_tower.state_dict(), strict=False)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = whole(pixels).last_hidden_state, again.get_image_features(pixels).last_hidden_state
+    expected = expected[-1] if isinstance(expected, (list, tuple)) else expected
+    expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected[:, -found.shape[1] :]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_all_that_trains_gets_a_gradient_with_images_and_without(name):
-    """Or data-parallel processes would wait for each other for ever."""
+    """Or data-parallel processes would wait for each other for ever. So without a stage too, as plain trainers train."""
     model = with_tower(name).train()
-    freeze(model, "full")
+    assert all(parameter.requires_grad for parameter in model.parameters())
     ids = torch.tensor([[5, model.config.image_token_id, 7, 8], [5, 6, 7, 8]])
-    trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {n for n, _ in model.named_parameters()} - pooling_head(model, name)
-    model.requires_grad_(True)  # those that are left out have none even so
+    trained = {n for n, _ in model.named_parameters()}
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for inputs in ({"input_ids": ids, "pixel_values": pixels}, {"input_ids": ids[1:]}):
         model.zero_grad()
@@ -130,6 +186,8 @@ def test_all_that_trains_gets_a_gradient_with_images_and_without(name):
         assert {n for n in reached if is_visual[n]} == (
             {n for n in trained if is_visual[n]} if "pixel_values" in inputs else set()
         )
+    freeze(model, "full")
+    assert {n for n, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
 @functools.cache
