@@ -17,7 +17,14 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 def register() -> None:
     """Makes the Auto classes know AGE-VLM. Calling it again changes nothing."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     from .modeling_agevlm.configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
     from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmTextModel
@@ -28,7 +35,8 @@ def register() -> None:
     AutoConfig.register(AgeVlmTextConfig.model_type, AgeVlmTextConfig, exist_ok=True)
     AutoModel.register(AgeVlmConfig, AgeVlmModel, exist_ok=True)
     AutoModel.register(AgeVlmTextConfig, AgeVlmTextModel, exist_ok=True)
-    AutoModelForImageTextToText.register(AgeVlmConfig, AgeVlmForConditionalGeneration, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(AgeVlmConfig, AgeVlmForConditionalGeneration, exist_ok=True)
     AutoImageProcessor.register(
         AgeVlmConfig,
         image_processor_classes={"torchvision": AgeVlmImageProcessor, "pil": AgeVlmImageProcessorPil},

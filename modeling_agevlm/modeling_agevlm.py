@@ -602,6 +602,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             "AutoConfig": "configuration_agevlm.AgeVlmConfig",
             "AutoModel": "modeling_agevlm.AgeVlmModel",
             "AutoModelForImageTextToText": "modeling_agevlm.AgeVlmForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_agevlm.AgeVlmForConditionalGeneration",
             "AutoProcessor": "processing_agevlm.AgeVlmProcessor",
             "AutoImageProcessor": "image_processing_agevlm.AgeVlmImageProcessor",
         }

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AgeVlmTrainer`: Transformers' trainer with AGE-VLM's stages, guidance, batches, optimizer and checkpoints."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import Trainer
 
@@ -26,6 +29,41 @@ class AgeVlmMixin(StagesMixin, GuidanceMixin, OptimizerMixin, SamplingMixin, Che
         """
         self.set_up_stage(model, args)
         self.set_up_guidance(model, args)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the card of Transformers' or TRL's trainer, with the arguments of both; so does `push_to_hub`.
+
+        Args:
+            model_name: title of the card.
+            dataset_name: one or several ids of data sets, as `dataset`. Paths of this machine are left out.
+            tags: of the model.
+            kwargs: the other arguments of Transformers' `create_model_card`. TRL's card has no metrics, and therefore
+                neither `dataset_tags` nor `dataset_args`.
+        """
+        names = kwargs.pop("dataset", None) or dataset_name or []
+        names = [name for name in ([names] if isinstance(names, str) else names) if not os.path.exists(name)]
+        if not hasattr(self, "_tag_names"):
+            super().create_model_card(model_name=model_name, tags=tags, dataset=names or None, **kwargs)
+            return
+        super().create_model_card(model_name, names[0] if names else None, tags)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            card, tasks = ModelCard.load(path), kwargs.get("tasks")
+            fields = {
+                "language": kwargs.get("language"),
+                "license": kwargs.get("license"),
+                "base_model": kwargs.get("finetuned_from"),
+                "pipeline_tag": tasks[0] if isinstance(tasks, list) else tasks,
+                "datasets": names or None,
+            }
+            card.data.__dict__.update({name: value for name, value in fields.items() if value is not None})
+            card.save(path)
 
 
 class AgeVlmTrainer(AgeVlmMixin, Trainer):

@@ -41,7 +41,7 @@ class AgeVlmModelConfig(ModelConfig):
     the cross-attention.
 
     Raises:
-        ValueError: for 4 or 8 bits, in which cross-attention and adapter could not train.
+        ValueError: for 4 or 8 bits without LoRA.
     """
 
     lora_target_modules: list[str] | None = field(
@@ -55,8 +55,8 @@ class AgeVlmModelConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.load_in_4bit or self.load_in_8bit:
-            raise ValueError("AGE-VLM does not train in 4 or 8 bits: its cross-attention and adapter train in full.")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ValueError("Weights of 4 or 8 bits do not train: add --use_peft, which trains LoRA beside them.")
         if self.use_peft and self.lora_modules_to_save is None:
             self.lora_modules_to_save = lora_modules_to_save(AgeVlmConfig.from_pretrained(self.model_name_or_path))
 

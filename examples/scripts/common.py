@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoProcessor, Trainer, TrainingArguments
-from trl import get_peft_config
+from trl import get_peft_config, get_quantization_config
 
 from agevlm import AgeVlmForConditionalGeneration, read_rows
 from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments
@@ -25,11 +25,15 @@ def run(
         prepare: called with the model before it trains, where PEFT does not decide what trains.
         trainer_kwargs: further arguments of the trainer.
     """
+    quantization_config = get_quantization_config(model_args)
     model = AgeVlmForConditionalGeneration.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization_config,
+        # Quantized weights are made where they stay, on the device of this process.
+        device_map=None if quantization_config is None else {"": training_args.device},
     )
     peft_config = get_peft_config(model_args)
     if prepare is not None and peft_config is None:

@@ -21,6 +21,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     ConvNextImageProcessor,
     LlamaForCausalLM,
@@ -336,13 +337,16 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
 def test_auto_classes(checkpoint):
     assert type(AutoConfig.from_pretrained(checkpoint)) is agevlm.AgeVlmConfig
     assert type(AutoModel.from_pretrained(checkpoint)) is agevlm.AgeVlmModel
-    assert type(AutoModelForImageTextToText.from_pretrained(checkpoint)) is agevlm.AgeVlmForConditionalGeneration
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        assert type(auto_class.from_pretrained(checkpoint)) is agevlm.AgeVlmForConditionalGeneration
     assert type(AutoProcessor.from_pretrained(checkpoint)) is agevlm.AgeVlmProcessor
     assert type(AutoImageProcessor.from_pretrained(checkpoint)) is agevlm.AgeVlmImageProcessor
 
 
-def test_pipeline_answers_as_generate_does(checkpoint, picture):
-    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_pipeline_answers_as_generate_does(checkpoint, picture, task):
+    pipe = pipeline(task, model=str(checkpoint))
+    assert type(pipe.model) is agevlm.AgeVlmForConditionalGeneration
     (output,) = pipe(text=messages(picture), max_new_tokens=8, do_sample=False, return_full_text=False)
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
@@ -377,9 +381,13 @@ inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-answer = pipeline("image-text-to-text", model=folder, **load)(
-    text=messages, max_new_tokens=8, do_sample=False, return_full_text=False
-)[0]["generated_text"]
+answer, again = (
+    pipeline(task, model=folder, **load)(
+        text=messages, max_new_tokens=8, do_sample=False, return_full_text=False
+    )[0]["generated_text"]
+    for task in ("image-text-to-text", "any-to-any")
+)
+assert answer == again
 torch.save({"tokens": tokens, "answer": answer}, out)
 """
 

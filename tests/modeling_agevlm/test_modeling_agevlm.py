@@ -753,6 +753,7 @@ def test_saved_and_loaded_again(tied, sink, shards, tmp_path):
         "AutoConfig": "configuration_agevlm.AgeVlmConfig",
         "AutoModel": "modeling_agevlm.AgeVlmModel",
         "AutoModelForImageTextToText": "modeling_agevlm.AgeVlmForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_agevlm.AgeVlmForConditionalGeneration",
         "AutoProcessor": "processing_agevlm.AgeVlmProcessor",
         "AutoImageProcessor": "image_processing_agevlm.AgeVlmImageProcessor",
     }
