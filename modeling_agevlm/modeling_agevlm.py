@@ -1128,7 +1128,7 @@ def remove_pooling_head(vision_tower: PreTrainedModel) -> None:
     for module in vision_tower.modules():
         # The embedding of masked patches. A buffer, because Transformers initializes and loads it.
         if (mask_token := module._parameters.pop("mask_token", None)) is not None:
-            module.register_buffer("mask_token", mask_token.data)
+            module.mask_token = nn.Buffer(mask_token.data)
 
 
 def vision_width(vision_tower: PreTrainedModel) -> int:

@@ -99,7 +99,11 @@ TOWERS = {
     "vit": (lambda: ViTModel(ViTConfig(**SEQUENCE)), "layers.1.", "pooler."),
     "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**SEQUENCE)), "encoder.layers.1.", "post_layernorm."),
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**SEQUENCE)), "encoder.layer.1.", "embeddings.mask_token"),
-    "dinov3 vit": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SEQUENCE, num_register_tokens=2)), "model.layer.1.", "embeddings.mask_token"),
+    "dinov3 vit": (
+        lambda: DINOv3ViTModel(DINOv3ViTConfig(**SEQUENCE, num_register_tokens=2)),
+        "model.layer.1.",
+        "embeddings.mask_token",
+    ),
 }
 
 
