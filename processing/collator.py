@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
 from .processing_agevlm import AgeVlmProcessor
-from .rows import mask_from_rle, message_text, place_images, row_messages
-
-_CHECK = "`agevlm data check` lists all such rows of a data set."
+from .rows import ORIGIN_COLUMN, mask_from_rle, message_text, place_images, row_messages
 
 
 def mask_coverage(mask: np.ndarray, grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin) -> torch.Tensor:
@@ -78,15 +76,13 @@ class RenderedConversation:
                 white space, or the chat template changes the message's text.
         """
         if not 0 <= message < len(self.messages):
-            raise ValueError(
-                f"A grounded phrase is in message {message} of a row with {len(self.messages)} messages. {_CHECK}"
-            )
+            raise ValueError(f"A grounded phrase is in message {message} of a row with {len(self.messages)} messages.")
         text = message_text(self.messages[message])
         phrase = text[max(start, 0) : end]
         if not (0 <= start < end <= len(text) and phrase.strip()):
             raise ValueError(
                 f"The grounded span ({start}, {end}) in message {message} must be 0 <= start < end <= {len(text)}, "
-                f"the length of that message's text, and not only white space. {_CHECK}"
+                "the length of that message's text, and not only white space."
             )
         first = self._places[message][end - len(phrase.lstrip())]
         last = self._places[message][start + len(phrase.rstrip()) - 1]
@@ -227,11 +223,13 @@ class AgeVlmDataCollator:
             the choice is the same in every epoch, process and resumed run. It does not concern phrases that name nothing.
         guide_absent: also guide phrases that name nothing in the image, for models with an attention sink.
         seed: of that choice.
+        allow_urls: fetch images that rows name by a URL, from public addresses only; see
+            [`~agevlm.processing.image_processing_agevlm.load_image`].
         features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
             batch then has `mm_encoder_outputs` in place of `pixel_values` and `image_sizes`.
 
     Raises:
-        ValueError: when called with an inconsistent row; the message names the mistake.
+        ValueError: when called with an inconsistent row; the message names the row and the mistake.
     """
 
     processor: AgeVlmProcessor
@@ -242,6 +240,7 @@ class AgeVlmDataCollator:
     guided_fraction: float = 1.0
     guide_absent: bool = False
     seed: int = 0
+    allow_urls: bool = False
     features: Callable[[list], Any] | None = None
 
     def __post_init__(self):
@@ -249,7 +248,10 @@ class AgeVlmDataCollator:
             raise ValueError(f"guided_fraction must be a share of the rows, from 0 to 1, got {self.guided_fraction}.")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        images = [row_images(row) for row in rows]
+        return naming_bad_rows(self._collate, rows)
+
+    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        images = [row_images(row, self.allow_urls) for row in rows]
         rendered = [
             render_conversation(self.processor, place_images(row_messages(row), len(pictures)))
             for row, pictures in zip(rows, images, strict=True)
@@ -300,27 +302,28 @@ class AgeVlmDataCollator:
         is_guided = self._is_guided(grounding)
         if not is_guided and not self.guide_absent:
             return []
-        decoded: dict[str, np.ndarray] = {}  # a question and its answer often name the same object
+        decoded: dict[tuple, np.ndarray] = {}  # a question and its answer often name the same object
         masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}  # by span and image
         absent: dict[tuple[int, int], bool] = {}
         for entry in grounding:
-            span, image = conversation.locate(entry["message"], entry["start"], entry["end"]), entry["image"]
+            *place, image = (entry.get(name) for name in ("message", "start", "end", "image"))
+            if not all(isinstance(number, (int, np.integer)) for number in (*place, image)):
+                raise ValueError(
+                    f"A grounded phrase has whole numbers for message, start, end and image, not {[*place, image]}."
+                )
+            span = conversation.locate(*place)
             phrase = conversation.text[slice(*span)]
             if not 0 <= image < len(images):
                 raise ValueError(
-                    f"The grounded phrase {phrase!r} names image {image} of a row with {len(images)} image(s). "
-                    + _CHECK
+                    f"The grounded phrase {phrase!r} names image {image} of a row with {len(images)} image(s)."
                 )
-            rle = str(entry["mask"])
+            rle, size = str(entry["mask"]), (images[image].height, images[image].width)
             try:
-                mask = decoded[rle] = decoded[rle] if rle in decoded else mask_from_rle(entry["mask"])
+                mask = decoded.get((rle, size))
+                if mask is None:
+                    mask = decoded[rle, size] = mask_from_rle(entry["mask"], size)
             except ValueError as error:
-                raise ValueError(f"The mask of the phrase {phrase!r} cannot be read: {error}. {_CHECK}") from error
-            if mask.shape != (shape := (images[image].height, images[image].width)):
-                raise ValueError(
-                    f"The mask of the phrase {phrase!r} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
-                    f"but its image has {shape[0]}x{shape[1]}. {_CHECK}"
-                )
+                raise ValueError(f"The mask of the phrase {phrase!r} cannot be read: {error}.") from error
             absent[span] = absent.get(span, True) and entry.get("score") is None and not mask.any()
             joined = masks.setdefault(span, {})
             joined[image] = joined[image] | mask if image in joined else mask
@@ -386,7 +389,55 @@ class AgeVlmDataCollator:
         return batch
 
 
-def row_images(row: dict[str, Any]) -> list:
-    """The images of a row: `images`, or the single `image`, or none. Paths are opened with `load_image`."""
+def naming_bad_rows(collate: Callable[[list], Any], rows: Sequence[dict[str, Any]]) -> Any:
+    """What `collate` makes of rows. Its error names the first row that it cannot collate by itself.
+
+    Raises:
+        ValueError: with the row's origin ([`~agevlm.processing.rows.ORIGIN_COLUMN`]) or its place in the batch, the reason, and
+            the files of its images where they are known.
+    """
+    try:
+        return collate(list(rows))
+    except (ImportError, MemoryError):
+        raise
+    except Exception:  # templates, decoders and tokenizers raise errors of many types
+        for number, row in enumerate(rows):
+            try:
+                collate([row])
+            except Exception as error:
+                raise ValueError(_describe_bad_row(row, number, error)) from error
+        raise
+
+
+def _describe_bad_row(row: dict[str, Any], number: int, error: Exception) -> str:
+    origin = row.get(ORIGIN_COLUMN)
+    where = f"{origin['file']}, row {origin['row']}" if origin else f"row {number} of the batch"
+    reason = f"{error}" if isinstance(error, (ValueError, OSError, TemplateError)) else f"{type(error).__name__}: {error}"
+    images = row["images"] if isinstance(row.get("images"), (list, tuple)) else [row.get("image")]
+    names = [image.get("path") if isinstance(image, dict) else getattr(image, "filename", image) for image in images]
+    files = ", ".join(f"{name:.200}" for name in names if isinstance(name, str) and name and name not in reason)
+    fix = "Correct the row, or remove it: `agevlm data check --model MODEL` lists all such rows of a data set."
+    if origin:
+        fix += " `on_bad_row: skip` in the recipe's entry of the data leaves them out."
+    return f"{where}: {reason.rstrip('. ')}{f' (images: {files})' if files else ''}. {fix}"
+
+
+def row_images(row: dict[str, Any], allow_urls: bool = False) -> list:
+    """The images of a row: `images`, or the single `image`, or none. Paths, and images as `datasets` stores them
+    (`{"bytes": ..., "path": ...}`), are opened with `load_image`.
+
+    Raises:
+        ValueError: if one cannot be read, or is at a URL and `allow_urls` is False.
+    """
     images = [row["image"]] if row.get("image") is not None else row.get("images") or []
-    return [load_image(image) if isinstance(image, (str, os.PathLike)) else image for image in images]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"its `images` are not a list of images, but {images!r:.80}")
+    return [_open_image(image, "public" if allow_urls else "none") for image in images]
+
+
+def _open_image(image: Any, urls: Literal["public", "none"]) -> Any:
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if image is None:
+        raise ValueError("it has an image that is neither a file nor bytes")
+    return load_image(image, urls=urls) if isinstance(image, (str, bytes, os.PathLike)) else image

@@ -17,10 +17,16 @@ Both backends are in one file, so that a checkpoint that was saved with one of t
 """
 
 import base64
+import contextlib
+import ipaddress
 import os
+import socket
+import threading
+import time
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
+import httpx
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
@@ -56,36 +62,158 @@ def flatten_images(images: Any) -> list[Any]:
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def load_image(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+# Limits of a download. The largest images that `PIL.Image.MAX_IMAGE_PIXELS` lets through are seldom larger as files.
+MAX_DOWNLOAD_BYTES = 100 * 2**20
+MAX_DOWNLOAD_SECONDS = 30
+
+
+def load_image(
+    source: str | os.PathLike | bytes, *, urls: Literal["all", "public", "none"] = "all"
+) -> PIL.Image.Image:
     """Reads an image file, its bytes, a URL or a base64 string into an upright PIL image without changing its mode.
 
     `load_image` of Transformers drops the alpha channel, while its image processors composite PIL images on white. Without
     a change of mode, a file and the PIL image that is opened from it give the same pixels.
 
+    Args:
+        source: what to read. Downloads end with an error after `MAX_DOWNLOAD_SECONDS` or `MAX_DOWNLOAD_BYTES`.
+        urls: which URLs may be fetched. `all` is for those that a person names. `public` is for those that data name: only from
+            public addresses of the Internet, also after each redirect, and past any proxy. `none` fetches nothing.
+
     Raises:
-        ValueError: if the source is not found, is no image, is truncated, or has too many pixels.
+        ValueError: if the source is not found, may not be fetched, is no image, is truncated, or has too many pixels.
     """
     source = os.fspath(source)
-    file: Any = source
     try:
-        if isinstance(source, bytes):
-            file = BytesIO(source)
-        elif source.startswith(("http://", "https://")):
-            response = get_session().get(source, follow_redirects=True)
-            response.raise_for_status()
-            file = BytesIO(response.content)
-        elif not os.path.isfile(source):
-            data = source.split(",", 1)[1] if source.startswith("data:image/") else source
-            file = BytesIO(base64.b64decode("".join(data.split()), validate=True))
+        file = BytesIO(source) if isinstance(source, bytes) else _find_image(source, urls)
         with PIL.Image.open(file) as image:
+            if image.format == "EPS":
+                raise ValueError("it is a program in PostScript, which would have to be run. Convert it to PNG.")
             return PIL.ImageOps.exif_transpose(_decode(image))
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"Cannot read image {_shorten(source)}: {error} {_BOMB_FIX}") from error
-    except Exception as error:  # decoders raise many types of errors for damaged data
+    except PIL.UnidentifiedImageError as error:
+        start = file.getvalue()[:12] if isinstance(file, BytesIO) else _first_bytes(file)
+        found = f"it begins with {start!r}" if start else "it is empty"
+        if isinstance(file, BytesIO) and isinstance(source, str) and ":" not in source:
+            found = f"there is no such file, and read as base64 {found}"
         raise ValueError(
-            f"Cannot read image {_shorten(source)}: {error or type(error).__name__}. "
-            "Pass the path of an intact image file, an image URL or a base64 encoded image."
+            f"Cannot read image {_shorten(source)}: {found}, which is no image format that Pillow reads. Pass an intact image "
+            "such as a PNG or JPEG file."
         ) from error
+    except Exception as error:  # decoders raise many types of errors for damaged data
+        raise ValueError(f"Cannot read image {_shorten(source)}: {error or type(error).__name__}") from error
+
+
+def _find_image(source: str, urls: str) -> str | BytesIO:
+    """The path of an image file, or the bytes that a URL or a base64 string stands for."""
+    if source.startswith(("http://", "https://")):
+        return BytesIO(_download(source, urls))
+    if os.path.isfile(source):
+        return source
+    if os.path.isdir(source):
+        raise ValueError("it is a folder. Pass the path of an image file.")
+    if os.path.exists(source):
+        raise ValueError("it is not a regular file.")
+    is_data_url = source.startswith("data:image/")
+    data = "".join(source.split(",", 1)[1].split()) if is_data_url and "," in source else "".join(source.split())
+    # The shortest images have more characters than names without a dot usually have.
+    if is_data_url or len(data) > 40:
+        try:
+            return BytesIO(base64.b64decode(data, validate=True))
+        except ValueError as error:
+            if is_data_url:
+                raise ValueError(f"its base64 encoding is damaged ({error}).") from error
+    raise ValueError(
+        "there is no such file. Pass the path of an image file, a URL that begins with http:// or https://, or a base64 "
+        "encoded image."
+    )
+
+
+def _first_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)
+
+
+def _download(url: str, urls: str) -> bytes:
+    """What a URL holds, within the limits of size and time.
+
+    Raises:
+        ValueError: if it may not be fetched, or exceeds a limit.
+    """
+    if urls == "none":
+        raise ValueError(
+            "images at URLs in data are not fetched. Download them, or allow it with `--allow-urls` or `allow_urls=True`."
+        )
+    deadline = time.monotonic() + MAX_DOWNLOAD_SECONDS
+    outcome: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                client = get_session() if urls == "all" else stack.enter_context(_public_client())
+                response = stack.enter_context(
+                    client.stream(
+                        "GET",
+                        url,
+                        follow_redirects=True,
+                        timeout=MAX_DOWNLOAD_SECONDS,
+                        headers={"Accept-Encoding": "identity"},  # so that the bytes that come are those that count
+                    )
+                )
+                response.raise_for_status()
+                data = bytearray()
+                for piece in response.iter_raw():
+                    data += piece
+                    if len(data) > MAX_DOWNLOAD_BYTES:
+                        raise ValueError(f"it is larger than {MAX_DOWNLOAD_BYTES} bytes. Download it by other means.")
+                    if time.monotonic() > deadline:
+                        return
+                outcome.append(bytes(data))
+        except Exception as error:
+            outcome.append(error)
+
+    # In a thread, because a server that sends its headers byte by byte reaches no time limit of a socket.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(MAX_DOWNLOAD_SECONDS)
+    if not outcome:
+        raise ValueError(f"it did not arrive within {MAX_DOWNLOAD_SECONDS} seconds. Download it by other means.")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _public_client() -> httpx.Client:
+    """A client that reaches public addresses only. It uses no proxy, which would look names up by itself."""
+    return httpx.Client(transport=_PublicTransport(), trust_env=False, max_redirects=5)
+
+
+class _PublicTransport(httpx.HTTPTransport):
+    """Each request, also of a redirect, goes to the address that was checked: a name is looked up once."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        found = socket.getaddrinfo(host, request.url.port or 443, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in sorted(found)]  # IPv4 first, which reaches more hosts
+        if private := [address for address in addresses if not _is_public(address)]:
+            raise ValueError(f"{host} has the address {private[0]}, which is not a public one of the Internet.")
+        sent = httpx.Request(
+            request.method,
+            request.url.copy_with(host=addresses[0]),
+            headers=request.headers,  # with the name as `Host`
+            extensions={**request.extensions, "sni_hostname": host},  # which certificates are checked against
+        )
+        return super().handle_request(sent)
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Those that hold an IPv4 address (mapped, 6to4, Teredo, NAT64) may lead anywhere.
+        if ip not in ipaddress.ip_network("2000::/3") or ip.sixtofour or ip.teredo:
+            return False
+    return ip.is_global and not ip.is_multicast
 
 
 _BOMB_FIX = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."

@@ -26,11 +26,12 @@ shows all images, and `message` counts through the prompt and the chosen answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool")
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
+
+ORIGIN_COLUMN = "row_origin"
+"""Column that [`~agevlm.data.readers.read_dataset`] adds, for errors: where a row comes from, `{"file": str, "row": int}`, and
+`problem`, what keeps it from being a row of the format, or None."""
 
 
 def import_datasets() -> ModuleType:
@@ -106,13 +111,23 @@ def place_images(messages: Sequence[dict[str, Any]], num_images: int) -> list[di
     user message, as in TRL. Spans of phrases stay valid. The given messages are not changed.
 
     Raises:
-        ValueError: if the messages have another number of image parts, or have none and there is no user message.
+        ValueError: if the messages have another number of image parts, or have none and there is no user message, or one
+            of them is no message.
     """
     placed = []
-    for message in messages:
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f'message {i} is not {{"role": str, "content": …}}, but {message!r:.80}')
         content = message.get("content") or []
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        placed.append({**message, "content": parts})
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts if isinstance(parts, Sequence) else [parts]:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if not isinstance(kind, str) or (kind == "text" and not isinstance(part.get("text"), str)):
+                raise ValueError(
+                    f"the content of message {i} is neither a text nor a list of parts, "
+                    f'{{"type": "text", "text": str}} or {{"type": "image"}}, but has {part!r:.80}'
+                )
+        placed.append({**message, "content": list(parts)})
     shown = sum(part["type"] == "image" for message in placed for part in message["content"])
     first = next((message for message in placed if message["role"] == "user"), None)
     if not shown and first is not None:
@@ -129,8 +144,10 @@ def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation of a row: `messages`, or `prompt` followed by `completion` or `chosen`.
 
     Raises:
-        ValueError: if the row has none of them, or they are not lists of messages.
+        ValueError: if the row has none of them, or they are not lists of messages, or the reader could not read the row.
     """
+    if problem := (row.get(ORIGIN_COLUMN) or {}).get("problem"):
+        raise ValueError(problem)
     # Rows of a mixed data set have None in the columns of other kinds of rows.
     answer = next((row[name] for name in ("completion", "chosen") if row.get(name) is not None), None)
     if row.get("messages") is not None:
@@ -156,30 +173,55 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def mask_from_rle(rle: dict[str, Any]) -> np.ndarray:
+def mask_from_rle(rle: dict[str, Any], image_size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode COCO RLE, `{"size": [height, width], "counts": str}`, to a mask, bool `(height, width)`.
 
+    Args:
+        rle: the mask.
+        image_size: height and width that it must have, if known.
+
     Raises:
-        ValueError: if `rle` is not of this form, or its runs do not add up to `height * width`.
+        ValueError: if `rle` is not of this form, its runs do not add up to `height * width`, or it has another size than the
+            image or more pixels than any image may have (`PIL.Image.MAX_IMAGE_PIXELS`). The sizes are compared before any
+            memory is taken.
     """
     # Not with pycocotools, which reads and writes out of bounds if the runs do not fit the size.
     try:
         height, width = (int(side) for side in rle["size"])
-        codes = [byte - 48 for byte in rle["counts"].encode("ascii")]
+        codes = np.frombuffer(rle["counts"].encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError('not a COCO RLE mask: expected {"size": [height, width], "counts": str}') from error
-    runs: list[int] = []
-    value, shift = 0, 0
-    for code in codes:
-        value |= (code & 0x1F) << shift
-        shift += 5
-        if not code & 0x20:  # the run's last character; its highest bit is the sign
-            if code & 0x10:
-                value -= 1 << shift
-            # from the fourth on, a run is written as its difference to the last run of the same color
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value, shift = 0, 0
-    legal = all(0 <= code < 64 for code in codes) and not shift and min(height, width, *runs, 0) == 0
-    if not legal or sum(runs) != height * width:
+    if image_size is not None and (height, width) != image_size:
+        raise ValueError(
+            f"the COCO RLE mask has {height}x{width} pixels (height x width), but its image has "
+            f"{image_size[0]}x{image_size[1]}"
+        )
+    limit = PIL.Image.MAX_IMAGE_PIXELS or 2**40
+    if min(height, width) < 0 or height * width > limit:
+        raise ValueError(f"the COCO RLE mask claims {height} x {width} pixels, but a mask has at most {limit}")
+    runs = _decode_runs(codes, height * width)
+    if runs is None:
         raise ValueError(f"damaged COCO RLE mask: its runs do not make up {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _decode_runs(codes: np.ndarray, pixels: int) -> np.ndarray | None:
+    """The runs that `codes` (int64, of 6 bits each) write, or None if they do not make up `pixels`.
+
+    A character has five bits of a number, from the lowest on, and a bit that says whether more follow.
+    """
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 0x20:
+        return None
+    ends = np.flatnonzero(codes & 0x20 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    digits = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if digits.max() > 11:  # beyond 60 bits; no image has such a run
+        return None
+    values = np.add.reduceat((codes & 0x1F) << (5 * digits), starts)
+    values -= (codes[ends] & 0x10 != 0) * (1 << (5 * (digits[ends] + 1)))  # the last character's highest bit is the sign
+    if np.abs(values).max() > pixels:  # then the sums below do not overflow
+        return None
+    # From the fourth on, a run is written as its difference to the last run of the same color.
+    runs = values.copy()
+    runs[1::2], runs[2::2] = values[1::2].cumsum(), values[2::2].cumsum()
+    return runs if runs.min() >= 0 and runs.sum() == pixels else None

@@ -1059,7 +1059,7 @@ BAD_ROWS = [
     (with_entry(image=-1), r"'brown dog' names image -1 of a row with 1 image.*data check"),
     (
         with_entry(mask=mask_to_rle(np.ones((40, 24), dtype=bool))),
-        r"'brown dog' has 40x24 pixels .*image has 24x40.*data check",
+        r"'brown dog' cannot be read: .*has 40x24 pixels .*image has 24x40.*data check",
     ),
     (with_entry(mask={**MASK, "counts": "0"}), r"'brown dog' cannot be read: damaged.*24 x 40.*data check"),
     (with_entry(mask={"counts": MASK["counts"]}), r"'brown dog' cannot be read: not a COCO RLE.*data check"),
