@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import new_folder
 from ..hub import ask_hub, unreachable
-from ..processing.rows import import_datasets, place_images, quiet_datasets, row_features
+from ..processing.rows import ORIGIN_COLUMN, import_datasets, place_images, quiet_datasets, row_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +28,7 @@ DESCRIBE = "Describe this image."
 _CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
 _LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE = "<image>"
+_FIX = "`agevlm data check` lists all such rows, and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
 # Relative coordinates of boxes may leave the image by this much, a rounding error. More is a mistake, such as pixels.
 _BOX_TOLERANCE = 1e-3
 
@@ -39,6 +41,8 @@ def read_dataset(
     split: str | None = None,
     images: str | os.PathLike | None = None,
     columns: Collection[str] = (),
+    keep_bad: bool = False,
+    allow_urls: bool = False,
 ) -> Dataset:
     """Read data of any format as rows to train on.
 
@@ -52,9 +56,13 @@ def read_dataset(
         split: may be left out if the data set has one split only.
         images: the folder of the images of a LLaVA or GRIT file; only of a file.
         columns: names of further columns to keep, of texts, numbers or truth values.
+        keep_bad: keep rows that are not of the format, without messages and images; their origin says what is wrong, and
+            the collator refuses them. By default the first one is an error.
+        allow_urls: see `read_rows`.
 
     Returns:
-        rows with the columns `messages`, `images` or `image` if there are any, `grounding` if there is any, and `columns`.
+        rows with the columns `messages`, `images` or `image` if there are any, `grounding` if there is any, `columns`, and
+        [`~agevlm.processing.rows.ORIGIN_COLUMN`], with `skip` as `keep_bad` is.
 
     Raises:
         OSError: if there is no such data set, file or folder.
@@ -67,19 +75,21 @@ def read_dataset(
             f"{path}: `images` is the folder of the images of a .json or .jsonl file of format llava or grit, and is "
             f"required for such a file only; got format {format} and images {images}"
         )
+    problems: dict[int, str] | None = {} if keep_bad else None
     if images is not None:
-        dataset = (read_llava if format == "llava" else read_grit)(path, images)
+        dataset = _read(path, images, _llava_row if format == "llava" else _grit_row, True, problems)
         format = "rows"
     elif name is None:
-        dataset = read_rows(path, split)
+        dataset = _read_rows(path, split, problems, allow_urls)
     elif split is not None:
-        dataset = _from_hub(os.fspath(path), name, split=split)
+        dataset = _check_images(_from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
     else:
         raise ValueError(f"{path}: `name` requires `split`; add it")
-    return _as_rows(dataset, format, os.fspath(path), columns)
+    file = os.fspath(path) if split is None else f"{os.fspath(path)} ({split})"
+    return _as_rows(dataset, format, file, columns, problems)
 
 
-def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
+def read_rows(path: str | os.PathLike, split: str | None = None, *, allow_urls: bool = False) -> Dataset:
     """Open a data set on disk or on the Hub with all of its columns.
 
     Args:
@@ -88,12 +98,21 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
             to its folder; such a file is read into memory.
         split: the name of the split. A data set without a name of its split has the split `train`. May be left out if
             there is one split only.
+        allow_urls: accept images that are URLs. `datasets` would fetch any URL when it decodes a row, so images then stay as
+            they are stored, `{"bytes": ..., "path": ...}`, for `load_image`, which has limits.
 
     Raises:
         FileNotFoundError: if there is no such data set, on disk or on the Hub.
-        ValueError: if there is no such split, several splits and no `split`, or a file has no rows of the format.
+        ValueError: if there is no such split, several splits and no `split`, a file has no rows of the format, or an
+            image is a URL and `allow_urls` is False.
         ImportError: if `datasets` is not installed.
     """
+    return _read_rows(path, split, None, allow_urls)
+
+
+def _read_rows(
+    path: str | os.PathLike, split: str | None, problems: dict[int, str] | None, allow_urls: bool
+) -> Dataset:
     datasets = import_datasets()
     import pyarrow as pa
 
@@ -104,15 +123,17 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
         elif place.is_dir():
             loaded = datasets.load_dataset(name)
         elif place.suffix in (".json", ".jsonl") and place.is_file():
-            loaded = _rows_to_dataset(read_json_rows(place), name)
+            loaded = _rows_to_dataset(read_json_rows(place), name, problems)
         elif place.suffix == ".parquet" and place.is_file():
             loaded = datasets.Dataset.from_parquet(name)
         elif place.is_file():
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")
         else:
             loaded = _from_hub(name)
-    except (datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        if isinstance(error, FileNotFoundError):
+    except FileNotFoundError:
+        raise
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ValueError) and name in str(error):
             raise
         raise ValueError(f"{path} cannot be read as a data set: {error.__cause__ or error}") from error
 
@@ -130,7 +151,67 @@ def read_rows(path: str | os.PathLike, split: str | None = None) -> Dataset:
                 dataset = dataset.cast_column("images", row_features()["images"])
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise ValueError(f"{path}: its column images does not hold lists of images: {error}") from error
+    return _check_images(dataset, name, problems, allow_urls)
+
+
+def _check_images(dataset: Dataset, name: str, problems: dict[int, str] | None, allow_urls: bool) -> Dataset:
+    """The data set, if no image of it is fetched from elsewhere. Only the column of paths is read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if allow_urls:
+        return stored_images(dataset)
+    for column in _image_columns(dataset):
+        first = 0
+        for batch in dataset.select_columns(column).with_format("arrow").iter(10_000):
+            for stored in batch[column].chunks:
+                rows, length = None, len(stored)
+                if not pa.types.is_struct(stored.type):
+                    rows, stored = pc.list_parent_indices(stored), pc.list_flatten(stored)
+                paths = pc.fill_null(pc.struct_field(stored, "path"), "")
+                is_file = pc.is_null(pc.struct_field(stored, "bytes"))
+                remote = pc.and_(is_file, pc.match_substring_regex(paths, r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)"))
+                for place in pc.indices_nonzero(remote).to_pylist():
+                    _note(
+                        problems, name, first + (place if rows is None else rows[place].as_py()),
+                        f"its image {paths[place].as_py()!r:.200} is a URL, and images at URLs in data are not fetched: "
+                        "download them, or allow it (`--allow-urls`, `training.allow_urls=true` of a recipe)",
+                    )  # fmt: skip
+                first += length
     return dataset
+
+
+def _note(problems: dict[int, str] | None, name: str, number: int, problem: str) -> None:
+    """Notes what is wrong with a row, or raises it where nothing is noted."""
+    if problems is None:
+        raise ValueError(f"{name}, row {number}: {problem}; {_FIX}")
+    problems.setdefault(number, problem)
+
+
+def _image_columns(dataset: Dataset) -> list[str]:
+    """The columns of images, or of lists of images."""
+    from datasets import Image
+
+    features = dataset.features.items()
+    return [name for name, feature in features if isinstance(getattr(feature, "feature", feature), Image)]
+
+
+def stored_images(dataset: Dataset) -> Dataset:
+    """The data set with images as they are stored, `{"bytes": ..., "path": ...}`. Nothing is copied or decoded.
+
+    `datasets` decodes images when a row is taken, where an error names no row.
+    """
+    from datasets import Image
+    from datasets.fingerprint import Hasher
+
+    columns = _image_columns(dataset)
+    view = copy.deepcopy(dataset)  # as `datasets` does; the tables are shared
+    features = view._info.features
+    for name in columns:
+        feature = features[name]
+        features[name] = Image(decode=False) if isinstance(feature, Image) else type(feature)(Image(decode=False))
+    view._fingerprint = Hasher.hash([dataset._fingerprint, columns])
+    return view
 
 
 def _from_hub(path: str, *args: Any, **options: Any) -> Any:
@@ -200,7 +281,7 @@ def read_llava(path: str | os.PathLike, image_folder: str | os.PathLike, *, prog
         ValueError: if an entry is not of this format, or its images are missing; names the entry and the fix.
         ImportError: if `datasets` is not installed.
     """
-    return _read(path, image_folder, _llava_row, progress)
+    return _read(path, image_folder, _llava_row, progress, None)
 
 
 def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progress: bool = True) -> Dataset:
@@ -218,7 +299,7 @@ def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progr
 
     Arguments, result and errors are as for `read_llava`; `id` is the key.
     """
-    return _read(path, image_folder, _grit_row, progress)
+    return _read(path, image_folder, _grit_row, progress, None)
 
 
 def convert(
@@ -272,11 +353,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         if number is not None and not line.strip():
             continue
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            values.append(json.loads(line, object_pairs_hook=_unique))
+        except (ValueError, RecursionError) as error:
             where = str(path) if number is None else f"{path}, line {number},"
-            fix = "; a file of one object a line must be named .jsonl" if error.msg == "Extra data" else ""
-            raise ValueError(f"{where} is not JSON: {error}{fix}") from error
+            fix = "; a file of one object a line must be named .jsonl" if "Extra data" in str(error) else ""
+            problem = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{where} is not JSON: {problem}{fix}") from error
     if path.suffix == ".json":
         values = values[0]
     if not isinstance(values, list):
@@ -291,11 +373,21 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return values
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r:.80} twice")
+    return values
+
+
 def _read(
     path: str | os.PathLike,
     image_folder: str | os.PathLike,
     to_row: Callable[[dict[str, Any], Path], dict[str, Any]],
     progress: bool,
+    problems: dict[int, str] | None,
 ) -> Dataset:
     """A data set of the rows that `to_row` makes from the entries of a file and the folder of its images."""
     datasets = import_datasets()
@@ -305,22 +397,23 @@ def _read(
     entries = _entries(path)
     if not image_folder.is_dir():
         raise FileNotFoundError(f"no such folder of images: {image_folder}")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, entry in enumerate(track(entries, f"Reading {path.name}", disable=not progress, transient=True)):
-            try:
-                row = to_row(entry, image_folder)
-            except ValueError as error:
-                raise ValueError(f"{path}, entry {number}: {error}") from error
-            yield row | {"id": None if row["id"] is None else str(row["id"])}
-
+    rows = []
+    for number, entry in enumerate(track(entries, f"Reading {path.name}", disable=not progress, transient=True)):
+        try:
+            row = to_row(entry, image_folder)
+            rows.append(row | {"id": None if row["id"] is None else str(row["id"])})
+        except (ValueError, OSError) as error:
+            if problems is None:
+                raise ValueError(f"{path}, entry {number}: {error}; {_FIX}") from error
+            problems[number] = str(error)
+            rows.append({})
     features = datasets.Features({**row_features(), "id": datasets.Value("string")})
     # In memory: with images as paths the rows are small. `from_generator` would write a copy to the cache, and read it
     # again after the files have changed.
-    return datasets.Dataset.from_list(list(rows()), features=features)
+    return _to_dataset(rows, features, os.fspath(path), problems)
 
 
-def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
+def _rows_to_dataset(rows: list[dict[str, Any]], name: str, problems: dict[int, str] | None) -> Dataset:
     """A data set of rows from JSON. `row_features` types the columns of the format, `datasets` infers the others."""
     import pyarrow as pa
     from datasets import Dataset, Features
@@ -328,31 +421,82 @@ def _rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     known = row_features()
     known |= dict.fromkeys(("prompt", "chosen", "rejected"), known["messages"])
     names = list(dict.fromkeys(key for row in rows for key in row))
-    try:
-        for number, row in enumerate(rows):
+    rows = list(rows)
+    for number, row in enumerate(rows):
+        try:
             if not isinstance(row.get("images"), list | None):
-                raise ValueError(f"row {number}: images is {row['images']!r}, but must be a list, [] for none")
+                raise ValueError(f"images is {row['images']!r:.80}, but must be a list, [] for none")
             shown = len(row.get("images") or ())
             for column in {"messages", "prompt", "chosen", "rejected"} & set(row):
                 if row[column] is not None:
+                    if not isinstance(row[column], list):
+                        raise ValueError(f"{column} is {row[column]!r:.80}, but must be a list of messages")
                     row[column] = place_images(row[column], shown if column in ("messages", "prompt") else 0)
-        columns = {key: [row.get(key) for row in rows] for key in names}
-        extra = Dataset.from_dict({key: values for key, values in columns.items() if key not in known}).features
-        features = Features({key: known.get(key) or extra[key] for key in names})
-        return Dataset.from_dict(columns, features=features)
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, pa.ArrowException) as error:
+        except ValueError as error:
+            _note_unfit(problems, name, number, error)
+            rows[number] = {}
+    try:
+        extra = {key: [row.get(key) for row in rows] for key in names if key not in known}
+        features = Features({**known, **Dataset.from_dict(extra).features})
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise ValueError(f"{name}: a column beside those of the row format has values of several types: {error}") from error
+    return _to_dataset(rows, Features({key: features[key] for key in names}), name, problems)
+
+
+def _to_dataset(
+    rows: list[dict[str, Any]], features: Any, name: str, problems: dict[int, str] | None
+) -> Dataset:
+    """A data set of rows; those that do not fit the columns' types are empty, and noted."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    errors = (ValueError, TypeError, AttributeError, KeyError, OverflowError, pa.ArrowException)
+
+    def build(rows: list[dict[str, Any]]) -> Dataset:
+        return Dataset.from_dict({key: [row.get(key) for row in rows] for key in features}, features=features)
+
+    def empty_unfit(first: int, end: int) -> None:
+        try:
+            build(rows[first:end])
+        except errors as error:
+            if end - first > 1:
+                empty_unfit(first, (first + end) // 2)
+                empty_unfit((first + end) // 2, end)
+            else:
+                _note_unfit(problems, name, first, error)
+                rows[first] = {}
+
+    try:
+        return build(rows)
+    except errors:
+        empty_unfit(0, len(rows))
+        return build(rows)
+
+
+def _note_unfit(problems: dict[int, str] | None, name: str, number: int, error: Exception) -> None:
+    if problems is None:
         raise ValueError(
-            f"{name} has rows that do not fit the row format: {error}; `agevlm data check {name}` lists them"
+            f"{name} has rows that do not fit the row format: row {number}: {error}; `agevlm data check {name}` lists them, "
+            "and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
         ) from error
+    problems[number] = f"it does not fit the row format: {error}"
 
 
 def _image_file(image_folder: Path, name: Any) -> dict[str, Any]:
-    """An image file as `datasets` stores it before it is read."""
+    """An image file in a folder, as `datasets` stores it before it is read.
+
+    The file may come from others, so no name may lead out of the folder: its image would become a part of the data set.
+    """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"the image is {name!r}; write its path in the folder of images")
+        raise ValueError(f"the image is {name!r:.200}; write its path in the folder of images")
     file = image_folder.absolute() / name
     if not file.is_file():
-        raise ValueError(f"there is no image {file}; add it or remove the entry")
+        raise ValueError(f"there is no image {file!s:.500}; add it or remove the entry")
+    if not file.resolve().is_relative_to(image_folder.resolve()):
+        raise ValueError(
+            f"the image {name!r:.200} leads out of the folder of images, to {file.resolve()}; copy it into the folder and "
+            "correct the entry, or remove it"
+        )
     return {"path": str(file), "bytes": None}
 
 
@@ -470,8 +614,11 @@ def _upright_size(path: str) -> tuple[int, int]:
 # --- data sets to rows ---
 
 
-def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) -> Dataset:
+def _as_rows(
+    dataset: Dataset, format: str, path: str, kept: Collection[str], problems: dict[int, str] | None
+) -> Dataset:
     """A data set of any format as rows. Columns are put side by side, so that images are not copied."""
+    import pyarrow as pa
     from datasets import ClassLabel, Features, Image, Value, concatenate_datasets
 
     source = _CONVERSATIONS[format]
@@ -499,33 +646,65 @@ def _as_rows(dataset: Dataset, format: str, path: str, kept: Collection[str]) ->
     messages = dataset.select_columns(source)
     if format != "rows" or messages.features["messages"] != features["messages"]:
         counts = count_images(dataset, image)
+        bad, keep_bad = dict(problems or {}), problems is not None
 
         def to_messages(conversation: Any, number: int) -> dict[str, Any]:
+            problem, placed = bad.get(number), []
             try:
-                placed = place_images(_messages(conversation, format), counts[number])
+                placed = [] if problem else place_images(_messages(conversation, format), counts[number])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, row {number} is not a conversation of the format {format}: {error}"
-                ) from error
+                problem = f"it is not a conversation of the format {format}: {error}"
+                if not keep_bad:
+                    raise ValueError(f"{path}, row {number}: {problem}; {_FIX}") from error
             contents = [[{"type": p["type"], "text": p.get("text")} for p in m["content"]] for m in placed]
-            return {"messages": [{"role": m["role"], "content": c} for m, c in zip(placed, contents, strict=True)]}
+            messages = [{"role": m["role"], "content": c} for m, c in zip(placed, contents, strict=True)]
+            return {"messages": messages, "problem": problem}
 
         messages = messages.map(
             to_messages,
             with_indices=True,
             input_columns=[source],
             remove_columns=[source],
-            features=Features(messages=features["messages"]),
+            features=Features(messages=features["messages"], problem=Value("string")),
             desc=f"Conversations of {path}",
         )
+        if problems is not None:
+            found = messages.with_format("arrow")[:]["problem"].to_pylist()
+            problems |= {number: problem for number, problem in enumerate(found) if problem}
+        messages = messages.select_columns("messages")
     columns.append(messages)
     if "grounding" in dataset.column_names:
         grounding = dataset.select_columns("grounding")
         same = grounding.features["grounding"] == features["grounding"]
-        columns.append(grounding if same else grounding.cast(Features(grounding=features["grounding"])))
+        try:
+            columns.append(grounding if same else grounding.cast(Features(grounding=features["grounding"])))
+        except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{path}: its column grounding does not hold lists of phrases, see agevlm.processing.rows: {error}"
+            ) from error
     if kept:
         columns.append(dataset.select_columns(list(kept)))
+    columns.append(_origins(path, len(dataset), problems))
     return concatenate_datasets(columns, axis=1)
+
+
+def _origins(file: str, number: int, problems: dict[int, str] | None) -> Dataset:
+    """The column of the rows' origins, made without a pass over the rows."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+
+    notes = pa.array([problems.get(i) for i in range(number)], pa.string()) if problems else pa.nulls(number, pa.string())
+    fields = {
+        "file": pa.repeat(pa.scalar(file), number),
+        "row": pa.array(np.arange(number)),
+        "problem": notes,
+        "skip": pa.repeat(pa.scalar(problems is not None), number),
+    }
+    origins = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+    table = pa.table({ORIGIN_COLUMN: origins})
+    return Dataset(table, fingerprint=Hasher.hash([file, number, problems]))
 
 
 def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:

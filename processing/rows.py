@@ -41,8 +41,8 @@ ROLES = ("system", "user", "assistant", "tool")
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
 
 ORIGIN_COLUMN = "row_origin"
-"""Column that [`~agevlm.data.readers.read_dataset`] adds, for errors: where a row comes from, `{"file": str, "row": int}`, and
-`problem`, what keeps it from being a row of the format, or None."""
+"""Column that [`~agevlm.data.readers.read_dataset`] adds: the `file` and `row` that a row comes from, the `problem` that keeps it
+from being a row of the format, or None, and whether training may `skip` it where it is bad."""
 
 
 def import_datasets() -> ModuleType:

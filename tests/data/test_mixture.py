@@ -34,7 +34,7 @@ def groups(mixture: datasets.Dataset) -> dict[int, tuple[int, float]]:
 
 def test_without_weights_there_are_no_groups(rows):
     mixture = read_mixture([DataPart(str(rows / "kinds")), DataPart(str(rows / "plain"))])
-    assert mixture.column_names == ["images", "messages", "grounding"]
+    assert mixture.column_names == ["images", "messages", "grounding", "row_origin"]
 
 
 def test_groups_are_parts_and_values(rows):

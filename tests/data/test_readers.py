@@ -400,9 +400,9 @@ def test_all_formats_become_rows(tmp_path, images):
         read_dataset(file, "llava", images=images),
     ]
     assert [sorted(part.column_names) for part in read] == [
-        ["image", "messages", "topic"],
-        ["images", "messages"],
-        ["grounding", "images", "messages"],
+        ["image", "messages", "row_origin", "topic"],
+        ["images", "messages", "row_origin"],
+        ["grounding", "images", "messages", "row_origin"],
     ]
     for part in read:
         assert part.features["messages"] == features["messages"]
