@@ -1,12 +1,14 @@
 from .check import Problem as Problem
 from .check import Report as Report
 from .check import check_dataset as check_dataset
+from .check import check_part as check_part
 from .check import check_row as check_row
 from .features import FeatureStore as FeatureStore
 from .features import compute_features as compute_features
 from .masks import add_masks as add_masks
 from .mixture import DataPart as DataPart
 from .mixture import read_mixture as read_mixture
+from .mixture import skip_bad_rows as skip_bad_rows
 from .readers import convert as convert
 from .readers import read_dataset as read_dataset
 from .readers import read_grit as read_grit

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every row of a data set against the format of [`agevlm.processing.rows`]."""
+"""Checks every row of data against the format of [`agevlm.processing.rows`], and whether a model can train on it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 from PIL import Image
 
 from ..processing.image_processing_agevlm import load_image
-from ..processing.rows import PREFERENCE_COLUMNS, ROLES, mask_from_rle, message_text, place_images
+from ..processing.rows import (
+    ORIGIN_COLUMN,
+    PREFERENCE_COLUMNS,
+    ROLES,
+    mask_from_rle,
+    message_text,
+    place_images,
+)
+from .mixture import DataPart
+from .readers import read_dataset, read_json_rows, read_rows, stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from ..processing.collator import AgeVlmDataCollator
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,12 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
 
-def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | None] | None = None) -> list[Problem]:
+def check_row(
+    row: dict[str, Any],
+    *,
+    image_sizes: Sequence[tuple[int, int] | None] | None = None,
+    allow_urls: bool = False,
+) -> list[Problem]:
     """Every problem of a row, in the order of its columns.
 
     The spans of phrases are checked only if the messages are valid. Boxes, masks and scores are always checked.
@@ -58,10 +76,14 @@ def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | No
         row: a row of the format, or of preference data. Its images are PIL images, paths, or dictionaries as `datasets`
             stores them, `{"bytes": ..., "path": ...}`. They are decoded completely, to find damaged ones.
         image_sizes: `(width, height)` in pixels of each image, None if unknown. If given, `row["images"]` is ignored.
+        allow_urls: fetch images that are URLs, from public addresses only.
     """
+    if reason := (row.get(ORIGIN_COLUMN) or {}).get("problem"):
+        return [Problem("row", reason)]
     problems: list[Problem] = []
     if image_sizes is None:
-        image_sizes, problems = _read_sizes(row.get("images"))
+        images = row.get("images") if row.get("image") is None else [row["image"]]
+        image_sizes, problems = _read_sizes(images, allow_urls)
 
     columns: tuple[str, ...] = ("messages",)
     if row.get("messages") is None and any(column in row for column in PREFERENCE_COLUMNS):
@@ -90,20 +112,85 @@ def check_row(row: dict[str, Any], *, image_sizes: Sequence[tuple[int, int] | No
     return problems
 
 
-def check_dataset(dataset: Dataset | Sequence[dict[str, Any]], *, progress: bool = True) -> Report:
+def check_dataset(
+    dataset: Dataset | Sequence[dict[str, Any]],
+    *,
+    collator: AgeVlmDataCollator | None = None,
+    allow_urls: bool = False,
+    progress: bool = True,
+) -> Report:
     """Check every row of a data set, or of a list of rows, with `check_row`. All images are decoded.
+
+    Args:
+        dataset: of rows.
+        collator: also collates each row as training does. A row is then bad if and only if this fails, which is its
+            first problem; mistakes in the format that training does not meet, such as a wrong box, are notes.
+        allow_urls: fetch images that are URLs, from public addresses only.
+        progress: show a progress bar.
 
     Raises:
         ValueError: if the data set has no messages at all.
         ImportError: if `datasets` is not installed.
     """
+    return _check(dataset, dataset, collator, allow_urls, progress)
+
+
+def check_part(
+    part: DataPart,
+    *,
+    collator: AgeVlmDataCollator | None = None,
+    allow_urls: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Check data of any format that a recipe reads, as `check_dataset` does. Rows are numbered as in the file or data set.
+
+    Args:
+        part: which data, in which format; all of their rows are checked.
+        collator, allow_urls, progress: as for `check_dataset`.
+
+    Raises:
+        OSError: if there are no such data.
+        ValueError: if no rows can be read at all.
+        ImportError: if `datasets` is not installed.
+    """
+    options: Any = {"keep_bad": True, "allow_urls": allow_urls}
+    options |= {"name": part.name, "split": part.split, "images": part.images}
+    if part.format != "rows" or part.name is not None:
+        rows = read_dataset(part.path, part.format, **options)
+        return _check(rows, rows, collator, allow_urls, progress)
+    # As they are written, with mistakes that no data set could hold; also preference data.
+    is_json = Path(part.path).suffix in (".json", ".jsonl") and part.split in (None, "train")
+    written = read_json_rows(part.path) if is_json else read_rows(part.path, part.split, allow_urls=allow_urls)
+    trained, columns = written, {key for row in written for key in row} if is_json else written.column_names
+    if collator is not None and "messages" in columns:
+        trained = read_dataset(part.path, **options)
+    return _check(written, trained, collator, allow_urls, progress)
+
+
+def _check(
+    written: Dataset | Sequence[dict[str, Any]],
+    trained: Dataset | Sequence[dict[str, Any]],
+    collator: AgeVlmDataCollator | None,
+    allow_urls: bool,
+    progress: bool,
+) -> Report:
+    """
+    Args:
+        written: the rows whose format is checked.
+        trained: the same rows as training reads them.
+    """
     from rich.progress import track
 
     report = Report()
-    for number, row in enumerate(
-        track(_raw_rows(dataset), "Checking", total=len(dataset), disable=not progress, transient=True)
-    ):
-        problems = [replace(problem, row=number) for problem in check_row(row)]
+    collated = itertools.repeat(None) if collator is None else iter(stored_images(trained))
+    numbered = enumerate(track(_raw_rows(written), "Checking", total=len(written), disable=not progress, transient=True))
+    for (number, row), trained_row in zip(numbered, collated, strict=False):
+        problems = [replace(problem, row=number) for problem in check_row(row, allow_urls=allow_urls)]
+        if collator is not None:
+            reason = collator.find_problem(trained_row)
+            problems = [replace(problem, severity="note") for problem in problems]
+            if reason is not None:
+                problems.insert(0, Problem("training", reason, row=number))
         grounding = row.get("grounding")
         entries = [entry for entry in grounding if isinstance(entry, dict)] if isinstance(grounding, list) else []
         report.rows += 1
@@ -111,7 +198,7 @@ def check_dataset(dataset: Dataset | Sequence[dict[str, Any]], *, progress: bool
         report.phrases += len(entries)
         report.phrases_with_mask += sum(entry.get("mask") is not None for entry in entries)
         report.phrases_with_box += sum(entry.get("box") is not None for entry in entries)
-        dropped = sum(p.severity == "note" and p.where.endswith(".mask") for p in problems)
+        dropped = sum(p.message.startswith(_DROPPED) for p in problems)
         report.phrases_dropped += dropped
         report.phrases_absent += sum(_is_empty(entry.get("mask")) for entry in entries) - dropped
         report.bad_rows += any(problem.severity == "error" for problem in problems)
@@ -124,23 +211,17 @@ def _raw_rows(dataset: Dataset | Sequence[dict[str, Any]]) -> Iterable[dict[str,
     if isinstance(dataset, Sequence):
         yield from dataset
         return
-    columns = [name for name in ("messages", *PREFERENCE_COLUMNS, "grounding") if name in dataset.column_names]
+    names = ("messages", *PREFERENCE_COLUMNS, "grounding", "images", "image", ORIGIN_COLUMN)
+    columns = [name for name in names if name in dataset.column_names]
     if not {"messages", *PREFERENCE_COLUMNS} & set(columns):
         raise ValueError(
             "the data set has neither messages nor prompt, chosen and rejected, only the columns "
             f"{', '.join(dataset.column_names)}; rename or convert them"
         )
-    rows = dataset.with_format(None).select_columns(columns)
-    if "images" not in dataset.column_names:
-        yield from rows
-        return
-    # Arrow's format decodes nothing. A cast to `Image(decode=False)` would write a copy of the data set.
-    stored = dataset.with_format("arrow").select_columns("images")
-    for row, table in zip(rows, stored, strict=True):
-        yield row | {"images": table["images"][0].as_py()}
+    yield from stored_images(dataset.with_format(None).select_columns(columns))
 
 
-def _read_sizes(images: Any) -> tuple[list[tuple[int, int] | None], list[Problem]]:
+def _read_sizes(images: Any, allow_urls: bool) -> tuple[list[tuple[int, int] | None], list[Problem]]:
     """Decode images: the `(width, height)` of each upright image, and a problem for each unreadable one."""
     if not isinstance(images, list | None):
         return [], [Problem("images", "is not a list; write a list of images, empty if there is none")]
@@ -154,9 +235,9 @@ def _read_sizes(images: Any) -> tuple[list[tuple[int, int] | None], list[Problem
                 source.load()
                 sizes.append(source.size)
             else:
-                sizes.append(load_image(source).size)
+                sizes.append(load_image(source, urls="public" if allow_urls else "none").size)
         except Exception as error:  # decoders of damaged files raise errors of many types
-            file = f" ({path})" if path else ""
+            file = f" ({path})" if path and path not in str(error) else ""
             problems.append(Problem(f"images[{i}]", f"is not readable{file}: {error}; replace it or remove the row"))
             sizes.append(None)
     return sizes, problems
@@ -276,6 +357,9 @@ def _is_empty(mask: Any) -> bool:
         return False
 
 
+_DROPPED = "is empty and has a score"
+
+
 def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any) -> Iterator[Problem]:
     # The size is checked first: to decode a mask of a wrong size could take any amount of memory.
     mask_size = mask.get("size") if isinstance(mask, dict) else None
@@ -292,7 +376,7 @@ def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any)
         return
     if empty and score is not None:
         yield Problem(
-            where, "is empty and has a score: its teacher was not sure, so training drops the phrase", "note"
+            where, f"{_DROPPED}: its teacher was not sure, so training drops the phrase", "note"
         )
 
 

@@ -26,7 +26,9 @@ from ..files import name_full_disk, set_ordinary_permissions, unfinished_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmImageFeatures
 from ..processing.collator import row_images
 from ..processing.processing_agevlm import AgeVlmProcessor
+from ..processing.rows import ORIGIN_COLUMN
 from ..resume import differences, digest, fingerprint, resume_or_refuse
+from .readers import stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -167,6 +169,7 @@ def compute_features(
     *,
     batch_size: int = 16,
     images_per_file: int = 256,
+    allow_urls: bool = False,
     progress: bool = True,
 ) -> FeatureStore:
     """Computes the vision tower's features of all images of some data sets, and keeps them in a folder.
@@ -181,6 +184,7 @@ def compute_features(
         folder: for the store.
         batch_size: images that go through the tower together.
         images_per_file: images whose features are kept in memory, and lost by a stop.
+        allow_urls: fetch images that the data name by a URL, from public addresses only.
         progress: show a progress bar.
 
     Raises:
@@ -213,7 +217,7 @@ def compute_features(
             computed.clear()
 
     with name_full_disk(folder), unfinished_folder(folder) as work:
-        for name, image in _different_images(datasets, progress):
+        for name, image in _different_images(datasets, allow_urls, progress):
             if name in store._places or name in waiting or name in names:
                 continue
             waiting[name] = image
@@ -226,12 +230,21 @@ def compute_features(
     return store
 
 
-def _different_images(datasets: Iterable[Dataset], progress: bool) -> Iterator[tuple[str, Image.Image]]:
+def _different_images(
+    datasets: Iterable[Dataset], allow_urls: bool, progress: bool
+) -> Iterator[tuple[str, Image.Image]]:
     with Progress(disable=not progress) as bar:
         for dataset in datasets:
-            columns = [name for name in ("image", "images") if name in dataset.column_names]
-            for row in bar.track(dataset.select_columns(columns), description="features", total=len(dataset)):
-                for image in row_images(row):
+            columns = [name for name in ("image", "images", ORIGIN_COLUMN) if name in dataset.column_names]
+            rows = stored_images(dataset.select_columns(columns))
+            for number, row in enumerate(bar.track(rows, description="features", total=len(dataset))):
+                try:
+                    images = row_images(row, allow_urls)
+                except ValueError as error:
+                    origin = row.get(ORIGIN_COLUMN)
+                    where = f"{origin['file']}, row {origin['row']}" if origin else f"Row {number}"
+                    raise ValueError(f"{where}: {error}") from error
+                for image in images:
                     yield image_digest(image), image
 
 

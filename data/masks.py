@@ -34,6 +34,7 @@ def add_masks(
     overwrite: bool = False,
     save_every: int = 100,
     attribution: str | None = None,
+    allow_urls: bool = False,
     progress: bool = True,
 ) -> tuple[Dataset | DatasetDict, Counter[str]]:
     """Add masks to a grounding data set, and write it as a new one: the same rows in the same order.
@@ -55,6 +56,7 @@ def add_masks(
         overwrite: also replace existing masks.
         save_every: number of rows after which work is saved.
         attribution: text for the data set's `ATTRIBUTION.md`.
+        allow_urls: fetch images that the data name by a URL, from public addresses only.
         progress: show a progress bar.
 
     Returns:
@@ -115,7 +117,9 @@ def add_masks(
                     new_file(shards[split, start]) as unfinished,
                     ArrowWriter(path=str(unfinished), features=features[split]) as writer,
                 ):
-                    for rows in _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split):
+                    for rows in _mask_rows(
+                        splits[split], indices, teacher, batch_size, min_score, overwrite, split, allow_urls
+                    ):
                         for row in rows:
                             writer.write(row)
                         bar.advance(task, len(rows))
@@ -233,6 +237,7 @@ def _mask_rows(
     min_score: float,
     overwrite: bool,
     split: str,
+    allow_urls: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of `indices` in batches of `batch_size` images: `grounding` with masks, and the outcome of each entry."""
     columns = [name for name in ("messages", "prompt", "chosen", "grounding") if name in part.column_names]
@@ -265,7 +270,7 @@ def _mask_rows(
                 )
             source = stored[entry["image"]]["bytes"] or stored[entry["image"]]["path"]
             if source not in pending:
-                pending[source] = _ImagePrompts(_load_rgb(source, where))
+                pending[source] = _ImagePrompts(_load_rgb(source, where, allow_urls))
             _check_inside(prompt, pending[source].image, where)
             pending[source].entries.setdefault(prompt, []).append(entry)
         if len(pending) >= batch_size:
@@ -297,9 +302,9 @@ def _read_prompt(messages: Sequence[dict[str, Any]], entry: dict[str, Any], wher
     return Prompt(text[start:end].strip(), None if box is None else tuple(box))
 
 
-def _load_rgb(source: bytes | str, where: str) -> Image.Image:
+def _load_rgb(source: bytes | str, where: str, allow_urls: bool) -> Image.Image:
     try:
-        return to_rgb(load_image(source))
+        return to_rgb(load_image(source, urls="public" if allow_urls else "none"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: its image cannot be read ({error}); replace it or remove the row") from error
 

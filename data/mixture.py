@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .readers import Format, read_dataset
+from ..processing.rows import ORIGIN_COLUMN
+from .readers import Format, read_dataset, stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +36,8 @@ class DataPart:
         weight: share of the batches, beside the other parts' weights. Without weights each row is seen once an epoch.
         weight_by: a column and the weight of each of its values within the part, as `{"kind": {"existence": 0.7, "objects":
             0.3}}`. Rows with other values are left out.
+        on_bad_row: `error`, or `skip`: a row that cannot be trained on, such as one with a damaged image, is left out before
+            training starts, see [`skip_bad_rows`]. All rows are then read once.
     """
 
     path: str
@@ -44,14 +48,16 @@ class DataPart:
     rows: int | None = None
     weight: float | None = None
     weight_by: dict[str, dict[Any, float]] | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
 
 
-def read_mixture(parts: Sequence[DataPart], seed: int = 0) -> Dataset:
-    """The parts, one after another, with the columns `messages`, `grounding` and `images` or `image`.
+def read_mixture(parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool = False) -> Dataset:
+    """The parts, one after another, with the columns `messages`, `grounding`, `images` or `image`, and the rows' origins.
 
     Only conversations are ever converted; images stay as they are stored, and are decoded when a batch needs them.
     Where parts have weights, each row has its group and the group's weight in two more columns, from which
-    [`~agevlm.trainer.sampling.SamplingMixin`] makes batches.
+    [`~agevlm.trainer.sampling.SamplingMixin`] makes batches. Bad rows of parts that skip them are there until
+    [`skip_bad_rows`].
 
     Raises:
         OSError: if a part is missing.
@@ -65,19 +71,85 @@ def read_mixture(parts: Sequence[DataPart], seed: int = 0) -> Dataset:
         raise ValueError(f"{', '.join(without)} has no weight: give a `weight` to every part of the data, or to none.")
     datasets, groups = [], 0
     for part in parts:
-        datasets.append(_read_part(part, seed, groups if weighted else None))
+        datasets.append(_read_part(part, seed, groups if weighted else None, allow_urls))
         groups += len(_value_weights(part)[1])
     return import_datasets().concatenate_datasets(datasets)
 
 
-def _read_part(part: DataPart, seed: int, first_group: int | None) -> Dataset:
+def skip_bad_rows(
+    dataset: Dataset,
+    find_problem: Callable[[dict[str, Any]], str | None],
+    known: Sequence[dict[str, Any]] | None = None,
+) -> tuple[Dataset, list[dict[str, Any]]]:
+    """A mixture without the bad rows of its parts with `on_bad_row: skip`.
+
+    Which rows are bad depends on the data and on `find_problem` alone. Of several processes, each looks at its share of the
+    rows, and all leave out the same.
+
+    Args:
+        dataset: of [`read_mixture`].
+        find_problem: what keeps a row from training, or None, as
+            [`~agevlm.processing.collator.AgeVlmDataCollator.find_problem`]. It gets images as they are stored.
+        known: what an earlier call returned for the same mixture; no row is read then.
+
+    Returns:
+        the rows that are left, and `{"file": str, "row": int, "reason": str}` of the others.
+
+    Raises:
+        ValueError: if no row of a file or of a weighted group is left.
+    """
+    import numpy as np
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from rich.progress import track
+
+    origins = dataset.select_columns(ORIGIN_COLUMN).with_format("arrow")[:][ORIGIN_COLUMN].combine_chunks()
+    places = np.flatnonzero(origins.field("skip").to_numpy(zero_copy_only=False))
+    if not len(places):
+        return dataset, []
+    reasons: dict[int, str]
+    if known is not None:
+        named = {(entry["file"], entry["row"]): entry["reason"] for entry in known}
+        rows = zip(places, origins.field("file").take(places).to_pylist(), origins.field("row").to_numpy()[places], strict=True)
+        reasons = {int(place): named[file, row] for place, file, row in rows if (file, row) in named}
+    else:
+        state, stored = PartialState(), stored_images(dataset)
+        share = places[state.process_index :: state.num_processes]
+        hidden = not state.is_main_process
+        problems = [
+            (int(place), find_problem(stored[int(place)]))
+            for place in track(share, "Looking for bad rows", disable=hidden, transient=True)
+        ]
+        reasons = dict(sorted(gather_object([entry for entry in problems if entry[1] is not None])))
+    skipped = [{**origins[place].as_py(), "reason": reason} for place, reason in reasons.items()]
+    left = dataset.select(np.setdiff1d(np.arange(len(dataset)), list(reasons)))
+    counts = Counter(origins.field("file").to_pylist())
+    for file, number in Counter(entry["file"] for entry in skipped).items():
+        if number == counts[file]:
+            raise ValueError(f"{file}: all of its {number} rows are bad; the first: {skipped[0]['reason']}")
+    if GROUP_COLUMN in dataset.column_names and (gone := set(dataset[GROUP_COLUMN][:]) - set(left[GROUP_COLUMN][:])):
+        place = dataset[GROUP_COLUMN][:].index(min(gone))
+        raise ValueError(f"All rows of a weighted group are bad; the first: {skipped[0]['file']}, {reasons[place]}")
+    return left, [{name: entry[name] for name in ("file", "row", "reason")} for entry in skipped]
+
+
+def _read_part(part: DataPart, seed: int, first_group: int | None, allow_urls: bool) -> Dataset:
     """A part; of a weighted mixture with the columns of its groups, which are numbered from `first_group` on."""
     if part.rows is not None and part.rows < 1:
         raise ValueError(f"{part.path}: rows must be at least 1, got {part.rows}.")
     column, weights = _value_weights(part)
     columns = [] if column is None else [column]
+    if part.on_bad_row not in ("error", "skip"):
+        raise ValueError(f"{part.path}: on_bad_row is error or skip, got {part.on_bad_row!r}.")
     dataset = read_dataset(
-        part.path, part.format, name=part.name, split=part.split, images=part.images, columns=columns
+        part.path,
+        part.format,
+        name=part.name,
+        split=part.split,
+        images=part.images,
+        columns=columns,
+        keep_bad=part.on_bad_row == "skip",
+        allow_urls=allow_urls,
     )
     if first_group is not None:
         from datasets import Dataset, concatenate_datasets

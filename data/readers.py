@@ -196,14 +196,19 @@ def _image_columns(dataset: Dataset) -> list[str]:
     return [name for name, feature in features if isinstance(getattr(feature, "feature", feature), Image)]
 
 
-def stored_images(dataset: Dataset) -> Dataset:
-    """The data set with images as they are stored, `{"bytes": ..., "path": ...}`. Nothing is copied or decoded.
+def stored_images(dataset: Any) -> Any:
+    """A `datasets.Dataset`, or several by name, with images as they are stored, `{"bytes": ..., "path": ...}`.
 
-    `datasets` decodes images when a row is taken, where an error names no row.
+    `datasets` decodes images when a row is taken, where an error names no row. Nothing is copied. Anything else is returned
+    as it is.
     """
-    from datasets import Image
+    from datasets import Dataset, Image
     from datasets.fingerprint import Hasher
 
+    if isinstance(dataset, dict):
+        return type(dataset)({name: stored_images(part) for name, part in dataset.items()})
+    if not isinstance(dataset, Dataset):
+        return dataset
     columns = _image_columns(dataset)
     view = copy.deepcopy(dataset)  # as `datasets` does; the tables are shared
     features = view._info.features

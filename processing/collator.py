@@ -250,6 +250,16 @@ class AgeVlmDataCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return naming_bad_rows(self._collate, rows)
 
+    def find_problem(self, row: dict[str, Any]) -> str | None:
+        """What keeps a row from training, found by collating it; None if it trains."""
+        try:
+            self._collate([row])
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:
+            return _reason(row, error)
+        return None
+
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images = [row_images(row, self.allow_urls) for row in rows]
         rendered = [
@@ -412,14 +422,19 @@ def naming_bad_rows(collate: Callable[[list], Any], rows: Sequence[dict[str, Any
 def _describe_bad_row(row: dict[str, Any], number: int, error: Exception) -> str:
     origin = row.get(ORIGIN_COLUMN)
     where = f"{origin['file']}, row {origin['row']}" if origin else f"row {number} of the batch"
+    fix = "Correct the row or remove it: `agevlm data check --model MODEL` lists all such rows of a data set."
+    if origin:
+        fix += " `on_bad_row: skip` in the recipe's entry of the data leaves them out."
+    return f"{where}: {_reason(row, error)}. {fix}"
+
+
+def _reason(row: dict[str, Any], error: Exception) -> str:
+    """What is wrong with a row, with the files of its images where they are known."""
     reason = f"{error}" if isinstance(error, (ValueError, OSError, TemplateError)) else f"{type(error).__name__}: {error}"
     images = row["images"] if isinstance(row.get("images"), (list, tuple)) else [row.get("image")]
     names = [image.get("path") if isinstance(image, dict) else getattr(image, "filename", image) for image in images]
     files = ", ".join(f"{name:.200}" for name in names if isinstance(name, str) and name and name not in reason)
-    fix = "Correct the row, or remove it: `agevlm data check --model MODEL` lists all such rows of a data set."
-    if origin:
-        fix += " `on_bad_row: skip` in the recipe's entry of the data leaves them out."
-    return f"{where}: {reason.rstrip('. ')}{f' (images: {files})' if files else ''}. {fix}"
+    return f"{reason.rstrip('. ')}{f' (images: {files})' if files else ''}"
 
 
 def row_images(row: dict[str, Any], allow_urls: bool = False) -> list:

@@ -111,7 +111,10 @@ class AgeVlmTrainingArguments(AgeVlmArgumentsMixin, TrainingArguments):
             Tokens that a conversation is cut to; all are kept by default.
         assistant_only_loss (`bool`, defaults to `True`):
             Learn the assistant's turns only.
+        allow_urls (`bool`, defaults to `False`):
+            Fetch images that the data name by a URL, from public addresses only.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Tokens that a conversation is cut to."})
     assistant_only_loss: bool = field(default=True, metadata={"help": "Learn the assistant's turns only."})
+    allow_urls: bool = field(default=False, metadata={"help": "Fetch images that the data name by a URL."})

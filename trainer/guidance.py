@@ -113,6 +113,7 @@ class GuidanceMixin(AnyTrainer):
             guided_fraction=args.guided_fraction,
             guide_absent=args.guide_absent and base_model(model).config.text_config.cross_attention_sink,
             seed=args.seed,
+            allow_urls=getattr(args, "allow_urls", False),
             features=features,
         )
 

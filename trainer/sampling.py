@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data.mixture import GROUP_COLUMN, WEIGHT_COLUMN
-from ..processing.rows import message_text
+from ..processing.rows import ORIGIN_COLUMN, message_text
 from .stages import AnyTrainer
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class SamplingMixin(AnyTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = ["messages", "prompt", "completion", "image", "images", "grounding", self.args.length_column_name]
+        columns = ["messages", "prompt", "completion", "image", "images", "grounding", ORIGIN_COLUMN, self.args.length_column_name]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def get_train_dataloader(self):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..data.features import FeatureStore
+from ..data.readers import stored_images
 from .arguments import AgeVlmTrainingArguments
 from .checkpoints import CheckpointsMixin
 from .guidance import GuidanceMixin
@@ -107,6 +108,9 @@ class AgeVlmTrainer(AgeVlmMixin, Trainer):
             features.check(model, processing_class)
         if data_collator is None:
             data_collator = self.make_collator(model, processing_class, args, args.assistant_only_loss, features)
+            # The collator reads the images, so that its error names the row of a damaged one.
+            for name in kwargs.keys() & {"train_dataset", "eval_dataset"}:
+                kwargs[name] = stored_images(kwargs[name])
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )

@@ -10,7 +10,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
-from ..processing.collator import AgeVlmDataCollator, GuidedPhrase, render_conversation, row_images
+from ..processing.collator import AgeVlmDataCollator, GuidedPhrase, naming_bad_rows, render_conversation, row_images
 from ..processing.rows import place_images, row_messages
 from .arguments import AgeVlmArgumentsMixin
 from .stages import LORA_TARGET_MODULES, lora_modules_to_save
@@ -78,7 +78,7 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
     prompt's would look at the same in the rejected ones.
 
     Raises:
-        ValueError: when called with an inconsistent row; the message says what is wrong.
+        ValueError: when called with an inconsistent row; the message names the row and says what is wrong.
     """
 
     def __init__(self, guidance: AgeVlmDataCollator):
@@ -88,6 +88,9 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
         self.guidance = guidance
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return naming_bad_rows(self._collate, examples)
+
+    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = []
         for example in examples:
             row = {**example, "images": row_images(example)}  # TRL wants an empty list where there are none

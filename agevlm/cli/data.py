@@ -3,12 +3,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from .options import check_figure, check_folder, parse_names, parse_numbers
+
+if TYPE_CHECKING:
+    from ..data.check import Report
 
 # The number of bad rows that `data check` prints.
 _MAX_BAD_ROWS = 20
@@ -99,6 +102,9 @@ def masks(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the models' numbers.")
     ] = "float32",
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only.")
+    ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="Figure to write: some rows with their masks.", callback=check_figure)
     ] = None,
@@ -131,6 +137,7 @@ def masks(
         overwrite=overwrite,
         save_every=save_every,
         attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+        allow_urls=allow_urls,
     )
     if not process_state().is_main_process:
         return
@@ -144,28 +151,71 @@ def masks(
 
 
 def check(
-    path: Annotated[str, typer.Argument(help="Data set: folder, .json, .jsonl or .parquet file, or Hub id.")],
+    path: Annotated[
+        str, typer.Argument(help="Data: folder, .json, .jsonl or .parquet file, or Hub id; or a recipe, a .yaml file.")
+    ],
     split: Annotated[str | None, typer.Option(help="The split, if there are several.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub that has several.")] = None,
+    format: Annotated[
+        Literal["rows", "llava", "grit", "cauldron"], typer.Option(help="The format, as in a recipe.")
+    ] = "rows",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images of a .json or .jsonl file of format llava or grit.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="AGE-VLM checkpoint: folder or Hub id. Each row then also goes through the code that training runs, with its "
+            "processor, and is bad if and only if training would stop at it. A recipe's own by default."
+        ),
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="JSON file to write: the counts and every problem.", callback=check_folder)
     ] = None,
 ) -> None:
-    """Check the format, phrases and images of every row of a data set. Exit code 1: bad rows."""
+    """Check the format, phrases and images of every row of a data set, or of a recipe's. Exit code 1: bad rows."""
     from dataclasses import asdict
 
+    from ..data.check import check_part
+    from ..data.mixture import DataPart
+
+    if Path(path).suffix in (".yaml", ".yml"):
+        from ..trainer.recipe import row_checks
+
+        if split or name or images or format != "rows":
+            raise ValueError("A recipe says the format, split and images of its data: leave these options out.")
+        parts = row_checks(path, model, allow_urls=allow_urls)
+    else:
+        collator = None
+        if model is not None:
+            from transformers import AutoProcessor
+
+            from ..processing.collator import AgeVlmDataCollator
+
+            collator = AgeVlmDataCollator(AutoProcessor.from_pretrained(model), grid=(1, 1), allow_urls=allow_urls)
+        given = {"name": name, "split": split, "format": format, "images": None if images is None else str(images)}
+        parts = [(DataPart(path, **given), collator)]  # type: ignore[arg-type]
+    checked = [(part.path, check_part(part, collator=check, allow_urls=allow_urls)) for part, check in parts]
+    if report is not None:
+        reports = [{"path": name, **asdict(result)} for name, result in checked]
+        written = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1, ensure_ascii=False)
+        report.write_text(written + "\n", encoding="utf-8")
+    for name, result in checked:
+        _print_report(result, name if len(checked) > 1 else None, report)
+    if any(result.bad_rows for _, result in checked):
+        raise typer.Exit(1)
+
+
+def _print_report(checked: "Report", title: str | None, report: Path | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..data.check import check_dataset
-    from ..data.readers import read_json_rows, read_rows
-
-    is_json = Path(path).suffix in (".json", ".jsonl") and split in (None, "train")
-    checked = check_dataset(read_json_rows(path) if is_json else read_rows(path, split))
-    if report is not None:
-        report.write_text(json.dumps(asdict(checked), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
     console = Console()
-    counts = Table(show_header=False)
+    counts = Table(show_header=False, title=None if title is None else Text(title), title_justify="left")
+    notes = {problem.row for problem in checked.problems if problem.severity == "note"}
     for label, number in (
         ("rows", checked.rows),
         ("rows with grounding", checked.rows_with_grounding),
@@ -174,9 +224,10 @@ def check(
         ("phrases with a box", checked.phrases_with_box),
         ("phrases of absent objects", checked.phrases_absent),
         ("phrases dropped at training: their teacher was not sure", checked.phrases_dropped),
+        (f"rows with notes; see {report or '--report'}", len(notes)),
         ("bad rows", checked.bad_rows),
     ):
-        counts.add_row(label, f"{number}")
+        counts.add_row(Text(label), f"{number}")
     console.print(counts)
     bad: dict[int | None, list[str]] = {}
     for problem in checked.problems:
@@ -192,7 +243,6 @@ def check(
     console.print(table)
     if len(bad) > _MAX_BAD_ROWS:
         console.print(f"and {len(bad) - _MAX_BAD_ROWS} more bad rows; see {report or '--report'}", markup=False)
-    raise typer.Exit(1)
 
 
 def convert(
