@@ -183,14 +183,16 @@ def _check(
 
     report = Report()
     collated = itertools.repeat(None) if collator is None else iter(stored_images(trained))
-    numbered = enumerate(track(_raw_rows(written), "Checking", total=len(written), disable=not progress, transient=True))
+    numbered = enumerate(
+        track(_raw_rows(written), "Checking", total=len(written), disable=not progress, transient=True)
+    )
     for (number, row), trained_row in zip(numbered, collated, strict=False):
         problems = [replace(problem, row=number) for problem in check_row(row, allow_urls=allow_urls)]
         if collator is not None:
             reason = collator.find_problem(trained_row)
             problems = [replace(problem, severity="note") for problem in problems]
             if reason is not None:
-                problems.insert(0, Problem("training", reason, row=number))
+                problems.insert(0, Problem("training", f"stops: {reason}", row=number))
         grounding = row.get("grounding")
         entries = [entry for entry in grounding if isinstance(entry, dict)] if isinstance(grounding, list) else []
         report.rows += 1
@@ -375,9 +377,7 @@ def _check_mask(mask: Any, where: str, size: tuple[int, int] | None, score: Any)
         yield Problem(where, f"{error}; encode it with agevlm.processing.rows.mask_to_rle")
         return
     if empty and score is not None:
-        yield Problem(
-            where, f"{_DROPPED}: its teacher was not sure, so training drops the phrase", "note"
-        )
+        yield Problem(where, f"{_DROPPED}: its teacher was not sure, so training drops the phrase", "note")
 
 
 def _is_index(value: Any, length: int) -> TypeGuard[int]:

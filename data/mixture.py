@@ -110,7 +110,12 @@ def skip_bad_rows(
     reasons: dict[int, str]
     if known is not None:
         named = {(entry["file"], entry["row"]): entry["reason"] for entry in known}
-        rows = zip(places, origins.field("file").take(places).to_pylist(), origins.field("row").to_numpy()[places], strict=True)
+        rows = zip(
+            places,
+            origins.field("file").take(places).to_pylist(),
+            origins.field("row").to_numpy()[places],
+            strict=True,
+        )
         reasons = {int(place): named[file, row] for place, file, row in rows if (file, row) in named}
     else:
         state, stored = PartialState(), stored_images(dataset)

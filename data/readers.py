@@ -28,7 +28,9 @@ DESCRIBE = "Describe this image."
 _CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
 _LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE = "<image>"
-_FIX = "`agevlm data check` lists all such rows, and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
+_FIX = (
+    "`agevlm data check` lists all such rows, and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
+)
 # Relative coordinates of boxes may leave the image by this much, a rounding error. More is a mistake, such as pixels.
 _BOX_TOLERANCE = 1e-3
 
@@ -444,13 +446,13 @@ def _rows_to_dataset(rows: list[dict[str, Any]], name: str, problems: dict[int, 
         extra = {key: [row.get(key) for row in rows] for key in names if key not in known}
         features = Features({**known, **Dataset.from_dict(extra).features})
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
-        raise ValueError(f"{name}: a column beside those of the row format has values of several types: {error}") from error
+        raise ValueError(
+            f"{name}: a column beside those of the row format has values of several types: {error}"
+        ) from error
     return _to_dataset(rows, Features({key: features[key] for key in names}), name, problems)
 
 
-def _to_dataset(
-    rows: list[dict[str, Any]], features: Any, name: str, problems: dict[int, str] | None
-) -> Dataset:
+def _to_dataset(rows: list[dict[str, Any]], features: Any, name: str, problems: dict[int, str] | None) -> Dataset:
     """A data set of rows; those that do not fit the columns' types are empty, and noted."""
     import pyarrow as pa
     from datasets import Dataset
@@ -700,7 +702,9 @@ def _origins(file: str, number: int, problems: dict[int, str] | None) -> Dataset
     from datasets import Dataset
     from datasets.fingerprint import Hasher
 
-    notes = pa.array([problems.get(i) for i in range(number)], pa.string()) if problems else pa.nulls(number, pa.string())
+    notes = (
+        pa.array([problems.get(i) for i in range(number)], pa.string()) if problems else pa.nulls(number, pa.string())
+    )
     fields = {
         "file": pa.repeat(pa.scalar(file), number),
         "row": pa.array(np.arange(number)),

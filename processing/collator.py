@@ -229,7 +229,7 @@ class AgeVlmDataCollator:
             batch then has `mm_encoder_outputs` in place of `pixel_values` and `image_sizes`.
 
     Raises:
-        ValueError: when called with an inconsistent row; the message names the row and the mistake.
+        BadRowError: when called with an inconsistent row; the message names the row and the mistake.
     """
 
     processor: AgeVlmProcessor
@@ -399,11 +399,19 @@ class AgeVlmDataCollator:
         return batch
 
 
+class BadRowError(ValueError):
+    """A row that cannot be collated; the message names it, and says why and what to do."""
+
+    def __init__(self, message: str):
+        # PyTorch's data loaders put a traceback before the message of an error in a worker.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 def naming_bad_rows(collate: Callable[[list], Any], rows: Sequence[dict[str, Any]]) -> Any:
     """What `collate` makes of rows. Its error names the first row that it cannot collate by itself.
 
     Raises:
-        ValueError: with the row's origin ([`~agevlm.processing.rows.ORIGIN_COLUMN`]) or its place in the batch, the reason, and
+        BadRowError: with the row's origin ([`~agevlm.processing.rows.ORIGIN_COLUMN`]) or its place in the batch, the reason, and
             the files of its images where they are known.
     """
     try:
@@ -415,7 +423,7 @@ def naming_bad_rows(collate: Callable[[list], Any], rows: Sequence[dict[str, Any
             try:
                 collate([row])
             except Exception as error:
-                raise ValueError(_describe_bad_row(row, number, error)) from error
+                raise BadRowError(_describe_bad_row(row, number, error)) from error
         raise
 
 
@@ -430,7 +438,9 @@ def _describe_bad_row(row: dict[str, Any], number: int, error: Exception) -> str
 
 def _reason(row: dict[str, Any], error: Exception) -> str:
     """What is wrong with a row, with the files of its images where they are known."""
-    reason = f"{error}" if isinstance(error, (ValueError, OSError, TemplateError)) else f"{type(error).__name__}: {error}"
+    reason = (
+        f"{error}" if isinstance(error, (ValueError, OSError, TemplateError)) else f"{type(error).__name__}: {error}"
+    )
     images = row["images"] if isinstance(row.get("images"), (list, tuple)) else [row.get("image")]
     names = [image.get("path") if isinstance(image, dict) else getattr(image, "filename", image) for image in images]
     files = ", ".join(f"{name:.200}" for name in names if isinstance(name, str) and name and name not in reason)

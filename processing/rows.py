@@ -218,7 +218,9 @@ def _decode_runs(codes: np.ndarray, pixels: int) -> np.ndarray | None:
     if digits.max() > 11:  # beyond 60 bits; no image has such a run
         return None
     values = np.add.reduceat((codes & 0x1F) << (5 * digits), starts)
-    values -= (codes[ends] & 0x10 != 0) * (1 << (5 * (digits[ends] + 1)))  # the last character's highest bit is the sign
+    values -= (codes[ends] & 0x10 != 0) * (
+        1 << (5 * (digits[ends] + 1))
+    )  # the last character's highest bit is the sign
     if np.abs(values).max() > pixels:  # then the sums below do not overflow
         return None
     # From the fourth on, a run is written as its difference to the last run of the same color.

@@ -357,6 +357,7 @@ def train(
     from ..data.features import FeatureStore
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+    from .bad_rows import skip_in_stage, write_skipped
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
     from .stages import base_model
     from .trainer import AgeVlmTrainer
@@ -385,6 +386,10 @@ def train(
             processor = AutoProcessor.from_pretrained(place)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
+    skipped = [
+        skip_in_stage(stage, data, processor, args, resume)
+        for stage, data, args in zip(stages, mixtures, every_args, strict=True)
+    ]
 
     model_class = AgeVlmForConditionalGeneration if model is None else type(model)
     finished = [len(stages) > 1 and has_model(folder) for folder in folders]
@@ -406,10 +411,13 @@ def train(
             if not given:
                 restore_float32(trainer.model, source)
             if not finished[number]:
+                counts = {}
+                if skipped[number] is not None and trainer.is_world_process_zero():
+                    counts["skipped_rows"] = write_skipped(skipped[number], folders[number])
                 result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
                 if trainer.is_world_process_zero():
                     name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
-                    _report(trainer, stage, f"Stage {name}", result.metrics)
+                    _report(trainer, stage, f"Stage {name}", {**result.metrics, **counts})
                     if recipe.stages:
                         _report_all(recipe, folders[: number + 1])
                 save_model(trainer)  # at the end, because a stage with a model is finished
@@ -441,6 +449,7 @@ def cache_features(
     import torch
 
     from ..data.features import compute_features
+    from .bad_rows import skip_in_stage
 
     recipe = load_recipe(recipe, overrides)
     stages_of_folder: dict[str, list[Recipe]] = {}
@@ -455,14 +464,20 @@ def cache_features(
     found = {}
     for folder, stages in stages_of_folder.items():
         data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
+        for stage, parts in zip(stages, data, strict=True):
+            skip_in_stage(stage, parts, processor, training_arguments(stage))
         datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
-        found[folder] = compute_features(model, processor, datasets, folder, batch_size=batch_size)
+        found[folder] = compute_features(
+            model, processor, datasets, folder, batch_size=batch_size,
+            allow_urls=any(stage.training.get("allow_urls", False) for stage in stages),
+        )  # fmt: skip
     return found
 
 
 def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
-    evaluated = read_mixture(stage.eval_data, seed) if stage.eval_data else None
-    return {"train_dataset": read_mixture(stage.data, seed), "eval_dataset": evaluated}
+    urls = stage.training.get("allow_urls", False)
+    evaluated = read_mixture(stage.eval_data, seed, allow_urls=urls) if stage.eval_data else None
+    return {"train_dataset": read_mixture(stage.data, seed, allow_urls=urls), "eval_dataset": evaluated}
 
 
 def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> None:

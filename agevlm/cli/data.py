@@ -103,7 +103,8 @@ def masks(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the models' numbers.")
     ] = "float32",
     allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only.")
+        bool,
+        typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only."),
     ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="Figure to write: some rows with their masks.", callback=check_figure)
@@ -170,7 +171,8 @@ def check(
         ),
     ] = None,
     allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only.")
+        bool,
+        typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only."),
     ] = False,
     report: Annotated[
         Path | None, typer.Option(help="JSON file to write: the counts and every problem.", callback=check_folder)
@@ -183,7 +185,7 @@ def check(
     from ..data.mixture import DataPart
 
     if Path(path).suffix in (".yaml", ".yml"):
-        from ..trainer.recipe import row_checks
+        from ..trainer.bad_rows import row_checks
 
         if split or name or images or format != "rows":
             raise ValueError("A recipe says the format, split and images of its data: leave these options out.")
