@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -486,7 +486,7 @@ def _note_unfit(problems: dict[int, str] | None, name: str, number: int, error: 
             f"{name} has rows that do not fit the row format: row {number}: {error}; `agevlm data check {name}` lists them, "
             "and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
         ) from error
-    problems[number] = f"it does not fit the row format: {error}"
+    problems[number] = f"does not fit the row format: {error}"
 
 
 def _image_file(image_folder: Path, name: Any) -> dict[str, Any]:
@@ -660,9 +660,9 @@ def _as_rows(
             try:
                 placed = [] if problem else place_images(_messages(conversation, format), counts[number])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problem = f"it is not a conversation of the format {format}: {error}"
+                problem = f"is not a conversation of the format {format}: {error}"
                 if not keep_bad:
-                    raise ValueError(f"{path}, row {number}: {problem}; {_FIX}") from error
+                    raise ValueError(f"{path}, row {number} {problem}; {_FIX}") from error
             contents = [[{"type": p["type"], "text": p.get("text")} for p in m["content"]] for m in placed]
             messages = [{"role": m["role"], "content": c} for m, c in zip(placed, contents, strict=True)]
             return {"messages": messages, "problem": problem}

@@ -248,7 +248,10 @@ class AgeVlmDataCollator:
             raise ValueError(f"guided_fraction must be a share of the rows, from 0 to 1, got {self.guided_fraction}.")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return naming_bad_rows(self._collate, rows)
+        batch, images = naming_bad_rows(self._collate, rows)
+        if self.features is not None and images:
+            batch["mm_encoder_outputs"] = {"image": self.features(images)}
+        return batch
 
     def find_problem(self, row: dict[str, Any]) -> str | None:
         """What keeps a row from training, found by collating it; None if it trains."""
@@ -260,7 +263,8 @@ class AgeVlmDataCollator:
             return _reason(row, error)
         return None
 
-    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _collate(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list]:
+        """The batch, without features, and all images in order."""
         images = [row_images(row, self.allow_urls) for row in rows]
         rendered = [
             render_conversation(self.processor, place_images(row_messages(row), len(pictures)))
@@ -282,8 +286,6 @@ class AgeVlmDataCollator:
             return_tensors="pt",
         )
         batch = {name: tensor for name, tensor in inputs.items() if name not in self.processor.unused_input_names}
-        if self.features is not None and any(images):
-            batch["mm_encoder_outputs"] = {"image": self.features([image for row in images for image in row])}
         offsets, attended = batch.pop("offset_mapping"), batch["attention_mask"].bool()
         learn = torch.zeros_like(attended)
         for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
@@ -294,7 +296,7 @@ class AgeVlmDataCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~(learn & attended), -100)
         phrases = [self.guided_phrases(*row) for row in zip(rows, images, rendered, strict=True)]
         batch.update(self.guidance_inputs(phrases, offsets, attended, texts))
-        return batch
+        return batch, [image for row in images for image in row]
 
     def _learned_spans(self, row: dict, conversation: RenderedConversation) -> list[tuple[int, int]]:
         """The characters that the language-modeling loss covers."""

@@ -209,10 +209,8 @@ class _PublicTransport(httpx.HTTPTransport):
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        # Those that hold an IPv4 address (mapped, 6to4, Teredo, NAT64) may lead anywhere.
-        if ip not in ipaddress.ip_network("2000::/3") or ip.sixtofour or ip.teredo:
-            return False
+    if ip.version == 6 and (ip not in ipaddress.ip_network("2000::/3") or ip.sixtofour or ip.teredo):
+        return False  # those that hold an IPv4 address (mapped, 6to4, Teredo, NAT64) may lead anywhere
     return ip.is_global and not ip.is_multicast
 
 

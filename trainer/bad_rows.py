@@ -7,7 +7,7 @@ A row is bad if and only if the collator that trains on it raises.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from ..processing.collator import AgeVlmDataCollator
 
 if TYPE_CHECKING:
     from .arguments import AgeVlmTrainingArguments
-    from .recipe import Recipe
 
 SKIPPED_ROWS = "skipped_rows.json"
 """File in the folder of a stage that skips bad rows: `file`, `row` and `reason` of each. A resumed run reads it."""
@@ -36,12 +35,16 @@ def row_collator(processor: Any, args: AgeVlmTrainingArguments) -> AgeVlmDataCol
 
 
 def skip_in_stage(
-    stage: Recipe, datasets: dict[str, Any], processor: Any, args: AgeVlmTrainingArguments, resume: bool = False
+    parts: Sequence[DataPart],
+    datasets: dict[str, Any],
+    processor: Any,
+    args: AgeVlmTrainingArguments,
+    resume: bool = False,
 ) -> dict[str, list[dict[str, Any]]] | None:
     """Leaves bad rows out of a stage's data sets; see [`~agevlm.data.mixture.skip_bad_rows`].
 
     Args:
-        stage: a recipe of one stage.
+        parts: of all data of the stage.
         datasets: of [`~agevlm.data.mixture.read_mixture`], or None, by name; replaced in place.
         processor: of the model.
         args: made from the stage's `training`.
@@ -55,7 +58,7 @@ def skip_in_stage(
     """
     from accelerate.utils import broadcast_object_list
 
-    if all(part.on_bad_row == "error" for part in (*stage.data, *stage.eval_data)):
+    if all(part.on_bad_row == "error" for part in parts):
         return None
     file = Path(args.output_dir) / SKIPPED_ROWS
     # The first process's, because other machines may not see its files.
@@ -87,34 +90,3 @@ def write_skipped(skipped: dict[str, list[dict[str, Any]]], folder: str | Path) 
     file.write_text(json.dumps(skipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     Console().print(f"Skipped bad rows: {number}, listed in {file}", markup=False, highlight=False)
     return number
-
-
-def row_checks(
-    recipe: Any, model: str | None = None, *, allow_urls: bool = False
-) -> list[tuple[DataPart, AgeVlmDataCollator]]:
-    """The parts of a recipe's data, each once for each way of training on it, and what checks their rows.
-
-    Args:
-        recipe: a YAML file, or a recipe.
-        model: folder or Hub id whose processor is used; by default the recipe's.
-        allow_urls: fetch images at URLs, as `training.allow_urls`.
-
-    Raises:
-        OSError, ValueError: as for [`~agevlm.trainer.recipe.load_recipe`], or if the model has no processor.
-    """
-    from transformers import AutoProcessor
-
-    from .recipe import load_recipe, training_arguments
-
-    loaded = load_recipe(recipe)
-    processor = AutoProcessor.from_pretrained(model or loaded.model)
-    found: dict[str, tuple[DataPart, AgeVlmDataCollator]] = {}
-    for stage in loaded.split():
-        collator = row_collator(processor, training_arguments(stage))
-        collator.allow_urls |= allow_urls
-        for part in (*stage.data, *stage.eval_data):
-            # Rows, weights and what becomes of bad rows make no difference.
-            part = replace(part, rows=None, weight=None, weight_by=None, on_bad_row="error")
-            key = repr((part, {**vars(collator), "processor": None}))
-            found.setdefault(key, (part, collator))
-    return list(found.values())

@@ -387,7 +387,7 @@ def train(
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
     skipped = [
-        skip_in_stage(stage, data, processor, args, resume)
+        skip_in_stage([*stage.data, *stage.eval_data], data, processor, args, resume)
         for stage, data, args in zip(stages, mixtures, every_args, strict=True)
     ]
 
@@ -465,7 +465,7 @@ def cache_features(
     for folder, stages in stages_of_folder.items():
         data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
         for stage, parts in zip(stages, data, strict=True):
-            skip_in_stage(stage, parts, processor, training_arguments(stage))
+            skip_in_stage([*stage.data, *stage.eval_data], parts, processor, training_arguments(stage))
         datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
         found[folder] = compute_features(
             model, processor, datasets, folder, batch_size=batch_size,

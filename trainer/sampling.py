@@ -151,7 +151,16 @@ class SamplingMixin(AnyTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = ["messages", "prompt", "completion", "image", "images", "grounding", ORIGIN_COLUMN, self.args.length_column_name]
+        columns = [
+            "messages",
+            "prompt",
+            "completion",
+            "image",
+            "images",
+            "grounding",
+            ORIGIN_COLUMN,
+            self.args.length_column_name,
+        ]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def get_train_dataloader(self):

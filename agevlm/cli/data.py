@@ -12,6 +12,8 @@ from .options import check_figure, check_folder, parse_names, parse_numbers
 
 if TYPE_CHECKING:
     from ..data.check import Report
+    from ..data.mixture import DataPart
+    from ..processing.collator import AgeVlmDataCollator
 
 # The number of bad rows that `data check` prints.
 _MAX_BAD_ROWS = 20
@@ -185,11 +187,9 @@ def check(
     from ..data.mixture import DataPart
 
     if Path(path).suffix in (".yaml", ".yml"):
-        from ..trainer.bad_rows import row_checks
-
         if split or name or images or format != "rows":
             raise ValueError("A recipe says the format, split and images of its data: leave these options out.")
-        parts = row_checks(path, model, allow_urls=allow_urls)
+        parts = _recipe_parts(path, model, allow_urls)
     else:
         collator = None
         if model is not None:
@@ -209,6 +209,30 @@ def check(
         _print_report(result, name if len(checked) > 1 else None, report)
     if any(result.bad_rows for _, result in checked):
         raise typer.Exit(1)
+
+
+def _recipe_parts(
+    recipe: str, model: str | None, allow_urls: bool
+) -> "list[tuple[DataPart, AgeVlmDataCollator | None]]":
+    """The parts of a recipe's data, each once for each way of training on it, and what collates their rows."""
+    from dataclasses import replace
+
+    from transformers import AutoProcessor
+
+    from ..trainer.bad_rows import row_collator
+    from ..trainer.recipe import load_recipe, training_arguments
+
+    loaded = load_recipe(recipe)
+    processor = AutoProcessor.from_pretrained(model or loaded.model)
+    found: dict[str, tuple[DataPart, AgeVlmDataCollator | None]] = {}
+    for stage in loaded.split():
+        collator = row_collator(processor, training_arguments(stage))
+        collator.allow_urls |= allow_urls
+        for part in (*stage.data, *stage.eval_data):
+            # All rows are checked, however often they are seen and whatever becomes of bad ones.
+            part = replace(part, rows=None, weight=None, weight_by=None, on_bad_row="error")
+            found.setdefault(repr((part, {**vars(collator), "processor": None})), (part, collator))
+    return list(found.values())
 
 
 def _print_report(checked: "Report", title: str | None, report: Path | None) -> None:
