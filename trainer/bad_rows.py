@@ -77,7 +77,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]] | None:
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
         return {name: [{key: row[key] for key in ("file", "row", "reason")} for row in names[name]] for name in names}
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None
 
 

@@ -250,7 +250,7 @@ def _print_report(checked: "Report", title: str | None, report: Path | None) -> 
         ("phrases with a box", checked.phrases_with_box),
         ("phrases of absent objects", checked.phrases_absent),
         ("phrases dropped at training: their teacher was not sure", checked.phrases_dropped),
-        (f"rows with notes; see {report or '--report'}", len(notes)),
+        ("rows with notes, which --report lists", len(notes)),
         ("bad rows", checked.bad_rows),
     ):
         counts.add_row(Text(label), f"{number}")

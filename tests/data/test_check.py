@@ -310,6 +310,7 @@ def test_check_command_on_good_rows(monkeypatch, capsys, tmp_path, images):
         "phrases with a box": 2,
         "phrases of absent objects": 0,
         "phrases dropped at training: their teacher was not sure": 1,
+        "rows with notes, which --report lists": 1,
         "bad rows": 0,
     }
     report = json.loads((tmp_path / "report.json").read_text())

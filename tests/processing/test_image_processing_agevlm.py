@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from tiny import register_processors
 from transformers_tests import load
+from web_server import serve
 
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessor, AgeVlmImageProcessorPil, load_image, to_rgb
 
@@ -273,27 +274,14 @@ def test_files_and_their_bytes_are_one_image(tmp_path):
         load_image(data[: len(data) // 2])
 
 
-def test_urls(processor, monkeypatch):
+def test_urls(processor):
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")
-
-    class Response:
-        content = buffer.getvalue()
-
-        def raise_for_status(self):
-            pass
-
-    class Session:
-        def get(self, url, **kwargs):
-            if url.endswith("missing.png"):
-                raise OSError("404")
-            return Response()
-
-    monkeypatch.setattr("agevlm.processing.image_processing_agevlm.get_session", Session)
-    actual = processor("https://host.invalid/image.png", return_tensors="pt").pixel_values
-    assert torch.equal(actual, processor(picture(), return_tensors="pt").pixel_values)
-    with pytest.raises(ValueError, match=r"missing\.png.*404"):
-        processor("https://host.invalid/missing.png")
+    with serve({"/image.png": buffer.getvalue()}) as (port, _):
+        actual = processor(f"http://127.0.0.1:{port}/image.png", return_tensors="pt").pixel_values
+        assert torch.equal(actual, processor(picture(), return_tensors="pt").pixel_values)
+        with pytest.raises(ValueError, match=r"missing\.png.*404"):
+            processor(f"http://127.0.0.1:{port}/missing.png")
 
 
 def test_views_and_read_only_arrays(processor):
