@@ -31,7 +31,7 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 from transformers.utils import logging
 
 from .files import new_folder, resolve_package_file
-from .hub import loading
+from .hub import load_pretrained, loading
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
@@ -151,8 +151,7 @@ def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
     if kwargs:
         # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    with loading(path) as place:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kwargs)
+    return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, **kwargs)
 
 
 def from_parts(
@@ -184,8 +183,7 @@ def from_parts(
         text_model = _load_llama(resolve_package_file(text_model), dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
-        with loading(vision_model) as place:
-            vision_model = AutoModel.from_pretrained(place, dtype=dtype)
+        vision_model = load_pretrained(AutoModel, vision_model, dtype=dtype)
 
     text_config = {k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")}
     for name in ("cross_attention_layers", "cross_attention_sink"):

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where models are loaded from: a folder here, or a repository of the Hugging Face Hub; and what is said when that fails."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import queue
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Kind = Literal["model", "data set"]
 
@@ -146,6 +151,65 @@ def loading(name: str | os.PathLike) -> Iterator[str]:
         if isinstance(error, OSError):
             raise OSError(f"{name} cannot be loaded: {message}") from error
         raise ValueError(f"{name} cannot be loaded: {message}") from error
+
+
+def load_pretrained(
+    model_class: Any,
+    name: str | os.PathLike,
+    *,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """`from_pretrained` of a model, which refuses a checkpoint that lacks weights.
+
+    Transformers gives random values to weights that a checkpoint lacks, and only warns of it.
+
+    Args:
+        model_class: a model class or an Auto class.
+        name: folder or Hub id of a model, or of a PEFT adapter.
+        prepare: called with the model before it is compared with its checkpoint, to remove what is not used.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such model, or it lacks a file.
+        ValueError: if one of its files is damaged, the checkpoint lacks weights of the model or has them in other shapes, or it
+            has weights that an AGE-VLM does not have.
+    """
+    from .modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel
+
+    with loading(name) as place:
+        adapter, base = Path(place, "adapter_config.json"), None
+        if adapter.is_file() and not Path(place, "config.json").is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if base is not None:  # by itself, because Transformers tells of the adapter's weights only
+        load_pretrained(model_class, base, prepare=prepare, **kwargs)
+    with loading(name) as place:
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    if prepare is not None:
+        prepare(model)
+    missing = sorted(found["missing_keys"] & model.state_dict().keys())
+    shapes = [
+        f"{key} has the shape {tuple(there)}, and {tuple(here)} in the model"
+        for key, there, here in sorted(found["mismatched_keys"])
+    ]
+    unexpected = sorted(found["unexpected_keys"]) if isinstance(model, AgeVlmPreTrainedModel) else []
+    problems = [
+        *([f"it lacks {_shorten(missing)}, which would be random"] if missing else []),
+        *([_shorten(shapes, "; ")] if shapes else []),
+        *([f"it has {_shorten(unexpected)}, which the model does not have"] if unexpected else []),
+    ]
+    if problems:
+        raise ValueError(
+            f"{name} does not have the weights of its {type(model).__name__}: {'; '.join(problems)}. Copy or save it again, or "
+            "name another model."
+        )
+    return model
+
+
+def _shorten(names: Sequence[str], separator: str = ", ") -> str:
+    return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _damaged_file(folder: Path) -> str | None:

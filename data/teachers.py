@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from ..hub import loading
+from ..hub import load_pretrained, loading
 from ..resume import fingerprint
 
 if TYPE_CHECKING:
@@ -230,8 +230,8 @@ class Sam3Teacher:
             model_type = AutoConfig.from_pretrained(place).model_type
         if model_type not in ("sam3", "sam3_video"):  # the published checkpoint holds both
             raise ValueError(f"{checkpoint} is a {model_type}, not a sam3; name a checkpoint such as facebook/sam3")
+        self.model = load_pretrained(Sam3Model, checkpoint, dtype=dtype).to(device).eval()
         with loading(checkpoint) as place:
-            self.model = Sam3Model.from_pretrained(place, dtype=dtype).to(device).eval()
             self.processor = Sam3Processor.from_pretrained(place)
         self.threshold = threshold
 
@@ -317,8 +317,8 @@ class GroundedSamTeacher:
         if model_type not in types:
             raise ValueError(f"{detector} is a {model_type}, but the detector must be one of {', '.join(types)}")
         self.sam = sam
+        self.detector = load_pretrained(AutoModelForZeroShotObjectDetection, detector, dtype=dtype).to(device).eval()
         with loading(detector) as place:
-            self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(place, dtype=dtype).to(device).eval()
             self.processor = AutoProcessor.from_pretrained(place)
         # OWL's processor tokenizes each phrase by itself, so only full length gives all of them the same length.
         self._padding = "max_length" if model_type.startswith("owl") else "longest"

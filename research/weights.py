@@ -17,6 +17,7 @@ from torch import nn
 
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.files import new_file
+from agevlm.hub import load_pretrained
 from agevlm.trainer.stages import group_parameters
 
 # What the paper's stages train; all else is as it came from the packages.
@@ -61,7 +62,7 @@ def main() -> None:
     classes = sorted({name for answer in lists for name in answer.split(", ")})
     metadata = {"classes": ",".join(classes), "scenes": f"{len(set(scenes['scene']))}"}
     metadata["versions"] = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    save_trained(AgeVlmForConditionalGeneration.from_pretrained(args.model), args.file, metadata)
+    save_trained(load_pretrained(AgeVlmForConditionalGeneration, args.model), args.file, metadata)
     print(f"Saved {args.file}: {args.file.stat().st_size / 1e6:.1f} MB, {len(classes)} classes.")
 
 

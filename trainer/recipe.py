@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
-from ..hub import loading
+from ..hub import load_pretrained, loading
 from ..plots import CURVES, draw_training
 from ..resume import resume_or_refuse
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -256,8 +256,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 
 def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe: Recipe) -> PreTrainedModel:
     given = {name: value for name, value in dataclasses.asdict(recipe.model_args).items() if value is not None}
-    with loading(source) as place:
-        return model_class.from_pretrained(place, **given)
+    return load_pretrained(model_class, source, **given)
 
 
 def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:

@@ -8,6 +8,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from trl import get_peft_config, get_quantization_config
 
 from agevlm import AgeVlmForConditionalGeneration, read_rows
+from agevlm.hub import load_pretrained
 from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments
 
 
@@ -26,7 +27,8 @@ def run(
         trainer_kwargs: further arguments of the trainer.
     """
     quantization_config = get_quantization_config(model_args)
-    model = AgeVlmForConditionalGeneration.from_pretrained(
+    model = load_pretrained(
+        AgeVlmForConditionalGeneration,
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
