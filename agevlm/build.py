@@ -4,6 +4,7 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
 
 logger = logging.get_logger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+"""Types of an assembled model; `auto` is that of the parts."""
+
+MAX_IMAGE_SIZE = 4096
+"""The longest side of images, in pixels: 16,384 visual tokens of a tower that makes a token of 32x32 pixels."""
 
 # Tokens that tokenizers keep for images or for nothing in particular, best first.
 IMAGE_TOKENS = ("<|image|>", "<image>", "<|reserved_special_token_0|>")
@@ -196,6 +203,9 @@ def from_parts(
         **config_kwargs,
     )
     config.dtype = text_model.dtype
+    for part in (config.text_config, config.vision_config):
+        if not _is_hub_id(part._name_or_path):
+            part._name_or_path = ""  # it would be published with the model
     with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
         model = AgeVlmForConditionalGeneration(config)
 
@@ -221,6 +231,11 @@ def from_parts(
     return model.eval()
 
 
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is that of a Hub repository and not of a local file or folder."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not os.path.exists(name)
+
+
 def fresh_modules(model: AgeVlmForConditionalGeneration) -> dict[str, nn.Module]:
     """What neither part brings, by name: the adapter and the gated blocks."""
     blocks = model.model.language_model.cross_attn
@@ -242,7 +257,7 @@ def load_trained_weights(model: AgeVlmForConditionalGeneration, file: str | os.P
     Raises:
         FileNotFoundError: if the file is missing.
         ValueError: if it is not a safetensors file, lacks a parameter of adapter or blocks, or has one that the model
-            does not have, or has in another shape; the model is then unchanged.
+            does not have, has in another shape or with values that are not finite; the model is then unchanged.
     """
     file = Path(resolve_package_file(file))
     if not file.is_file():
@@ -266,6 +281,8 @@ def load_trained_weights(model: AgeVlmForConditionalGeneration, file: str | os.P
     for name, tensor in tensors.items():
         if tensor.shape != (shape := parameters[name].shape):
             raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, but in this model {tuple(shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {name} has values that are not finite: its training has diverged")
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
     return metadata
@@ -275,16 +292,18 @@ def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None
     """The token that stands for an image: `image_token`, else one that the tokenizer reserves.
 
     Raises:
-        ValueError: if it is no added token of the tokenizer, listing those that are.
+        ValueError: if it is no added token of the tokenizer or has another role in texts, listing those that are free.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     own = getattr(tokenizer, "image_token", None)
+    roles = {str(token): role for role, token in tokenizer.special_tokens_map.items() if role != "image_token"}
     for token in [image_token] if image_token else [own, *IMAGE_TOKENS]:
-        if token in added:
+        if token in added and token not in roles:
             return token
-    taken = set(tokenizer.special_tokens_map.values())
-    free = sorted(added - {str(token) for token in taken if isinstance(token, str)})
-    wanted = f"'{image_token}' is not one of them" if image_token else "none of them is known to be for images"
+    free = sorted(added - roles.keys())
+    wanted = "none of them is known to be for images"
+    if image_token:
+        wanted = f"'{image_token}' is " + (f"its {roles[image_token]}" if image_token in roles else "not one of them")
     raise ValueError(
         f"One of the tokenizer's special tokens must stand for an image, and {wanted}. Name one that texts never use "
         f"with `image_token` (on the command line --image-token): {', '.join(free) or 'this tokenizer has none to spare'}."
@@ -323,17 +342,53 @@ def _check_chat_template(processor: AgeVlmProcessor) -> None:
         )
 
 
+def _check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """
+    Raises:
+        ValueError: if they are not three numbers each, for colors from 0 to 1.
+    """
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+        if len(values) != 3 or len(numbers) != 3:
+            raise ValueError(f"{name} must be three finite numbers, one a color channel, got {list(values)}.")
+    if min(mean) < 0 or max(mean) > 1:
+        raise ValueError(f"image_mean must be from 0 to 1, as colors are, got {list(mean)}.")
+    if min(std) <= 0 or max(std) > 1:
+        raise ValueError(f"image_std must be positive and at most 1, as colors are from 0 to 1, got {list(std)}.")
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: AgeVlmForConditionalGeneration) -> None:
+    """
+    Raises:
+        ValueError: if texts or their padding have tokens beyond the embedding; an added token that no text uses may be there.
+    """
+    used = (tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) | {
+        token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token is not None
+    }
+    rows = model.get_input_embeddings().num_embeddings
+    if beyond := sorted(token for token in used if tokenizer.convert_tokens_to_ids(token) >= rows):
+        raise ValueError(
+            f"The tokenizer has {len(beyond)} token(s) beyond the {rows} of the text model's embedding, such as '{beyond[0]}': "
+            "it is of another model. Choose a text model with its own tokenizer."
+        )
+
+
 @torch.no_grad()
 def _check_vision(model: AgeVlmForConditionalGeneration, image_size: int) -> None:
     """Runs one blank image through the vision model, so that one that gives no visual tokens is refused before it is saved."""
     blank = torch.zeros(1, 3, image_size, image_size, device=model.device)
     try:
-        model.get_image_features(pixel_values=blank, return_dict=True)
+        features = model.get_image_features(pixel_values=blank, return_dict=True)
     except Exception as error:  # vision models raise errors of many types
         raise ValueError(
             f"The vision model (a '{model.config.vision_config.model_type}') gives no grid of visual tokens for an image of "
             f"{image_size}x{image_size} pixels: {error} Choose another image_size, or another vision backbone."
         ) from error
+    if features.pooler_output.shape[1] < 2:
+        raise ValueError(
+            f"image_size {image_size} is too small for this vision model: an image has a single visual token then, and no place to "
+            "look at. Choose a greater one."
+        )
 
 
 def build_checkpoint(
@@ -358,8 +413,9 @@ def build_checkpoint(
         vision_model: path or Hub id of a vision backbone, or the model itself ([`load_timm`]).
         output_dir: a folder that does not exist yet, or is empty; it appears complete or not at all.
         image_token: the special token that stands for an image; see [`find_image_token`].
-        image_size: side in pixels of the square that images are fitted into.
-        image_mean, image_std: by channel; the vision model's own by default, else CLIP's.
+        image_size: side in pixels of the square that images are fitted into: at least two visual tokens, at most
+            `MAX_IMAGE_SIZE`.
+        image_mean, image_std: by channel, of colors from 0 to 1; the vision model's own by default, else CLIP's.
         chat_template: a Jinja template for texts, which gets image support
             ([`~agevlm.processing.processing_agevlm.add_image_support`]); by default the
             tokenizer's own.
@@ -374,13 +430,13 @@ def build_checkpoint(
             gives no grid of tokens for an image of that size.
         OSError: if a part's files are missing.
     """
-    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-        if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
-            raise ValueError(f"{name} must be three finite numbers, one a color channel, got {list(values)}.")
-    if image_std is not None and min(image_std) <= 0:
-        raise ValueError(f"image_std must be positive, got {list(image_std)}.")
-    if image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, got {image_size}.")
+    _check_image_statistics(
+        OPENAI_CLIP_MEAN if image_mean is None else image_mean, OPENAI_CLIP_STD if image_std is None else image_std
+    )
+    if not isinstance(image_size, int) or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size must be a whole number of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size}.")
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
         text_model = resolve_package_file(text_model)
         tokenizer_path, gguf = _split_gguf(text_model)
@@ -390,22 +446,26 @@ def build_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left", **gguf)
         image_token = find_image_token(tokenizer, image_token)
         mean, std = _image_statistics(vision_model)
+        mean, std = mean if image_mean is None else image_mean, std if image_std is None else image_std
+        _check_image_statistics(mean, std)
         image_processor = AgeVlmImageProcessor(
-            size={"height": image_size, "width": image_size}, image_mean=image_mean or mean, image_std=image_std or std
+            size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.chat_template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         processor = AgeVlmProcessor(image_processor, tokenizer, image_token=image_token)
-        if chat_template is not None:
-            _check_chat_template(processor)
+        _check_chat_template(processor)
 
         model = from_parts(
             text_model, vision_model, dtype=dtype, image_token_id=processor.image_token_id, **config_kwargs
         )
+        _check_vocabulary(tokenizer, model)
         _check_vision(model, image_size)
         if trained_weights is not None:
             load_trained_weights(model, trained_weights)
+        if damaged := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+            raise ValueError(f"{damaged[0]} has values that are not finite: the part that it comes from is damaged.")
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
     return model, processor

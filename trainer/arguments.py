@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,8 +95,12 @@ class AgeVlmArgumentsMixin:
         resolve_loss(self.guidance_loss, self.rescale_maps)
         if self.guided_layers is not None and not self.guided_layers:
             raise ValueError("guided_layers is empty: leave it out to guide all layers, or set guidance_weight to 0.")
-        if self.guidance_weight < 0:
+        if self.guided_layers is not None and len(set(self.guided_layers)) < len(self.guided_layers):
+            raise ValueError(f"guided_layers must name each layer once, got {self.guided_layers}.")
+        if not 0 <= self.guidance_weight < math.inf:
             raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
+        if self.initial_gate is not None and not math.isfinite(self.initial_gate):
+            raise ValueError(f"initial_gate must be a finite number, got {self.initial_gate}.")
         if not 0 <= self.guided_fraction <= 1:
             raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:

@@ -2,6 +2,8 @@
 """From parts on disk to one checkpoint that every Auto class, `pipeline` and the command line use."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import check_refused
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tiny import IMAGE, tiny_tokenizer
-from tiny_models import open_gates, tiny_llama, tiny_vision, write_gguf
+from tiny import EOT, IMAGE, tiny_tokenizer
+from tiny_models import change_weights, open_gates, tiny_llama, tiny_vision, write_gguf
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    ConvNextForImageClassification,
     ConvNextImageProcessor,
     LlamaForCausalLM,
     pipeline,
@@ -32,6 +37,7 @@ import agevlm
 from agevlm import cli
 from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load_timm, load_trained_weights
 from agevlm.files import resolve_package_file
+from agevlm.loading import load_pretrained
 
 TIMM = "test_convnext"
 SIZE = 64
@@ -232,6 +238,7 @@ def test_trained_weights_arrive(trained):
         ("lacking", r"lacks 1 trained parameter\(s\) of this model: .*gate"),
         ("unknown", r"1 tensor\(s\) that this model does not have: model.extra"),
         ("shape", r"gate has the shape \(2,\), but in this model \(1,\)"),
+        ("nan", r"gate has values that are not finite"),
         ("rubbish", "is not a safetensors file"),
     ],
 )
@@ -244,6 +251,8 @@ def test_trained_weights_that_do_not_match_are_refused_and_change_nothing(traine
         tensors["model.extra"] = torch.zeros(1)
     elif change == "shape":
         tensors[gate] = torch.zeros(2)
+    elif change == "nan":
+        tensors[gate] = torch.full((1,), float("nan"))
     save_file(tensors, file)
     if change == "rubbish":
         file.write_bytes(b"rubbish")
@@ -285,7 +294,9 @@ def test_image_statistics_are_the_vision_models_own(text_dir, tmp_path):
     "change",
     [
         "existing", "no text", "not a llama", "no vision", "image token", "layers", "text as vision", "size for vision",
-        "size", "mean", "channels", "std",
+        "size", "tiny size", "great size", "float size", "mean", "channels", "std", "mean of bytes", "own std", "own mean",
+        "own channels", "role", "own template", "vocabulary", "repeated layers", "negative layer", "dtype", "damaged text",
+        "damaged vision", "missing text weights", "missing vision weights", "missing head",
     ],
 )  # fmt: skip
 def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tmp_path):
@@ -320,7 +331,65 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
     elif change == "size for vision":
         vision, kwargs, expected = tiny_vision(), {"image_size": 7}, (ValueError, "for an image of 7x7 pixels")
     elif change == "size":
-        kwargs, expected = {"image_size": 0}, (ValueError, "image_size must be a positive number of pixels, got 0")
+        kwargs, expected = (
+            {"image_size": 0},
+            (ValueError, "image_size must be a whole number of pixels from 1 to 4096, got 0"),
+        )
+    elif change == "tiny size":
+        vision, kwargs = load_timm("test_efficientnet"), {"image_size": 3}
+        expected = (ValueError, "image_size 3 is too small.*a single visual token")
+    elif change == "great size":
+        kwargs, expected = {"image_size": 100000}, (ValueError, "from 1 to 4096, got 100000")
+    elif change == "float size":
+        kwargs, expected = {"image_size": 64.5}, (ValueError, "whole number of pixels from 1 to 4096, got 64.5")
+    elif change == "mean of bytes":
+        kwargs, expected = {"image_mean": [123.7, 116.3, 103.5]}, (ValueError, "image_mean must be from 0 to 1")
+    elif change in ("own std", "own mean", "own channels"):  # of the vision model's image processor
+        vision = str(tmp_path / "vision")
+        tiny_vision().save_pretrained(vision)
+        own = {"own std": {"image_std": [0.5, 0.0, 0.5]}, "own mean": {"image_mean": [float("nan")] * 3}}
+        ConvNextImageProcessor(**own.get(change, {"image_mean": [0.5], "image_std": [0.5]})).save_pretrained(vision)
+        expected = (
+            ValueError,
+            "image_std must be positive" if change == "own std" else "image_mean must be three finite",
+        )
+    elif change == "role":
+        kwargs, expected = {"image_token": EOT}, (ValueError, rf"'{re.escape(EOT)}' is its eos_token")
+    elif change == "own template":
+        tokenizer = tiny_tokenizer(chat_template="{% for message in messages %}")
+        text = change_text(text_dir, tmp_path / "text", tokenizer=tokenizer)
+        expected = (ValueError, "The chat template is invalid")
+    elif change == "vocabulary":
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "<one more>"})
+        text = change_text(text_dir, tmp_path / "text", tokenizer=tokenizer)
+        expected = (
+            ValueError,
+            f"1 token.*beyond the {len(tokenizer) - 1} of the text model's embedding, such as '<one more>'",
+        )
+    elif change == "repeated layers":
+        kwargs, expected = {"cross_attention_layers": [2, 2, 5]}, (StrictDataclassError, "without repeats")
+    elif change == "negative layer":
+        kwargs, expected = {"cross_attention_layers": [-1, 2]}, (StrictDataclassError, "out of range")
+    elif change == "dtype":
+        kwargs, expected = {"dtype": "int8"}, (ValueError, "dtype must be one of auto, float32.*got 'int8'")
+    elif change == "damaged text":
+        text = change_text(text_dir, tmp_path / "text", {"model.norm.weight": lambda norm: norm * float("inf")})
+        expected = (ValueError, "model.language_model.norm.weight has values that are not finite")
+    elif change == "damaged vision":
+        next(vision.parameters()).data.fill_(float("nan"))
+        expected = (ValueError, r"model.vision_tower.*has values that are not finite")
+    elif change == "missing text weights":
+        text = change_text(text_dir, tmp_path / "text", {"model.layers.3.mlp.up_proj.weight": None})
+        expected = (ValueError, "it lacks model.layers.3.mlp.up_proj.weight, which would be random")
+    elif change == "missing head":  # of a Llama whose head is not tied to its embedding
+        text = change_text(text_dir, tmp_path / "text", {"lm_head.weight": None})
+        expected = (ValueError, "it lacks lm_head.weight, which would be random")
+    elif change == "missing vision weights":
+        vision = str(tmp_path / "vision")
+        tiny_vision().save_pretrained(vision)
+        change_weights(tmp_path / "vision", {"encoder.stages.0.layers.0.dwconv.weight": None})
+        expected = (ValueError, "it lacks encoder.stages.0.layers.0.dwconv.weight")
     elif change == "mean":
         kwargs = {"image_mean": [0.5, float("nan"), 0.5]}
         expected = (ValueError, "image_mean must be three finite numbers")
@@ -332,6 +401,83 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
     with pytest.raises(expected[0], match=expected[1]):
         build_checkpoint(text, vision, out, **kwargs)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == before
+
+
+def change_text(text_dir: Path, folder: Path, weights: dict | None = None, tokenizer=None) -> str:
+    """A copy of the text model with other weights ([`change_weights`]) or another tokenizer."""
+    shutil.copytree(text_dir, folder)
+    change_weights(folder, weights or {})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_part_needs_no_weights_that_are_not_used(text_dir, tmp_path):
+    """A tied head, which is not saved, and what surrounds the body of a vision model: heads, and norms of a backbone."""
+    tokenizer = tiny_tokenizer()
+    tied = tiny_llama(vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    vision = tiny_vision()
+    classifier = ConvNextForImageClassification(vision.config)
+    classifier.convnext.load_state_dict(vision.state_dict())
+    classifier.save_pretrained(tmp_path / "classifier")
+    built, _ = build_checkpoint(str(tmp_path / "tied"), str(tmp_path / "classifier"), tmp_path / "out", image_size=32)
+    assert torch.equal(built.lm_head.weight, tied.get_input_embeddings().weight)
+    for name, value in built.model.vision_tower.state_dict().items():
+        assert torch.equal(value, vision.state_dict()[name])
+    again = load_pretrained(agevlm.AgeVlmForConditionalGeneration, tmp_path / "out")
+    assert torch.equal(again.lm_head.weight, built.lm_head.weight)
+
+
+def test_names_of_the_parts_are_kept_where_they_are_on_the_hub(text_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_vision().save_pretrained(tmp_path / "local" / "tower")
+    vision = tiny_vision()
+    for name, kept in (
+        ("timm/some_tower", True),
+        ("some-tower", True),
+        ("local/tower", False),
+        (str(text_dir), False),
+    ):
+        vision.config._name_or_path = name
+        text = LlamaForCausalLM.from_pretrained(text_dir)
+        model = agevlm.from_parts(text, vision, image_token_id=text.config.vocab_size - 1)
+        assert model.config.vision_config._name_or_path == (name if kept else "")
+        assert model.config.text_config._name_or_path == ""
+
+
+def test_a_checkpoint_is_for_everyone_and_says_nothing_of_this_computer(text_dir, tmp_path):
+    """Permissions as the umask has them, and no path in any file, whichever way the parts were named."""
+    (tmp_path / "ordinary").touch()
+    tiny_vision().save_pretrained(tmp_path / "vision")
+    for text, vision in (
+        (text_dir, tmp_path / "vision"),
+        (os.path.relpath(text_dir), os.path.relpath(tmp_path / "vision")),
+    ):
+        out = tmp_path / f"out_{len(str(text))}"
+        build_checkpoint(str(text), str(vision), out, image_size=32)
+        for file in out.iterdir():
+            assert file.stat().st_mode == (tmp_path / "ordinary").stat().st_mode, file.name
+            written = file.read_bytes()
+            assert not any(str(place).encode() in written for place in (text, vision, text_dir, tmp_path)), file.name
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")],
+)
+def test_a_full_disk_is_a_message_that_names_the_folder(kind, error, text_dir, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise error
+
+    tiny_vision().save_pretrained(tmp_path / "vision")
+    if kind == "empty":
+        (tmp_path / "out").mkdir()
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    arguments = ["--text", text_dir, "--vision", tmp_path / "vision", "--out", tmp_path / "out", "--image-size", "32"]
+    check_refused(monkeypatch, capsys, tmp_path, f"Could not write {tmp_path / 'out'}: ", "build", *arguments)
 
 
 def test_auto_classes(checkpoint):
