@@ -1,5 +1,8 @@
 # Two commands for newcomers: `make demo` and `make test`. Each sets up everything in .venv first.
-PYTHON ?= python3.11
+# The first Python of 3.11 or newer; `make PYTHON=...` names another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.14 python3 python, \
+	$(shell $(python) -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $(python))))
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
@@ -50,6 +53,8 @@ contribution: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m contribution
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "AGE-VLM needs Python 3.11 or newer, and $(or $(PYTHON),PATH) has none:" \
+		"install one, or name it with PYTHON=/path/to/python." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Folders of the installed package from the ground up. A file imports from its own folder and from those before it.
-# `agevlm` stands for build.py, files.py, loading.py, plots.py and resume.py.
+# `agevlm` stands for build.py, files.py, hub.py, plots.py and resume.py.
 ORDER = ("modeling_agevlm", "processing", "agevlm", "data", "trainer", "evaluation", "cli")
 # The front door joins all folders, so it may import from any of them.
 FRONT_DOOR = {"agevlm", "agevlm._auto", "agevlm.__main__"}

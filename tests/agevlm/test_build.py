@@ -37,7 +37,7 @@ import agevlm
 from agevlm import cli
 from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load_timm, load_trained_weights
 from agevlm.files import resolve_package_file
-from agevlm.loading import load_pretrained
+from agevlm.hub import load_pretrained
 
 TIMM = "test_convnext"
 SIZE = 64

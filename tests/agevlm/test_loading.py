@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.evaluation import answers
-from agevlm.loading import load_pretrained
+from agevlm.hub import load_pretrained
 from agevlm.trainer import recipe
 
 BLOCK = "model.language_model.cross_attn.0.q_proj.weight"
@@ -49,13 +49,6 @@ def pickled(folder: Path) -> None:
     torch.save({"x": Code()}, folder / "pytorch_model.bin")
 
 
-def truncated_pickle(folder: Path) -> None:
-    weights = AgeVlmForConditionalGeneration.from_pretrained(folder).state_dict()
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    truncate(folder / "pytorch_model.bin", 5000)
-
-
 def truncate(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -76,11 +69,10 @@ DAMAGES = {
         lambda f: change_weights(f, {"model.language_model.cross_attn.2.gate": torch.zeros(1)}),
         "it has model.language_model.cross_attn.2.gate, which the model does not have",
     ),
-    "a truncated file": (lambda f: truncate(f / WEIGHTS, 1000), f"{WEIGHTS} cannot be read: .*damaged or incomplete"),
-    "a file without its end": (lambda f: truncate(f / WEIGHTS, -8), f"{WEIGHTS} cannot be read"),
-    "an empty file": (lambda f: truncate(f / WEIGHTS, 0), f"{WEIGHTS} cannot be read"),
-    "pickled code": (pickled, "pickled objects, which may run code and are not loaded"),
-    "a truncated pickle": (truncated_pickle, "cannot be read"),
+    "a truncated file": (lambda f: truncate(f / WEIGHTS, 1000), f"{WEIGHTS} is damaged"),
+    "a file without its end": (lambda f: truncate(f / WEIGHTS, -8), f"{WEIGHTS} is damaged"),
+    "an empty file": (lambda f: truncate(f / WEIGHTS, 0), f"{WEIGHTS} is damaged"),
+    "pickled code": (pickled, "such files can run code"),
 }  # fmt: skip
 
 
@@ -95,7 +87,7 @@ def test_damaged_and_missing_weights_are_refused(damage, folder, monkeypatch, ca
     check_refused(monkeypatch, capsys, folder, str(refused.value).partition("\n")[0], "ask", "--model", folder, "--image", picture, "?")  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "message"), [("missing", "00002-of-"), ("truncated", "00002-of-.*cannot be read"), ("index", "cannot be read")])  # fmt: skip
+@pytest.mark.parametrize(("damage", "message"), [("missing", "00002-of-"), ("truncated", "00002-of-.* is damaged"), ("index", "there is no 'weight_map'")])  # fmt: skip
 def test_sharded_weights(damage, message, folder, checkpoint):
     (folder / WEIGHTS).unlink()
     AgeVlmForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(folder, max_shard_size="40KB")
@@ -172,4 +164,4 @@ def test_no_other_way_leads_to_a_model():
     files = [file for folder in ("agevlm", "data", "trainer", "evaluation", "examples", "research") for file in (ROOT / folder).rglob("*.py")]  # fmt: skip
     found = {file.relative_to(ROOT).as_posix(): len(pattern.findall(file.read_text())) for file in files}
     # `fresh_model` has other blocks than its checkpoint, and `text_loss` reads the language model alone.
-    assert {file: count for file, count in found.items() if count} == {"agevlm/loading.py": 1, "research/runs.py": 2}
+    assert {file: count for file, count in found.items() if count} == {"agevlm/hub.py": 1, "research/runs.py": 2}
