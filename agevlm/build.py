@@ -190,7 +190,7 @@ def from_parts(
         text_model = _load_llama(resolve_package_file(text_model), dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
-        vision_model = load_pretrained(AutoModel, vision_model, dtype=dtype)
+        vision_model = load_pretrained(AutoModel, vision_model, prepare=remove_pooling_head, dtype=dtype)
 
     text_config = {k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")}
     for name in ("cross_attention_layers", "cross_attention_sink"):

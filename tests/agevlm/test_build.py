@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    ConvNextBackbone,
     ConvNextForImageClassification,
     ConvNextImageProcessor,
     LlamaForCausalLM,
@@ -428,6 +429,12 @@ def test_a_part_needs_no_weights_that_are_not_used(text_dir, tmp_path):
         assert torch.equal(value, vision.state_dict()[name])
     again = load_pretrained(agevlm.AgeVlmForConditionalGeneration, tmp_path / "out")
     assert torch.equal(again.lm_head.weight, built.lm_head.weight)
+    backbone = ConvNextBackbone(vision.config)  # it has no pooling head, and norms of its own
+    backbone.load_state_dict(vision.state_dict(), strict=False)
+    backbone.save_pretrained(tmp_path / "backbone")
+    other, _ = build_checkpoint(str(tmp_path / "tied"), str(tmp_path / "backbone"), tmp_path / "other", image_size=32)
+    for name, value in other.model.vision_tower.state_dict().items():
+        assert torch.equal(value, vision.state_dict()[name])
 
 
 def test_names_of_the_parts_are_kept_where_they_are_on_the_hub(text_dir, tmp_path, monkeypatch):
