@@ -29,6 +29,11 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#99
 HISTOGRAM_BINS = 30
 """Bins of the histograms of similarities."""
 
+ATTENTION_SCALE = (0.1, 100.0)
+"""The ends of the color scale of attention, in multiples of the attention of a cell if all were spread evenly over the image."""
+
+_BAR_HEIGHT = 0.6  # inches, of the color bar with its numbers and its unit
+
 CURVES = ("lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")
 """The curves of a training run, by the names that `AgeVlmTrainer` logs."""
 
@@ -129,24 +134,30 @@ def draw_heatmaps(
     *,
     labels: Sequence[str] = ("image",),
     cell: tuple[float, float] | None = None,
+    sink: np.ndarray | None = None,
 ) -> None:
     """Writes a PNG with the image, and the image under each map `(n, rows, columns)`, side by side.
 
-    Each map has its own color scale, from no attention to its maximum, so that faint maps can be read too. Its strongest
-    cell is framed, and the number above is the attention on that cell.
+    A color means the same in every figure, whatever the image, the grid and the other maps: the attention on a cell, in
+    multiples of what it were if all attention was spread evenly over the map's cells. The scale is logarithmic
+    ([`ATTENTION_SCALE`]). So a phrase that attends to nothing in the image is dark. The strongest cell of other maps is
+    framed. The numbers above are the attention on the strongest cell and on the sink.
 
     Args:
-        maps: or `(phrases, n, rows, columns)`, for a row of the figure each.
-        titles: of the `n` columns.
+        maps: the share of the attention that is on each cell; or `(phrases, n, rows, columns)`, for a row of the figure each.
         path: of the PNG.
+        titles: of the `n` columns.
         caption: above the figure.
         labels: the title of the image in each row.
         cell: width and height of a map's cell in pixels of the image; by default the map covers the image exactly.
+        sink: the share of the attention that is on the sink, `(n,)` or `(phrases, n)`; None for a model without a sink.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     maps = maps if maps.ndim == 4 else maps[None]
+    sinks = [[None] * maps.shape[1]] * len(maps) if sink is None else np.reshape(sink, maps.shape[:2]).tolist()
+    image = to_rgb(image)
     count, columns = len(maps), maps.shape[1] + 1
     # In inches: panels as large as a width of 15 and a height of 18 allow, within what can be read and is worth looking at.
     side = min(2.6, max(1.4, min(15 / columns, 18 / count)))
@@ -155,10 +166,13 @@ def draw_heatmaps(
     letters = int(13 * width)  # that fit into an inch, by the width
     labels = [textwrap.fill(textwrap.shorten(label, 3 * letters), letters) for label in labels]
     lines = [line for text in (caption or "").splitlines() for line in textwrap.wrap(text, columns * letters)]
-    heights = [height + 0.15 * (label.count("\n") + 1) + 0.15 for label in labels]
-    total = sum(heights) + 0.15 + (0.18 * len(lines) + 0.1) * bool(lines)
+    heights = [height + 0.15 * (max(label.count("\n"), sink is not None) + 1) + 0.15 for label in labels]
+    total = sum(heights) + 0.15 + _BAR_HEIGHT + (0.18 * len(lines) + 0.1) * bool(lines)
     figure = new_figure(columns * width, total)
-    figure.get_layout_engine().set(h_pad=0.06)  # type: ignore[call-arg]
+    panels_place = (0, _BAR_HEIGHT / total, 1, 1 - _BAR_HEIGHT / total)
+    figure.get_layout_engine().set(h_pad=0.06, rect=panels_place)  # type: ignore[call-arg]
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
     cell = cell or (image.width / maps.shape[3], image.height / maps.shape[2])
@@ -166,19 +180,35 @@ def draw_heatmaps(
     gray = image.convert("L")
     plain: dict[str, Any] = {"parse_math": False, "fontsize": 9}  # a "$" is no mathematics
     panels = figure.subplots(count, columns, squeeze=False)
+    colors: Any = {"norm": LogNorm(*ATTENTION_SCALE), "cmap": "inferno"}
     for number, (axes, label, row) in enumerate(zip(panels, labels, maps, strict=True)):
         axes[0].imshow(image)
         axes[0].set_title(label, **plain)
-        for axis, attention, title in zip(axes[1:], row, titles, strict=True):
+        for axis, attention, title, on_sink in zip(axes[1:], row, titles, sinks[number], strict=True):
             axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
-            axis.imshow(attention, cmap="inferno", vmin=0, alpha=0.6, interpolation="bilinear", extent=extent)
+            relative = np.clip(attention * attention.size, *ATTENTION_SCALE)
+            axis.imshow(relative, alpha=0.6, interpolation="bilinear", extent=extent, **colors)
             y, x = np.unravel_index(attention.argmax(), attention.shape)
             frame = Rectangle((x * cell[0], y * cell[1]), *cell, fill=False, edgecolor="cyan", linewidth=1.2)
-            axis.add_patch(frame)
-            axis.set_title(f"{title}\n" * (number == 0) + f"max {attention.max():.2f}", **plain)
+            if relative.max() > ATTENTION_SCALE[0]:
+                axis.add_patch(frame)
+            texts = [title] * (number == 0) + [f"max {attention.max():.2f}"]
+            if on_sink is not None:
+                texts.append(f"sink {on_sink:.2f}")
+            axis.set_title("\n".join(texts), **plain)
         for axis in axes:
             axis.set(xlim=(0, image.width), ylim=(image.height, 0))
             axis.set_axis_off()
+    # Not of the panels, whose colors let the image through.
+    bar_width = min(0.9, 6 / (columns * width))
+    place = figure.add_axes((0.5 - bar_width / 2, 0.42 / total, bar_width, 0.09 / total))
+    bar = figure.colorbar(ScalarMappable(**colors), place, orientation="horizontal", extend="both", extendfrac=0.03)
+    low, high = (round(math.log10(end)) for end in ATTENTION_SCALE)
+    ticks = [10.0**power for power in range(low, high + 1)]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=8)
+    bar.ax.minorticks_off()
+    unit = textwrap.wrap("attention on a cell, in multiples of an even spread over the image", int(15 * columns * width))
+    bar.set_label("\n".join(unit), fontsize=8)
     if lines:
         figure.suptitle("\n".join(lines), parse_math=False, fontsize=10)
     figure.savefig(path)

@@ -88,8 +88,9 @@ class Attention:
     """Where phrases of a question and its answer attend in an image; [`attend`] makes it.
 
     `maps` is float32 `(blocks, phrases, rows, columns)`, `cell` the width and height in pixels of the image that one
-    of its cells covers; cells at the right and at the bottom may reach beyond the image. `tokens` are those that make
-    up each phrase, as text.
+    of its cells covers; cells at the right and at the bottom may reach beyond the image. `sink`, float32
+    `(blocks, phrases)`, is the attention on the sink, None in a model without one. `tokens` are those that make up each
+    phrase, as text.
     """
 
     image: Image.Image
@@ -100,6 +101,7 @@ class Attention:
     blocks: list[str]
     maps: np.ndarray
     cell: tuple[float, float]
+    sink: np.ndarray | None = None
 
     def strongest(self, attention: np.ndarray) -> dict[str, Any]:
         """The strongest cell of a map `(rows, columns)`: where it is in the map, how much of the attention it holds, and
@@ -112,10 +114,13 @@ class Attention:
         return {"row": row, "column": column, "attention": float(attention[row, column]), "box": box}
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the image, for JSON: of each phrase the map of every block, and last their average."""
+        """All but the image, for JSON: of each phrase the map of every block, and last their average; with the attention on the
+        sink, if there is one."""
         phrases = []
         for number, (phrase, tokens) in enumerate(zip(self.phrases, self.tokens, strict=True)):
-            maps = [*self.maps[:, number], self.maps[:, number].mean(0)]
+            maps, sinks = _with_average(self.maps[:, number]), [{}] * (len(self.blocks) + 1)
+            if self.sink is not None:
+                sinks = [{"sink": round(float(share), 8)} for share in _with_average(self.sink[:, number])]
             phrases.append(
                 {
                     "phrase": phrase.text,
@@ -126,10 +131,11 @@ class Attention:
                     "maps": [
                         {
                             "block": block,
+                            **sink,
                             "strongest": self.strongest(attention),
                             "map": attention.astype(float).round(8).tolist(),
                         }
-                        for block, attention in zip([*self.blocks, "average"], maps, strict=True)
+                        for block, attention, sink in zip([*self.blocks, "average"], maps, sinks, strict=True)
                     ],
                 }
             )
@@ -145,18 +151,19 @@ class Attention:
     def draw(self, path: str | Path) -> None:
         """Writes a PNG: a row for each phrase, a column for each block and one for the average. Of more than 12 phrases,
         only the first are drawn."""
-        shown = self.maps[:, :_ROWS_DRAWN].swapaxes(0, 1)
+        shown, sink = self.maps[:, :_ROWS_DRAWN], self.sink
         caption = f"{self.question}\n{self.answer.strip()}"
-        if len(self.phrases) > len(shown):
-            caption += f"\n(the first {len(shown)} of {len(self.phrases)} phrases; attention.json has all)"
+        if len(self.phrases) > _ROWS_DRAWN:
+            caption += f"\n(the first {_ROWS_DRAWN} of {len(self.phrases)} phrases; attention.json has all)"
         draw_heatmaps(
             self.image,
-            np.concatenate([shown, shown.mean(1, keepdims=True)], axis=1),
+            _with_average(shown).swapaxes(0, 1),
             [*self.blocks, "average"],
             path,
             caption,
             labels=[f"{phrase.text} ({phrase.source})" for phrase in self.phrases[:_ROWS_DRAWN]],
             cell=self.cell,
+            sink=None if sink is None else _with_average(sink[:, :_ROWS_DRAWN]).swapaxes(0, 1),
         )
 
     def save(self, folder: str | Path, **settings: Any) -> None:
@@ -171,6 +178,11 @@ class Attention:
             self.draw(partial / "attention.png")
             text = json.dumps({**settings, **self.to_dict()}, ensure_ascii=False)
             (partial / "attention.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _with_average(blocks: np.ndarray) -> np.ndarray:
+    """Values of all blocks `(blocks, ...)`, and last their mean."""
+    return np.concatenate([blocks, blocks.mean(0, keepdims=True)])
 
 
 @torch.no_grad()
@@ -238,6 +250,13 @@ def attend(
         use_cache=False,
     )
     check_finite(model, outputs.last_hidden_state.isfinite(), asked)
+    maps = outputs.cross_attention_maps[:, 0]
+    # What is not on a visual token is on the sink.
+    sink = (
+        (1 - maps.float().sum(-1)).clamp(min=0).cpu().numpy()
+        if model.config.get_text_config().cross_attention_sink
+        else None
+    )
     placed = (batch.grid, processor.image_processor, image.size)
     return Attention(
         image=image,
@@ -246,8 +265,9 @@ def attend(
         phrases=chosen,
         tokens=tokens,
         blocks=block_titles(model),
-        maps=crop_to_image(outputs.cross_attention_maps[:, 0], *placed),
+        maps=crop_to_image(maps, *placed),
         cell=cell_size(*placed),
+        sink=sink,
     )
 
 

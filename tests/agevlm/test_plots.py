@@ -77,11 +77,121 @@ def test_the_strongest_cell_is_framed_where_it_lies_in_the_image(tmp_path, monke
     draw_heatmaps(
         Image.new("RGB", (40, 25), "gray"), maps, ["a", "b"], tmp_path / "x.png", labels=["dog"], cell=(10, 10)
     )
-    frames = [axis.patches[0].get_bbox().extents.tolist() for axis in drawn[0].axes[1:]]
+    frames = [axis.patches[0].get_bbox().extents.tolist() for axis in drawn[0].axes[1:-1]]
     assert frames == [[10, 20, 20, 30], [30, 0, 40, 10]]
-    for axis in drawn[0].axes:  # the last row of cells reaches beyond the image
+    for axis in drawn[0].axes[:-1]:  # the last row of cells reaches beyond the image
         assert (axis.get_xlim(), axis.get_ylim()) == ((0, 40), (25, 0))
     assert drawn[0].axes[1].images[1].get_extent() == [0, 40, 30, 0]
+
+
+# --- heat maps ---
+
+
+def panel_colors(figure) -> list[np.ndarray]:
+    """Of each map of a figure the colors of its cells, as drawn, `(rows, columns, 4)`."""
+    maps = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
+    return [shown.to_rgba(shown.get_array(), alpha=1) for shown in maps]
+
+
+def attention(share: float, inside: tuple[slice, slice] | None = None, grid=(16, 16)) -> np.ndarray:
+    """A map that has `share` of the attention, spread evenly over the cells inside, or over all."""
+    cells = np.zeros(grid)
+    cells[inside if inside is not None else (slice(None), slice(None))] = 1
+    return share * cells / cells.sum()
+
+
+DOG = (slice(9, 15), slice(2, 8))
+FOUND, ABSENT, UNIFORM = attention(0.98, DOG), attention(0.01), attention(1.0)
+
+
+def draw(monkeypatch, path, maps, **kwargs):
+    drawn = drawn_figures(monkeypatch)
+    image = Image.new("RGB", (64, 64), "white")
+    draw_heatmaps(image, np.stack(maps), [f"map {number}" for number in range(len(maps))], path, **kwargs)
+    return drawn[-1]
+
+
+def brightness(image_file, box) -> float:
+    with Image.open(image_file) as image:
+        return float(np.asarray(image.convert("L").crop(box)).mean())
+
+
+def test_a_panel_of_an_absent_phrase_is_dark(tmp_path, monkeypatch):
+    figure = draw(monkeypatch, tmp_path / "absent.png", [ABSENT])
+    (absent,) = panel_colors(figure)
+    assert absent[..., :3].max() < 0.05
+    (found,) = panel_colors(draw(monkeypatch, tmp_path / "found.png", [FOUND]))
+    assert found[..., :3].sum(-1)[DOG].min() > 1.2, "a found dog glows"
+    assert np.delete(found, np.arange(9, 15), axis=0)[..., :3].max() < 0.05
+    assert not figure.axes[1].patches, "nothing is framed where nothing is attended"
+    # In the written file too, where the picture is white and each panel alone.
+    position = figure.axes[1].get_window_extent()
+    height = figure.bbox.height
+    box = (position.x0 + 2, height - position.y1 + 2, position.x1 - 2, height - position.y0 - 2)
+    assert brightness(tmp_path / "absent.png", box) < brightness(tmp_path / "found.png", box) < 255 * 0.75
+
+
+def test_a_color_always_means_the_same(tmp_path, monkeypatch):
+    """Alone or among others, in a figure of other maps, of another grid or for another picture."""
+    alone = panel_colors(draw(monkeypatch, tmp_path / "a.png", [ABSENT]))[0]
+    among = panel_colors(draw(monkeypatch, tmp_path / "b.png", [FOUND, ABSENT, UNIFORM, 0 * UNIFORM]))
+    np.testing.assert_array_equal(among[1], alone)
+    np.testing.assert_array_equal(among[0], panel_colors(draw(monkeypatch, tmp_path / "c.png", [FOUND]))[0])
+    drawn = drawn_figures(monkeypatch)
+    rows = np.stack([[FOUND, UNIFORM], [ABSENT, FOUND]])
+    draw_heatmaps(Image.new("RGB", (20, 90), "blue"), rows, ["a", "b"], tmp_path / "d.png", labels=["x", "y"])
+    for got, expected in zip(panel_colors(drawn[-1]), (among[0], among[2], alone, among[0]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    # As much attention relative to an even spread, in cells of other sizes.
+    for grid in ((4, 4), (7, 3), (48, 48)):
+        (coarse,) = panel_colors(draw(monkeypatch, tmp_path / "e.png", [attention(1.0, grid=grid)]))
+        np.testing.assert_allclose(coarse, np.broadcast_to(among[2][0, 0], coarse.shape), atol=1e-6)
+    order = [
+        panel_colors(draw(monkeypatch, tmp_path / "f.png", [attention(share)]))[0][0, 0, :3].sum()
+        for share in (0.03, 0.1, 0.3, 1)
+    ]
+    assert order == sorted(order)
+    assert order[0] < order[-1]
+
+
+def test_the_color_bar_has_the_scale_of_the_panels_and_a_unit(tmp_path, monkeypatch):
+    for maps in ([ABSENT], [FOUND, UNIFORM]):
+        figure = draw(monkeypatch, tmp_path / "x.png", maps)
+        *panels, bar = figure.axes
+        assert "multiples of an even spread" in " ".join(bar.get_xlabel().split())
+        assert [tick.get_text() for tick in bar.get_xticklabels()] == ["0.1", "1", "10", "100"]
+        norms = [axis.images[1].norm for axis in panels[1:]]
+        assert {(norm.vmin, norm.vmax, type(norm)) for norm in norms} == {(0.1, 100.0, type(norms[0]))}
+        assert bar.get_xlim() == pytest.approx((0.1, 100.0))
+        assert norms[0](1.0) == pytest.approx(1 / 3)  # three powers of ten
+
+
+def test_titles_have_the_sinks_share_where_there_is_a_sink(tmp_path, monkeypatch):
+    figure = draw(monkeypatch, tmp_path / "x.png", [FOUND, ABSENT], sink=np.array([0.02, 0.99]))
+    titles = [axis.get_title().split("\n") for axis in figure.axes[1:3]]
+    assert titles == [["map 0", "max 0.03", "sink 0.02"], ["map 1", "max 0.00", "sink 0.99"]]
+    figure = draw(monkeypatch, tmp_path / "y.png", [FOUND, ABSENT])
+    assert [axis.get_title().split("\n") for axis in figure.axes[1:3]] == [
+        ["map 0", "max 0.03"],
+        ["map 1", "max 0.00"],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "LA", "RGBA", "P", "L", "CMYK"])
+def test_heatmaps_show_images_of_all_modes_as_the_processor_reads_them(tmp_path, monkeypatch, mode):
+    gray = np.full((8, 8), 102, np.uint8)
+    image = (
+        Image.fromarray(gray.astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(gray).convert("RGB").convert(mode)
+    )
+    if mode in ("RGBA", "LA"):
+        image.putalpha(0)
+    drawn = drawn_figures(monkeypatch)
+    draw_heatmaps(image, UNIFORM[None], ["map"], tmp_path / "x.png")
+    expected = 255 if mode in ("RGBA", "LA") else 102
+    for axis in drawn[0].axes[:2]:
+        np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=3)
 
 
 # --- training curves ---

@@ -35,14 +35,14 @@ SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
 QUESTION = "Is there a dog, or is the Dog not there?"
 
 
-def build(chat_template=DEFAULT_CHAT_TEMPLATE):
+def build(chat_template=DEFAULT_CHAT_TEMPLATE, **config):
     """A model that says nothing but letters and spaces, so that the text shows its tokens without a tokenizer."""
     tokenizer = tiny_tokenizer(chat_template=chat_template)
     processor = AgeVlmProcessor(
         AgeVlmImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer, image_token=IMAGE
     )
     llama = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    model = from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id)
+    model = from_parts(llama, tiny_vision(), image_token_id=processor.image_token_id, **config)
     model.generation_config.suppress_tokens = [
         token for token in range(len(tokenizer)) if not re.fullmatch(" ?[A-Za-z]+", tokenizer.decode([token]))
     ]
@@ -347,6 +347,40 @@ def test_everything_is_in_the_json(parts):
             assert cells[strongest["row"], strongest["column"]] == cells.max()
 
 
+def test_the_sinks_share_is_what_is_not_on_the_image(monkeypatch, tmp_path):
+    """Against eager attention's own weights."""
+    model, processor = build(cross_attention_sink=True)
+    text = "A dog"
+    found = attend(model, processor, picture(), QUESTION, text, ["dog", "or is"])
+    prompt = render_question(processor, QUESTION)
+    ids = processor.tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+    on_image = eager_maps(model, processor, ids).sum((2, 3))
+    for number, start in enumerate((len(prompt) + text.index("dog"), prompt.index("or is"))):
+        chosen = places(processor, ids, (start, start + len(found.phrases[number].text)))
+        np.testing.assert_allclose(found.sink[:, number], 1 - on_image[:, chosen].mean(1), atol=1e-5)
+    assert 0.001 < found.sink.min() < found.sink.max() < 0.999
+    wide = attend(model, processor, picture(60, 30), QUESTION, text)  # cells are cut off the map, and they are padding
+    np.testing.assert_allclose(wide.sink + wide.maps.sum((2, 3)), 1, atol=1e-5)
+    for number, phrase in enumerate(found.to_dict()["phrases"]):
+        *blocks, average = [entry["sink"] for entry in phrase["maps"]]
+        np.testing.assert_allclose(blocks, found.sink[:, number], atol=1e-7)
+        assert average == pytest.approx(np.mean(blocks), abs=1e-7)
+    drawn = drawn_figures(monkeypatch)
+    found.draw(tmp_path / "x.png")
+    shown = [axis.get_title().split("\n")[-1] for axis in drawn[0].axes if "sink" in axis.get_title()]
+    expected = np.concatenate([found.sink, found.sink.mean(0, keepdims=True)]).T.flatten()
+    assert shown == [f"sink {share:.2f}" for share in expected]
+
+
+def test_a_model_without_a_sink_has_no_share_of_it(parts, monkeypatch, tmp_path):
+    found = attend(*parts, picture(), QUESTION, "Yes")
+    assert found.sink is None
+    assert "sink" not in json.dumps(found.to_dict())
+    drawn = drawn_figures(monkeypatch)
+    found.draw(tmp_path / "x.png")
+    assert not any("sink" in axis.get_title() for axis in drawn[0].axes)
+
+
 # --- figures ---
 
 
@@ -363,17 +397,19 @@ def test_a_figure_has_a_row_a_phrase_and_nothing_overlaps(parts, tmp_path, monke
     attention.draw(tmp_path / "attention.png")
     (figure,) = drawn
     columns = len(block_titles(model)) + 2  # the image, the blocks, their average
-    assert len(figure.axes) == min(len(attention.phrases), 12) * columns
-    labels = [axis.get_title().replace("\n", " ") for axis in figure.axes[::columns]]
+    *panels, bar = figure.axes
+    assert len(panels) == min(len(attention.phrases), 12) * columns
+    labels = [axis.get_title().replace("\n", " ") for axis in panels[::columns]]
     assert labels == [f"{phrase.text} ({phrase.source})" for phrase in attention.phrases[:12]]
-    titles = [axis.get_title().split("\n")[0] for axis in figure.axes[1:columns]]
+    titles = [axis.get_title().split("\n")[0] for axis in panels[1:columns]]
     assert titles == [*block_titles(model), "average"]
     if len(attention.phrases) > 12:
         assert f"the first 12 of {len(attention.phrases)} phrases" in figure.get_suptitle()
 
     renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = [axis.title for axis in figure.axes] + [figure._suptitle]
-    boxes = [artist.get_window_extent(renderer) for artist in [*texts, *figure.axes]]
+    texts = [axis.title for axis in panels] + [figure._suptitle]
+    boxes = [artist.get_window_extent(renderer) for artist in [*texts, *panels]]
+    boxes.append(bar.get_tightbbox(renderer))
     for i, box in enumerate(boxes):
         assert box.width * box.height > 100
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
