@@ -212,6 +212,40 @@ def _shorten(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def load_processor(name: str | os.PathLike) -> Any:
+    """The processor of a model, whose chat template works if it has one.
+
+    Raises:
+        OSError: if there is no such model, or it has no processor.
+        ValueError: if one of its files is damaged, or its chat template fails.
+    """
+    from transformers import AutoProcessor
+
+    with loading(name) as place:
+        processor = AutoProcessor.from_pretrained(place)
+    if getattr(processor, "chat_template", None) is not None:
+        check_chat_template(processor, name)
+    return processor
+
+
+def check_chat_template(processor: Any, name: str | os.PathLike) -> None:
+    """Renders a question about an image, so that a template that is no Jinja, or fails, is refused before any work.
+
+    Raises:
+        ValueError: if it fails; names the model.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    try:
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise ValueError(
+            f"the chat template of {name} fails ({type(error).__name__}: {error}): correct its chat_template.jinja, or name "
+            "another model"
+        ) from error
+
+
 def _damaged_file(folder: Path) -> str | None:
     """The first file of a model's folder that cannot be read at all, and why."""
     from safetensors import SafetensorError, safe_open

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .files import new_file
 from .processing.image_processing_agevlm import to_rgb
 from .processing.rows import mask_from_rle, message_text
 
@@ -36,6 +37,12 @@ _BAR_HEIGHT = 0.6  # inches, of the color bar with its numbers and its unit
 
 CURVES = ("lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")
 """The curves of a training run, by the names that `AgeVlmTrainer` logs."""
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure, which appears when it is whole."""
+    with new_file(path) as partial:
+        figure.savefig(partial)
 
 
 def new_figure(width: float, height: float, **kwargs: Any) -> Figure:
@@ -94,7 +101,7 @@ def draw_masks(dataset: Dataset, path: str | os.PathLike, rows: int = 6) -> None
             phrases.append((f"{phrase}{score}{'' if entry['mask'] else '  (no mask)'}", mask))
         axis.set_title(f"row {index}", fontsize=10, loc="left")
         _show_masks(axis, row["images"][shown], phrases)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _show_masks(axis: Any, image: Image.Image, phrases: Sequence[tuple[str, np.ndarray | None]]) -> None:
@@ -211,7 +218,7 @@ def draw_heatmaps(
     bar.set_label("\n".join(unit), fontsize=8)
     if lines:
         figure.suptitle("\n".join(lines), parse_math=False, fontsize=10)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 # --- numbers ---
@@ -270,7 +277,7 @@ def draw_training(
             axes.set_ylim(0, 1)
     if len(legend) > 1:
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_similarity(matching: np.ndarray, random: np.ndarray, path: str | os.PathLike, title: str) -> None:
@@ -288,7 +295,7 @@ def draw_similarity(matching: np.ndarray, random: np.ndarray, path: str | os.Pat
     axis.set_ylabel("texts")
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=9, frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_bars(
@@ -354,7 +361,7 @@ def draw_bars(
     legend.append(Line2D([], [], **chance_line, label="chance"))  # type: ignore[arg-type]
     figure.suptitle(heading, fontsize=11)
     figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(legend)), frameon=False, fontsize=9)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _points(log: LogHistory, key: str) -> dict[int, float]:

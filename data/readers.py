@@ -17,7 +17,7 @@ from ..hub import ask_hub, unreachable
 from ..processing.rows import ORIGIN_COLUMN, import_datasets, place_images, quiet_datasets, row_features
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 Format = Literal["rows", "llava", "grit", "cauldron"]
 
@@ -121,7 +121,7 @@ def _read_rows(
     place, name = Path(path), os.fspath(path)
     try:
         if place.is_dir() and any((place / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
+            loaded = read_saved(name)
         elif place.is_dir():
             loaded = datasets.load_dataset(name)
         elif place.suffix in (".json", ".jsonl") and place.is_file():
@@ -219,6 +219,24 @@ def stored_images(dataset: Any) -> Any:
         features[name] = Image(decode=False) if isinstance(feature, Image) else type(feature)(Image(decode=False))
     view._fingerprint = Hasher.hash([dataset._fingerprint, columns])
     return view
+
+
+def read_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
+    """The data set of a folder that `save_to_disk` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if one of its files is damaged.
+    """
+    try:
+        return import_datasets().load_from_disk(os.fspath(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # as its readers raise
+        raise ValueError(
+            f"{path}: a file of this data set is damaged ({type(error).__name__}: {error}); make the data set again, or copy it "
+            "once more"
+        ) from error
 
 
 def _from_hub(path: str, *args: Any, **options: Any) -> Any:
@@ -398,6 +416,7 @@ def _read(
 ) -> Dataset:
     """A data set of the rows that `to_row` makes from the entries of a file and the folder of its images."""
     datasets = import_datasets()
+    from rich.markup import escape
     from rich.progress import track
 
     path, image_folder = Path(path), Path(image_folder)
@@ -405,7 +424,9 @@ def _read(
     if not image_folder.is_dir():
         raise FileNotFoundError(f"no such folder of images: {image_folder}")
     rows = []
-    for number, entry in enumerate(track(entries, f"Reading {path.name}", disable=not progress, transient=True)):
+    for number, entry in enumerate(
+        track(entries, f"Reading {escape(path.name)}", disable=not progress, transient=True)
+    ):
         try:
             row = to_row(entry, image_folder)
             rows.append(row | {"id": None if row["id"] is None else str(row["id"])})

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..files import name_full_disk, new_file
-from ..hub import load_pretrained, loading
+from ..hub import check_chat_template, load_pretrained, loading
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -122,6 +122,7 @@ def load_model(
     with loading(name) as place:
         processor = AutoProcessor.from_pretrained(place)
     _check_processor(processor, str(name))
+    check_chat_template(processor, name)
     model = load_pretrained(AutoModelForImageTextToText, name, dtype=dtype)
     return model.to(device).eval(), processor
 

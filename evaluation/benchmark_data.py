@@ -27,7 +27,7 @@ def read_lines(file: str | os.PathLike, columns: Iterable[str]) -> list[dict[str
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: is not JSON ({error}); write one object a line") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: is not an object; write one object a line")

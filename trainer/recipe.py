@@ -48,9 +48,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
-from ..hub import load_pretrained, loading
+from ..hub import load_pretrained, load_processor, loading
 from ..plots import CURVES, draw_training
 from ..resume import resume_or_refuse
+from ..terminal import console
 from .parser import apply_override, check_fields, parse, read_mapping
 
 if TYPE_CHECKING:
@@ -243,15 +244,12 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
         ValueError: if it is of another architecture.
         OSError: if there is none.
     """
-    from transformers import AutoProcessor
 
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 
     check_model(recipe.model)
     recipe = replace(recipe, model_args=_resolve_model_args(recipe))
-    with loading(recipe.model) as place:
-        processor = AutoProcessor.from_pretrained(place)
-    return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), processor
+    return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), load_processor(recipe.model)
 
 
 def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe: Recipe) -> PreTrainedModel:
@@ -351,7 +349,6 @@ def train(
 
     if not is_accelerate_available():
         raise ImportError("Training needs accelerate and datasets: pip install 'agevlm[train]'.")
-    from transformers import AutoProcessor
 
     from ..data.features import FeatureStore
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
@@ -380,9 +377,7 @@ def train(
         _check_fit(stage, args, config)
         if stage.features is not None and stage.features not in stores:
             stores[stage.features] = FeatureStore(stage.features)
-    if processor is None:
-        with loading(recipe.model) as place:
-            processor = AutoProcessor.from_pretrained(place)
+    processor = processor or load_processor(recipe.model)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
     skipped = [
@@ -534,7 +529,6 @@ def _begin(recipe: Recipe, folders: Sequence[Path], resume: bool) -> Iterator[No
 
 def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, float]) -> None:
     """Writes `training.json` and `training.png` of a stage, and prints a summary."""
-    from rich.console import Console
     from rich.table import Table
 
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
@@ -547,7 +541,7 @@ def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, floa
         if values := [entry[name] for entry in history if name in entry]:
             summary.add_row(name, f"{values[0]:.3f} → {values[-1]:.3f}" if len(values) > 1 else f"{values[0]:.3f}")
     summary.add_row("saved in", str(folder))
-    Console().print(summary)
+    console().print(summary)
 
 
 def _report_all(recipe: Recipe, folders: Iterable[Path]) -> None:

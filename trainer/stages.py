@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Trainer
 
 from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from ..modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
+from ..terminal import console
 
 # Type checkers see a mixin as the trainer that it is put in front of.
 AnyTrainer: Any = Trainer if TYPE_CHECKING else object
@@ -163,7 +163,7 @@ def print_trainable(model: nn.Module, groups: Sequence[TrainableGroup], title: s
         ("all", sum(group.tensors for group in groups), counted),
     ]:
         table.add_row(name, str(tensors), f"{number:,}", f"{number / total:.1%}")
-    Console().print(table)
+    console().print(table)
 
 
 def open_gates(model: AgeVlmForConditionalGeneration, gate: float) -> None:

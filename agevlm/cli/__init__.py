@@ -58,7 +58,8 @@ def _end(error: BaseException) -> NoReturn:
     if isinstance(error, out_of_memory):
         message = f"There is not enough memory: make the batches, the images or the model smaller. ({message})"
     expected = isinstance(error, (ValueError, OSError, ImportError, *out_of_memory))
-    if sys.argv[1:2] == ["--debug"]:
+    words = sys.argv[1:]
+    if words[:1] == ["--debug"]:
         import traceback
 
         traceback.print_exception(error)
@@ -67,7 +68,7 @@ def _end(error: BaseException) -> NoReturn:
         sys.exit(WRONG_INPUT)
     print(
         f"agevlm: unexpected error: {type(error).__name__}: {message} (This is a fault of agevlm: please report it with "
-        f"the traceback, which `agevlm --debug {' '.join(sys.argv[1:2])} …` prints.)",
+        f"the traceback, which `agevlm --debug {next((word for word in words if word != '--debug'), '')} …` prints.)",
         file=sys.stderr,
     )
     sys.exit(UNEXPECTED)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from ..terminal import say, say_saved
 from .options import check_figure
 
 
@@ -57,11 +57,11 @@ def ask(
     vlm, processor = load_model(model)
     if heatmap is None:
         (found,) = answer_batch(vlm, processor, [Question("question", lambda: picture, question)], max_new_tokens)
-        Console().print(found["answer"], markup=False)
+        say(found["answer"])
         return
     shown = Phrase(question[start:end], "question", start, end)
     attention = attend(vlm, processor, picture, question, phrases=[shown], max_new_tokens=max_new_tokens)
-    Console().print(attention.answer.strip(), markup=False)
+    say(attention.answer.strip())
     attention.draw(heatmap)
 
 
@@ -113,5 +113,5 @@ def attention(
         vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
     )
     found.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
-    Console().print(found.answer.strip(), markup=False)
-    Console().print(f"[green]Saved[/green] {out}: attention.png, attention.json ({len(found.phrases)} phrases).")
+    say(found.answer.strip())
+    say_saved(out, f"attention.png, attention.json ({len(found.phrases)} phrases).")

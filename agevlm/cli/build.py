@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from ..terminal import say_saved
 from .options import parse_json, parse_numbers
 
 
@@ -98,8 +98,9 @@ def build(
     )
     config = model.config.text_config
     fresh = sum(p.numel() for module in fresh_modules(model).values() for p in module.parameters())
-    Console().print(
-        f"[green]Saved[/green] {out}: {config.num_hidden_layers} Llama layers, cross-attention before layers "
+    say_saved(
+        out,
+        f"{config.num_hidden_layers} Llama layers, cross-attention before layers "
         f"{', '.join(map(str, config.cross_attention_llama_layers))} ({fresh / 1e6:.1f} M parameters with the adapter), "
-        f"image token {processor.image_token}."
+        f"image token {processor.image_token}.",
     )

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from ..files import new_file
+from ..terminal import console, say, say_saved
 from .options import check_figure, check_folder, parse_names, parse_numbers
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def scenes(
         seed=seed,
     )
     rows = ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
-    Console().print(f"[green]Saved[/green] {out}: {rows} (rows; each is a conversation).")
+    say_saved(out, f"{rows} (rows; each is a conversation).")
 
 
 def masks(
@@ -117,12 +118,13 @@ def masks(
     import torch
 
     from ..data.masks import add_masks
+    from ..data.readers import read_saved
     from ..data.teachers import load_teacher, process_state
     from ..files import check_new_folder
     from ..plots import draw_masks
 
     check_new_folder(out)  # before the models are loaded
-    rows = datasets.load_from_disk(dataset)
+    rows = read_saved(dataset)
     attribution = dataset / "ATTRIBUTION.md"
     masked, outcomes = add_masks(
         rows,
@@ -144,10 +146,11 @@ def masks(
     )
     if not process_state().is_main_process:
         return
-    Console().print(
-        f"[green]Saved[/green] {out}: of {outcomes.total()} phrases {outcomes['masked']} have a new mask, "
+    say_saved(
+        out,
+        f"of {outcomes.total()} phrases {outcomes['masked']} have a new mask, "
         f"{outcomes['rejected']} have none (nothing found, or below --min-score {min_score}), {outcomes['kept']} had one, "
-        f"{outcomes['skipped']} have no box."
+        f"{outcomes['skipped']} have no box.",
     )
     if preview is not None:
         draw_masks(next(iter(masked.values())) if isinstance(masked, datasets.DatasetDict) else masked, preview)
@@ -193,18 +196,18 @@ def check(
     else:
         collator = None
         if model is not None:
-            from transformers import AutoProcessor
-
+            from ..hub import load_processor
             from ..processing.collator import AgeVlmDataCollator
 
-            collator = AgeVlmDataCollator(AutoProcessor.from_pretrained(model), grid=(1, 1), allow_urls=allow_urls)
+            collator = AgeVlmDataCollator(load_processor(model), grid=(1, 1), allow_urls=allow_urls)
         given = {"name": name, "split": split, "format": format, "images": None if images is None else str(images)}
         parts = [(DataPart(path, **given), collator)]  # type: ignore[arg-type]
     checked = [(part.path, check_part(part, collator=check, allow_urls=allow_urls)) for part, check in parts]
     if report is not None:
         reports = [{"path": name, **asdict(result)} for name, result in checked]
         written = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1, ensure_ascii=False)
-        report.write_text(written + "\n", encoding="utf-8")
+        with new_file(report) as partial:
+            partial.write_text(written + "\n", encoding="utf-8")
     for name, result in checked:
         _print_report(result, name if len(checked) > 1 else None, report)
     if any(result.bad_rows for _, result in checked):
@@ -217,13 +220,12 @@ def _recipe_parts(
     """The parts of a recipe's data, each once for each way of training on it, and what collates their rows."""
     from dataclasses import replace
 
-    from transformers import AutoProcessor
-
+    from ..hub import load_processor
     from ..trainer.bad_rows import row_collator
     from ..trainer.recipe import load_recipe, training_arguments
 
     loaded = load_recipe(recipe)
-    processor = AutoProcessor.from_pretrained(model or loaded.model)
+    processor = load_processor(model or loaded.model)
     found: dict[str, tuple[DataPart, AgeVlmDataCollator | None]] = {}
     for stage in loaded.split():
         collator = row_collator(processor, training_arguments(stage))
@@ -239,7 +241,7 @@ def _print_report(checked: "Report", title: str | None, report: Path | None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    terminal = console()
     counts = Table(show_header=False, title=None if title is None else Text(title), title_justify="left")
     notes = {problem.row for problem in checked.problems if problem.severity == "note"}
     for label, number in (
@@ -254,21 +256,21 @@ def _print_report(checked: "Report", title: str | None, report: Path | None) -> 
         ("bad rows", checked.bad_rows),
     ):
         counts.add_row(Text(label), f"{number}")
-    console.print(counts)
+    terminal.print(counts)
     bad: dict[int | None, list[str]] = {}
     for problem in checked.problems:
         if problem.severity == "error":
             bad.setdefault(problem.row, []).append(f"{problem.where} {problem.message}")
     if not bad:
-        console.print("[green]No bad rows.[/green]")
+        terminal.print("No bad rows.", style="green")
         return
     table = Table("row", "problem")
     for row, problems in list(bad.items())[:_MAX_BAD_ROWS]:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         table.add_row(f"{row}", Text(problems[0] + more))
-    console.print(table)
+    terminal.print(table)
     if len(bad) > _MAX_BAD_ROWS:
-        console.print(f"and {len(bad) - _MAX_BAD_ROWS} more bad rows; see {report or '--report'}", markup=False)
+        say(f"and {len(bad) - _MAX_BAD_ROWS} more bad rows; see {report or '--report'}")
 
 
 def convert(
@@ -288,6 +290,4 @@ def convert(
     num_images, num_phrases = (
         pc.sum(pc.list_value_length(rows.data.column(name))).as_py() for name in ("images", "grounding")
     )
-    Console().print(
-        f"[green]Saved[/green] {out}: {len(rows)} rows, {num_images} images, {num_phrases} grounded phrases."
-    )
+    say_saved(out, f"{len(rows)} rows, {num_images} images, {num_phrases} grounded phrases.")

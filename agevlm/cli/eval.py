@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
+from ..terminal import console
 from .options import parse_names
 
 Model = Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")]
@@ -84,7 +84,7 @@ def _command(name: str) -> Callable[..., None]:
             if several in given:
                 given[several] = parse_names(given[several])
         found = evaluate(BENCHMARKS[name](**given), **options)
-        Console().print(found.rich())
+        console().print(found.rich())
 
     command.__doc__ = description
     command.__signature__ = inspect.Signature([*_MODEL_AND_PLACE, *own, *_SETTINGS])  # type: ignore[attr-defined]
@@ -139,5 +139,5 @@ def similarity(
         "AUROC": "auroc",
     }
     table = [["", model], *([label, f"{summary[name]:.3f}"] for label, name in labels.items())]
-    Console().print("Hidden states with an image, and without")
-    Console().print(rich_table([*table, ["pairs", str(summary["pairs"])]]))
+    console().print("Hidden states with an image, and without")
+    console().print(rich_table([*table, ["pairs", str(summary["pairs"])]]))

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from ..terminal import say_saved
 
 
 def features(
@@ -20,4 +21,4 @@ def features(
     from ..trainer.recipe import cache_features
 
     for folder, store in cache_features(recipe, overrides or (), batch_size=batch_size).items():
-        Console().print(f"[green]Saved[/green] {folder}: features of {len(store)} images.")
+        say_saved(folder, f"features of {len(store)} images.")

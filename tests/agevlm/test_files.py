@@ -185,7 +185,7 @@ def test_permissions_are_those_of_the_umask(output, umask):
     assert (output / "program").stat().st_mode & 0o777 == 0o755 & ~umask
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(output, number):
     """Whatever the error is, since each library has its own: `safetensors` one that is no `OSError`."""
     before = sorted(output.parent.rglob("*"))
@@ -209,14 +209,14 @@ WORK = """
 import os, sys, time
 from agevlm.files import new_folder
 sys.argv[0] = "agevlm"
-from agevlm import cli
-def build():
+from agevlm.cli import commands, main
+def build(**options):
     with new_folder(sys.argv[1]) as partial:
         (partial / "half").touch()
         print("at work", flush=True)
         time.sleep(600)
-cli.app = build
-cli.main()
+commands.app = build
+main()
 """
 
 
