@@ -1333,6 +1333,11 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            # Here, because for a static cache the mask is 4-D from here on, and no longer tells padding from texts.
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            mask, position_ids = kwargs.get("attention_mask"), inputs.get("position_ids")
+            self.model.language_model._packed_texts(tokens, mask, position_ids, cache)
         # A draft has no static cache. The length of a static cache is a tensor, whose comparison would make the host wait at
         # every token.
         length = cache.get_seq_length() if cache is not None else None

@@ -305,6 +305,10 @@ def test_packed_texts_and_a_cache_are_refused(model, form, static):
     cache = StaticCache(config=config, max_cache_len=64) if static else DynamicCache(config=config)
     with pytest.raises(ValueError, match=r"several texts in a row .*without `cache`"):
         model(**packed_inputs(form), cache=cache)
+    if form.startswith("positions"):
+        for kind in ("dynamic", "static"):
+            with pytest.raises(ValueError, match="several texts in a row"):
+                model.generate(**packed_inputs(form), cache_implementation=kind, max_new_tokens=1)
     first = text(6, 9, (1,))
     cache = model(first[None], pixel_values=images(1).double(), use_cache=True).cache
     with pytest.raises(ValueError, match="several texts in a row"):
