@@ -1302,15 +1302,15 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     # those of encoder-decoder models only. They can go when it collects those of any model that returns them.
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        token = _generated_cross_attentions.set([])
+        collected: list[tuple[torch.Tensor, ...]] = []
+        token = _generated_cross_attentions.set(collected)
         try:
-            outputs = super().generate(*args, **kwargs)
-            if getattr(outputs, "attentions", None) is not None:
-                # Transformers may run one step too many, and leaves it out.
-                collected = _generated_cross_attentions.get()[: len(outputs.attentions)]
-                outputs["cross_attentions"] = tuple(collected)
+            outputs: Any = super().generate(*args, **kwargs)
         finally:
             _generated_cross_attentions.reset(token)
+        if getattr(outputs, "attentions", None) is not None:
+            # Transformers may run one step too many, and leaves it out.
+            outputs["cross_attentions"] = tuple(collected[: len(outputs.attentions)])
         return outputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
