@@ -24,6 +24,7 @@ from transformers import (
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
+from agevlm.trainer.checkpoints import save_model
 from agevlm.trainer.guidance import visual_grid
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer
@@ -133,6 +134,48 @@ def test_a_failed_save_is_told_as_such_and_leaves_nothing(file, tmp_path, monkey
     trainer = make_trainer(start_model(), "12t3", tmp_path, **settings)
     trainer.train(resume_from_checkpoint=True)
     assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("file", ["weights", "processor", "state of the folder"])
+def test_a_failed_save_of_the_model_keeps_the_former_one_and_leaves_nothing(file, tmp_path, monkeypatch):
+    where, error = FAILURES.get(file, ("agevlm.files.os.replace", NO_SPACE))
+    trainer = make_trainer(start_model(), "12t3", tmp_path / "out", stage="guide", max_steps=1)
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    save_model(trainer)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    trainer.train()
+    monkeypatch.setattr(where, out_of_space(error))
+    with pytest.raises(OSError, match=rf"Could not save the model in {tmp_path / 'out'}: .*make room"):
+        save_model(trainer)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    save_model(trainer)
+    loaded = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert (tmp_path / "out" / "mine").is_dir()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_what_is_saved_is_for_everyone_and_says_nothing_of_this_computer(umask, tmp_path):
+    """Permissions as the umask has them, and no folder in the files of a model that was loaded from one."""
+    start_model().save_pretrained(tmp_path / "start")
+    model = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "start")
+    out, direct = tmp_path / "out", tmp_path / "direct"
+    trainer = make_trainer(model, "12t3", out, stage="guide", max_steps=1, save_strategy="steps", save_steps=1)
+    before = os.umask(umask)
+    try:
+        (tmp_path / "ordinary").touch()
+        trainer.train()
+        save_model(trainer)
+        trainer.save_model(str(direct))  # as the scripts do
+    finally:
+        os.umask(before)
+    files = [path for folder in (out, direct) for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "optimizer.pt", "config.json", "tokenizer.json"}
+    for file in files:
+        assert file.stat().st_mode == (tmp_path / "ordinary").stat().st_mode, file.name
+        record = file.name in ("trainer_state.json", "training_args.bin")  # of the run, with its folder
+        assert record or str(tmp_path).encode() not in file.read_bytes(), file.name
 
 
 def test_checkpoints_are_uploaded_under_their_name_when_they_are_whole(tmp_path, monkeypatch):
