@@ -255,7 +255,7 @@ def name_full_disk(target: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-        if str(target) in str(error) or not any(reason in str(error) for reason in full):
+        if str(error).startswith("Could not") or not any(reason in str(error) for reason in full):
             raise
         raise OSError(f"Could not write {target}: {error}. Make room, or choose a folder on another disk.") from error
 

@@ -32,7 +32,9 @@ def build(
     image_token: Annotated[
         str | None, typer.Option(help="Special token of the tokenizer that represents an image.")
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Side in pixels of the square that images are fitted into.")] = 768,
+    image_size: Annotated[
+        int, typer.Option(help="Side in pixels of the square that images are fitted into, at most 4096.")
+    ] = 768,
     image_mean: Annotated[
         str | None, typer.Option(help="By channel, as 0.5,0.5,0.5; the backbone's own by default.")
     ] = None,
