@@ -214,7 +214,9 @@ def draw_heatmaps(
     ticks = [10.0**power for power in range(low, high + 1)]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=8)
     bar.ax.minorticks_off()
-    unit = textwrap.wrap("attention on a cell, in multiples of an even spread over the image", int(15 * columns * width))
+    unit = textwrap.wrap(
+        "attention on a cell, in multiples of an even spread over the image", int(15 * columns * width)
+    )
     bar.set_label("\n".join(unit), fontsize=8)
     if lines:
         figure.suptitle("\n".join(lines), parse_math=False, fontsize=10)
