@@ -91,9 +91,14 @@ def open_image(source: str | os.PathLike) -> Image.Image:
 def render_question(processor: ProcessorMixin, text: str) -> str:
     """The prompt that asks `text` about one image, as the processor's chat template writes it."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    return render_chat(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def render_chat(processor: ProcessorMixin, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """A conversation as the processor's chat template writes it. An AGE-VLM reads special tokens in its messages as text."""
+    if isinstance(processor, AgeVlmProcessor):
+        kwargs["sanitize_control_tokens"] = processor.sanitize_chats
+    return processor.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
 def load_model(

@@ -181,7 +181,8 @@ class AgeVlmChat(lmms):
                             f"shows something else, by its type: {part['type']}. Leave this task out."
                         )
                 rendered.append({"role": message["role"], "content": parts})
-            prompts.append(self.processor.apply_chat_template(rendered, add_generation_prompt=True, tokenize=False))
+            settings = {"tokenize": False, "sanitize_control_tokens": self.processor.sanitize_chats}
+            prompts.append(self.processor.apply_chat_template(rendered, add_generation_prompt=True, **settings))
             images.append(shown)
         return prompts, images if any(images) else None
 

@@ -21,7 +21,7 @@ from ..data.readers import count_images
 from ..plots import HISTOGRAM_BINS
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.rows import mask_from_rle, message_text
-from .answers import adds_special_tokens, check_finite, read_batch
+from .answers import adds_special_tokens, check_finite, read_batch, render_chat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -208,7 +208,7 @@ def _render(processor: ProcessorMixin, pair: Pair, image: bool) -> str:
         {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": pair.text}]},
     ]
-    return processor.apply_chat_template(messages, tokenize=False)
+    return render_chat(processor, messages)
 
 
 def _places_from_end(processor: ProcessorMixin, rendered: str, text: str) -> list[int]:

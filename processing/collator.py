@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
-from .processing_agevlm import AgeVlmProcessor
+from .processing_agevlm import AgeVlmProcessor, RenderedChat
 from .rows import ORIGIN_COLUMN, mask_from_rle, message_text, place_images, row_messages
 
 
@@ -60,7 +60,7 @@ class RenderedConversation:
     whose contents are lists of parts.
     """
 
-    text: str
+    text: RenderedChat
     answers: list[tuple[int, int]]
     messages: list[dict]
     render: Callable[[list[dict]], str]
@@ -182,7 +182,12 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
             "The chat template changes earlier turns when others follow, so the assistant's turns cannot be found. "
             "Mark them in the template with {% generation %} and {% endgeneration %}."
         )
-    return RenderedConversation(*rendered, list(messages), lambda marked_messages: render(marked_messages)[0])
+
+    def render_text(messages: Sequence[dict]) -> str:
+        return render(messages)[0]
+
+    typed = processor.find_typed_tokens(messages, render_text) if processor.sanitize_chats else ()
+    return RenderedConversation(RenderedChat(rendered[0], typed), rendered[1], list(messages), render_text)
 
 
 @dataclass
@@ -271,7 +276,7 @@ class AgeVlmDataCollator:
             for row, pictures in zip(rows, images, strict=True)
         ]
         texts = [conversation.text for conversation in rendered]
-        encode: Callable = self.processor.tokenizer
+        encode: Callable = self.processor.tokenize
         if self.features is None:
             encode = partial(self.processor, images=images if any(images) else None)  # type: ignore[misc]
         inputs = encode(
@@ -362,7 +367,7 @@ class AgeVlmDataCollator:
         phrases: Sequence[Sequence[GuidedPhrase]],
         offsets: torch.Tensor,
         attended: torch.Tensor,
-        texts: Sequence[str],
+        texts: Sequence[RenderedChat],
     ) -> dict[str, torch.Tensor]:
         """`map_queries`, `map_targets` and `num_dropped_phrases` of a batch; nothing if it has no grounded phrase.
 
@@ -375,9 +380,10 @@ class AgeVlmDataCollator:
         if self.grid is None or not any(phrases):
             return {}
         queries = self.processor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
+        shown = [text.without_typed_tokens for text in texts]  # an image token that someone typed shows nothing
         token, size = self.processor.image_token, self.grid[0] * self.grid[1]
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        for row_phrases, row_queries, row_offsets, text in zip(phrases, queries, offsets, texts, strict=True):
+        for row_phrases, row_queries, row_offsets, text in zip(phrases, queries, offsets, shown, strict=True):
             kept.append([])
             for phrase, query in zip(row_phrases, row_queries, strict=False):
                 start, end = phrase.span
@@ -392,7 +398,7 @@ class AgeVlmDataCollator:
         if any(kept):
             most = max(map(len, kept))
             map_queries = torch.zeros(len(kept), most, offsets.shape[1], dtype=torch.bool)
-            map_targets = torch.zeros(len(kept), most, max(text.count(token) for text in texts) * size)
+            map_targets = torch.zeros(len(kept), most, max(text.count(token) for text in shown) * size)
             for i, row in enumerate(kept):
                 for j, (query, target) in enumerate(row):
                     map_queries[i, j] = query

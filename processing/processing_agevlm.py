@@ -13,14 +13,15 @@
 # limitations under the License.
 """Processor class for AGE-VLM: images and text to model inputs, chat templates with images, phrases to token masks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput, TruncationStrategy
 from transformers.utils import auto_docstring
 
 from .image_processing_agevlm import flatten_images
@@ -62,6 +63,32 @@ DEFAULT_CHAT_TEMPLATE = (
 """Text-only chat template for a language model without a template. [`add_image_support`] adds the images."""
 
 
+@auto_docstring(
+    custom_intro="""
+    A conversation as its chat template writes it, which remembers the special tokens that were typed into it.
+
+    [`AgeVlmProcessor`] reads those as text. Only the whole string knows them: any part of it is an ordinary string.
+    """
+)
+class RenderedChat(str):
+    plain_characters: frozenset[int]
+
+    def __new__(cls, text: str, plain_characters: Collection[int] = ()):
+        self = super().__new__(cls, text)
+        self.plain_characters = frozenset(plain_characters)
+        return self
+
+    @property
+    def without_typed_tokens(self) -> str:
+        """The text, of the same length, without special tokens other than those of the chat template."""
+        return hide_characters(self, self.plain_characters)
+
+
+def hide_characters(text: str, places: Collection[int]) -> str:
+    """`text` with a star, which templates neither trim nor escape, at some places."""
+    return "".join("*" if i in places else c for i, c in enumerate(text)) if places else text
+
+
 def add_image_support(chat_template: str, image_token: str) -> str:
     """Makes a text-only chat template accept message contents that are lists of text and image parts.
 
@@ -90,6 +117,7 @@ class AgeVlmProcessor(ProcessorMixin):
         tokenizer,
         image_token: str | None = None,
         chat_template: str | dict[str, str] | None = None,
+        sanitize_chats: bool = True,
     ):
         r"""
         image_token (`str`, *optional*, defaults to `tokenizer.image_token`):
@@ -98,6 +126,10 @@ class AgeVlmProcessor(ProcessorMixin):
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of conversations, or several by name. By default the template of the tokenizer, if any, with
             [`add_image_support`].
+        sanitize_chats (`bool`, *optional*, defaults to `True`):
+            Whether special tokens and image tokens that someone types into a conversation are read as the text that they are.
+            With `False` they become special tokens, as those that the chat template writes. It is the default of
+            `sanitize_control_tokens` of [`~AgeVlmProcessor.apply_chat_template`].
 
         Raises:
             ValueError: if `image_token` is not an added token of the tokenizer, or already has another role.
@@ -106,6 +138,7 @@ class AgeVlmProcessor(ProcessorMixin):
         image_token = getattr(tokenizer, "image_token", None) if image_token is None else image_token
         self.image_token_id = _get_image_token_id(tokenizer, image_token)
         self.image_token = str(image_token)
+        self.sanitize_chats = sanitize_chats
         if chat_template is None:
             template = tokenizer.chat_template
             named = template if isinstance(template, dict) else {"default": template} if template else {}
@@ -117,6 +150,7 @@ class AgeVlmProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
+        plain_characters: Sequence[Collection[int]] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
@@ -125,6 +159,9 @@ class AgeVlmProcessor(ProcessorMixin):
             [`AgeVlmImageProcessor`] for the accepted types.
         text (`str` or `list[str]`, *optional*):
             One text or a batch of texts, with one image token per image. Without text, only the images are processed.
+        plain_characters (`list` of collections of `int`, *optional*):
+            Per text, the places of characters that are read as text even where they spell a special token. By default those
+            that a [`RenderedChat`] knows, and none in other strings.
 
         Returns:
             [`~transformers.BatchFeature`]: `input_ids` and `attention_mask` `(batch, seq)` of the text; `pixel_values`
@@ -137,7 +174,20 @@ class AgeVlmProcessor(ProcessorMixin):
             ValueError: if a text is empty, if image tokens and images do not match, if truncation would remove an image
                 token, or if an image is invalid.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        chats = [text] if isinstance(text, str) else list(text or ())
+        if plain_characters is not None:
+            chats = [RenderedChat(chat, places) for chat, places in zip(chats, plain_characters, strict=True)]
+        if not any(getattr(chat, "plain_characters", None) for chat in chats):
+            return super().__call__(images=images, text=text, **kwargs)
+        shown = [getattr(chat, "without_typed_tokens", chat) for chat in chats]
+        images, *_ = self.prepare_inputs_layout(images=images)
+        self.validate_inputs(images=images, text=shown)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        data = self.tokenize(chats, **merged["text_kwargs"])
+        self._check_special_mm_tokens(shown, data, modalities=["image"])
+        if images is not None:
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+        return data
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):  # type: ignore[override]
         if isinstance(images, (list, tuple)):  # TRL passes None for a text without images
@@ -195,6 +245,186 @@ class AgeVlmProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(num_image_tokens=[1] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+
+    # Without this override a special token that someone types into a conversation becomes a real one. Transformers' own
+    # `sanitize_control_tokens` gives no offsets and no masks of the assistant's turns, and misses tokens that are typed in
+    # another form than the tokenizer normalizes them to, or in two parts. This can go when it has them.
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        *,
+        tokenize: bool = False,
+        processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool | None = None,
+        **kwargs,
+    ) -> Any:
+        """Renders a conversation, or a list of conversations, and makes model inputs of it with `tokenize=True`.
+
+        It takes the arguments of Transformers' method of the same name, with these differences. `sanitize_control_tokens` is about
+        messages, tools and documents; other variables of the template are the program's own. It defaults to
+        `sanitize_chats` of the processor with `tokenize=True`, and to False otherwise: the result is then an ordinary
+        string, in which a typed special token looks like any other. With `tokenize=False` and `sanitize_control_tokens=True` it
+        is a [`RenderedChat`], to be passed on as `text`.
+
+        Raises:
+            ValueError: if there is a typed special token, and the chat template changes the text around it.
+        """
+        if sanitize_control_tokens is None:
+            sanitize_control_tokens = tokenize and self.sanitize_chats
+        apply = super().apply_chat_template
+
+        def render(values: dict[str, Any], **settings) -> Any:
+            return apply(**values, chat_template=chat_template, **kwargs, **settings)
+
+        inputs = {"tools": tools, "documents": documents}
+        settings = {"tokenize": tokenize, "processor_kwargs": processor_kwargs}
+        if not sanitize_control_tokens:
+            return render({"conversation": conversation, **inputs}, **settings)
+        chats, is_batched = self._normalize_conversations(conversation)
+        typed = [self.find_typed_tokens({"conversation": chat, **inputs}, render) for chat in chats]
+        if tokenize:
+            settings["processor_kwargs"] = {**(processor_kwargs or {}), "plain_characters": typed}
+            return render({"conversation": conversation, **inputs}, **settings)
+        texts = [RenderedChat(*both) for both in zip(render({"conversation": chats, **inputs}), typed, strict=True)]
+        return texts if is_batched else texts[0]
+
+    def find_typed_tokens(self, inputs: Any, render: Callable[[Any], str]) -> frozenset[int]:
+        """The places of the special tokens that were typed into a conversation, in the text that the chat template makes of it.
+
+        The template runs twice, on the inputs as they are and with all special tokens in them hidden. Where the two texts
+        differ, someone has typed a special token.
+
+        Args:
+            inputs: all that the template reads: messages, or a dictionary of messages, tools and the like.
+            render: runs the template on `inputs`.
+
+        Raises:
+            ValueError: if there is a typed special token, and the template changes the text around it.
+        """
+        hidden = self._hide_special_tokens(inputs)
+        if hidden is inputs:
+            return frozenset()
+        text, other = render(inputs), render(hidden)
+        if len(text) != len(other):
+            raise ValueError(
+                "A text of the conversation contains a special token of the tokenizer, and the chat template changes that text, "
+                "so it cannot be read as plain text. Remove the token, or set `processor.sanitize_chats = False`."
+            )
+        return frozenset(i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b)
+
+    def _hide_special_tokens(self, value: Any) -> Any:
+        """Hides the special tokens in all strings of a nested value; returns `value` itself if there are none."""
+        if isinstance(value, str):
+            return self._hide_in_texts([value])[0]
+        if isinstance(value, Mapping):
+            if value.get("type") in ("image", "image_url"):  # it may have a long string of base64
+                return value
+            hidden: Any = {name: self._hide_special_tokens(item) for name, item in value.items()}
+            return hidden if any(hidden[name] is not item for name, item in value.items()) else value
+        if isinstance(value, (list, tuple)):
+            hidden = []
+            for is_text, items in groupby(value, _is_text_part):
+                if is_text:  # the texts of adjacent parts are joined, so that a token may be in two of them
+                    parts = list(items)
+                    texts = self._hide_in_texts([part["text"] for part in parts])
+                    pairs = zip(parts, texts, strict=True)
+                    hidden += [part if text is part["text"] else {**part, "text": text} for part, text in pairs]
+                else:
+                    hidden += [self._hide_special_tokens(item) for item in items]
+            return hidden if any(a is not b for a, b in zip(hidden, value, strict=True)) else value
+        return value
+
+    def _hide_in_texts(self, texts: list[str]) -> list[str]:
+        joined, special = "".join(texts), self._special_ids()
+        found = self.tokenizer(joined, add_special_tokens=False, return_offsets_mapping=True)
+        places = {
+            place
+            for token_id, span in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            if token_id in special
+            for place in range(*span)
+            if not joined[place].isspace()  # white space beside a token may belong to it, and the template may trim it
+        }
+        if not places:
+            return texts
+        hidden, ends = hide_characters(joined, places), accumulate(map(len, texts))
+        return [hidden[end - len(text) : end] for text, end in zip(texts, ends, strict=True)]
+
+    def _special_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {token_id for token_id, token in added if token.special} | {self.image_token_id}
+
+    def tokenize(
+        self,
+        text: Sequence[str],
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_offsets_mapping: bool = False,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        **kwargs,
+    ) -> BatchFeature:
+        """`input_ids`, `attention_mask` and, if asked for, `offset_mapping` of texts, by the arguments of tokenizers.
+
+        What a [`RenderedChat`] marks as typed becomes no special token. All other tokens are those of `self.tokenizer`.
+        """
+        special = self._special_ids()
+        padding, truncate, max_length, _ = self.tokenizer._get_padding_truncation_strategies(
+            padding=padding, truncation=truncation, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of
+        )
+        encoded = self.tokenizer(list(text), add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        ids, offsets = [], []
+        for chat, chat_ids, chat_offsets in zip(text, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            plain = getattr(chat, "plain_characters", frozenset())
+            tokens: list[tuple[int, tuple[int, int]]] = []
+            for token_id, (start, end) in zip(chat_ids, chat_offsets, strict=True):
+                if token_id in special and not plain.isdisjoint(range(start, end)):
+                    tokens += self._encode_as_text(chat[start:end], start)
+                else:
+                    tokens.append((token_id, (start, end)))
+            if truncate != TruncationStrategy.DO_NOT_TRUNCATE:
+                tokens = tokens[:max_length] if self.tokenizer.truncation_side == "right" else tokens[-max_length:]
+            ids.append([token_id for token_id, _ in tokens])
+            offsets.append([span for _, span in tokens])
+        padded = self.tokenizer.pad(
+            {"input_ids": ids}, padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask=True
+        )
+        data = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        if return_offsets_mapping:
+            right = (padding_side or self.tokenizer.padding_side) == "right"
+            fills = [[(0, 0)] * (len(row) - len(spans)) for row, spans in zip(data["input_ids"], offsets, strict=True)]
+            data["offset_mapping"] = [
+                spans + fill if right else fill + spans for spans, fill in zip(offsets, fills, strict=True)
+            ]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _encode_as_text(self, text: str, place: int) -> list[tuple[int, tuple[int, int]]]:
+        """The tokens of the characters of a special token, none of which is special, with their offsets from `place` on.
+
+        Raises:
+            ValueError: if the tokenizer has no tokens for them.
+        """
+        tokens: list[tuple[int, tuple[int, int]]] = []
+        for prefix in ("\n", ""):  # after a new line SentencePiece adds no space
+            encoded = self.tokenizer(
+                prefix + text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+            spans = [(start - len(prefix), end - len(prefix)) for start, end in encoded["offset_mapping"]]
+            tokens = [(i, span) for i, span in zip(encoded["input_ids"], spans, strict=True) if span[1] > 0]
+            if tokens and all(start >= 0 for _, (start, _) in tokens):
+                break
+        if not self._special_ids().isdisjoint(
+            token_id for token_id, _ in tokens
+        ):  # an image token need not be special
+            if len(text) == 1:
+                raise ValueError(f"The tokenizer has no token for the text {text!r} other than a special one.")
+            return self._encode_as_text(text[:1], place) + self._encode_as_text(text[1:], place + 1)
+        return [(token_id, (start + place, end + place)) for token_id, (start, end) in tokens]
 
     @staticmethod
     def get_map_queries(
@@ -273,6 +503,10 @@ class AgeVlmProcessor(ProcessorMixin):
         return output
 
 
+def _is_text_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type") == "text" and isinstance(value.get("text"), str)
+
+
 def _get_image_token_id(tokenizer: PreTrainedTokenizerBase, image_token: str | None) -> int:
     fix = "Pass `image_token`: an existing special token of the tokenizer, such as a reserved one."
     if not image_token:
@@ -290,4 +524,4 @@ def _get_image_token_id(tokenizer: PreTrainedTokenizerBase, image_token: str | N
 AgeVlmProcessor.register_for_auto_class()
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "AgeVlmProcessor", "add_image_support"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "AgeVlmProcessor", "RenderedChat", "add_image_support"]

@@ -11,7 +11,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from ..processing.collator import AgeVlmDataCollator, GuidedPhrase, naming_bad_rows, render_conversation, row_images
-from ..processing.rows import place_images, row_messages
+from ..processing.processing_agevlm import RenderedChat
+from ..processing.rows import PREFERENCE_COLUMNS, place_images, row_messages
 from .arguments import AgeVlmArgumentsMixin
 from .stages import LORA_TARGET_MODULES, lora_modules_to_save
 from .trainer import AgeVlmMixin
@@ -99,11 +100,11 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
                 row["prompt"] = prepare_multimodal_messages(example["prompt"], images=row["images"])
                 row["chosen"] = prepare_multimodal_messages(example["chosen"])
                 row["rejected"] = prepare_multimodal_messages(example["rejected"])
-                row.update(apply_chat_template(row, self.processor))
+                row.update(self._render(row))
             rows.append(row)
         batch = super().torch_call(rows)
         offsets = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
-        texts = [row["prompt"] + row["chosen"] for row in rows]
+        texts = [_join(row["prompt"], row["chosen"]) for row in rows]
         phrases: list[list[GuidedPhrase]] = [[] for _ in batch["input_ids"]]  # none in the rejected rows
         for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
             if example.get("grounding"):
@@ -118,9 +119,23 @@ class AgeVlmPreferenceCollator(DataCollatorForVisionPreference):
         batch.update(self.guidance.guidance_inputs(phrases, offsets, batch["attention_mask"].bool(), texts + texts))
         return batch
 
+    def _render(self, row: dict[str, Any]) -> dict[str, RenderedChat]:
+        """The texts of a row, in which special tokens that someone typed are known."""
+        messages = {name: row[name] for name in PREFERENCE_COLUMNS}
+        texts = apply_chat_template(row, self.processor)
+        chats = {}
+        for name in PREFERENCE_COLUMNS:
+
+            def render(values: dict[str, Any], name: str = name) -> str:
+                return apply_chat_template({**row, **values}, self.processor)[name]
+
+            typed = self.processor.find_typed_tokens(messages, render) if self.processor.sanitize_chats else ()
+            chats[name] = RenderedChat(texts[name], typed)
+        return chats
+
     def _offsets(self, prompt: str, answer: str) -> list[tuple[int, int]]:
         """Characters in `prompt + answer` of each token. TRL tokenizes prompt and answer separately."""
-        first, second = self.processor.tokenizer(
+        first, second = self.processor.tokenize(
             [prompt, answer], add_special_tokens=False, return_offsets_mapping=True
         )["offset_mapping"]
         return first + [(start + len(prompt), end + len(prompt)) for start, end in second]
@@ -185,6 +200,11 @@ class AgeVlmDPOTrainer(AgeVlmMixin, DPOTrainer):
         )  # fmt: skip
         if peft_config is not None:
             self.set_up(self.model, args)
+
+
+def _join(prompt: str, answer: str) -> RenderedChat:
+    typed = [getattr(text, "plain_characters", frozenset()) for text in (prompt, answer)]
+    return RenderedChat(prompt + answer, typed[0] | {place + len(prompt) for place in typed[1]})
 
 
 def _first_row(dataset) -> dict:

@@ -373,10 +373,11 @@ def test_continue_final_message(processor):
 def test_sanitized_image_tokens_of_users_are_no_images(processor):
     messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, text_part(f"What is {IMAGE}?")]}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    outputs = processor.apply_chat_template(messages, sanitize_control_tokens=True, **options)
-    assert (outputs.input_ids == processor.image_token_id).sum() == 1
+    for sanitized in ({}, {"sanitize_control_tokens": True}):
+        outputs = processor.apply_chat_template(messages, **sanitized, **options)
+        assert (outputs.input_ids == processor.image_token_id).sum() == 1
     with pytest.raises(ValueError, match="text 0 has 2, but 1 images"):
-        processor.apply_chat_template(messages, **options)
+        processor.apply_chat_template(messages, sanitize_control_tokens=False, **options)
 
 
 def test_post_processing(processor):
