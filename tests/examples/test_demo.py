@@ -231,9 +231,10 @@ def test_a_stopped_demo_starts_over(play, tmp_path, monkeypatch):
     (tmp_path / ".agevlm-demo").touch()
     (tmp_path / "held_out_scenes").mkdir()
     (tmp_path / "held_out_scenes" / "half").touch()
+    (tmp_path / "mine.png").touch()
     with pytest.raises(SystemExit, match="nothing to ask"):
         play("--output-dir", tmp_path, "--weights", tmp_path / "missing", "--steps", "0")
-    assert [path.name for path in tmp_path.iterdir()] == [".agevlm-demo"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".agevlm-demo", "mine.png"]
 
 
 @pytest.mark.parametrize("steps", ["0", "20"])
