@@ -134,15 +134,19 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
         preset: one of [`PRESETS`], or a list of group names.
 
     Raises:
-        ValueError: if the preset, or a group of it, does not exist or matches nothing in this model.
+        ValueError: if the preset, or a group of it, does not exist, matches nothing in this model or is quantized.
     """
     groups = group_parameters(model)
     model.requires_grad_(False)
     resolved = []
     for group in resolve_groups(preset):
         members = {id(parameter): parameter for parameter in groups[group].values()}.values()  # tied ones count once
+        if not all(parameter.is_floating_point() for parameter in members):
+            raise ValueError(
+                f"The group '{group}' has weights of 4 or 8 bits, which do not train: train LoRA beside them."
+            )
         for parameter in members:
-            parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         if group.startswith("vision"):
             model.model.vision_tower.float()

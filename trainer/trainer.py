@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AgeVlmTrainer`: Transformers' trainer with AGE-VLM's stages, guidance, batches, optimizer and checkpoints."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +41,29 @@ class AgeVlmMixin(StagesMixin, GuidanceMixin, OptimizerMixin, SamplingMixin, Che
 
         Args:
             model_name: title of the card.
-            dataset_name: one or several ids of data sets, as `dataset`. Paths of this machine are left out.
+            dataset_name: one or several ids of data sets on the Hub; Transformers calls them `dataset_tags`.
             tags: of the model.
-            kwargs: the other arguments of Transformers' `create_model_card`. TRL's card has no metrics, and therefore
-                neither `dataset_tags` nor `dataset_args`.
+            kwargs: the other arguments of Transformers' `create_model_card`. TRL's card has no place for the names
+                (`dataset`) and the settings (`dataset_args`) of data sets.
         """
-        names = kwargs.pop("dataset", None) or dataset_name or []
-        names = [name for name in ([names] if isinstance(names, str) else names) if not os.path.exists(name)]
-        if not hasattr(self, "_tag_names"):
-            super().create_model_card(model_name=model_name, tags=tags, dataset=names or None, **kwargs)
-            return
-        super().create_model_card(model_name, names[0] if names else None, tags)
-        if self.is_world_process_zero():
+        ids, tags, tasks = (
+            [value] if isinstance(value, str) else list(value or [])
+            for value in (kwargs.pop("dataset_tags", None) or dataset_name, tags, kwargs.get("tasks"))
+        )
+        if hasattr(self, "_tag_names"):  # TRL's trainers have it
+            super().create_model_card(model_name, ids[0] if ids else None, tags)
+        else:
+            super().create_model_card(model_name=model_name, tags=[*tags], dataset_tags=ids or None, **kwargs)
+        if self.is_world_process_zero():  # what TRL's card does not know, and PEFT's replaces
             path = Path(self.args.output_dir, "README.md")
-            card, tasks = ModelCard.load(path), kwargs.get("tasks")
+            card = ModelCard.load(path)
             fields = {
                 "language": kwargs.get("language"),
                 "license": kwargs.get("license"),
                 "base_model": kwargs.get("finetuned_from"),
-                "pipeline_tag": tasks[0] if isinstance(tasks, list) else tasks,
-                "datasets": names or None,
+                "pipeline_tag": tasks[0] if tasks else None,
+                "datasets": ids or None,
+                "tags": sorted({*(card.data.tags or []), *tags}),
             }
             card.data.__dict__.update({name: value for name, value in fields.items() if value is not None})
             card.save(path)

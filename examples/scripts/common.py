@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scripts share: loading, data, training and saving."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -55,5 +56,6 @@ def run(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        is_local = os.path.exists(script_args.dataset_name)  # a path of this machine is not for the Hub
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     trainer.end()

@@ -5,22 +5,20 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from tiny_models import batch, tiny_age_vlm
+from tiny_quantized import INT8, NF4, WIDE, dequantized, load_quantized, quantized
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmTextModel
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-INT8 = {"load_in_8bit": True}
 WRITTEN = ["multi_modal_projector", "vision_tower", "cross_attn", "lm_head"]  # what people write
 
 
 def wide_model() -> AgeVlmForConditionalGeneration:
-    """As wide as the blocks of 4-bit weights. It has sinks, whose keys are made by a linear layer."""
-    llama = {"hidden_size": 64, "intermediate_size": 128}
-    return tiny_age_vlm(llama=llama, cross_attention_sink=True, visual_position_embedding=True)
+    """With sinks, whose keys are made by a linear layer."""
+    return tiny_age_vlm(llama=WIDE, cross_attention_sink=True, visual_position_embedding=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +31,6 @@ def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     return folder
-
-
-def load(folder, settings: dict, model_class=AutoModelForImageTextToText, **kwargs):
-    return model_class.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings), **kwargs)
-
-
-def quantized(model: nn.Module) -> set[str]:
-    return {
-        name for name, module in model.named_modules() if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
-    }
 
 
 def llama_layers(model: nn.Module) -> set[str]:
@@ -67,21 +55,10 @@ def queries(ids: torch.Tensor) -> torch.Tensor:
     return asked
 
 
-def dequantized(model: nn.Module, original: AgeVlmForConditionalGeneration) -> AgeVlmForConditionalGeneration:
-    """A float model with the values that a 4-bit model stores."""
-    state = original.state_dict()
-    for name in quantized(model):
-        weight = model.get_submodule(name).weight
-        state[f"{name}.weight"] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    float_model = AgeVlmForConditionalGeneration(original.config).eval()
-    float_model.load_state_dict(state)
-    return float_model
-
-
 @pytest.mark.parametrize("settings", [NF4, INT8], ids=["4bit", "8bit"])
 @pytest.mark.parametrize("skip", [None, WRITTEN, ["lm_head"]], ids=["none", "written", "lm_head"])
 def test_only_the_llamas_layers_are_quantized(checkpoint, settings, skip):
-    model = load(checkpoint, {**settings, "llm_int8_skip_modules": skip})
+    model = load_quantized(checkpoint, {**settings, "llm_int8_skip_modules": skip})
     assert quantized(model) == llama_layers(model)
 
 
@@ -89,12 +66,12 @@ def test_only_the_llamas_layers_are_quantized(checkpoint, settings, skip):
 def test_parts_of_the_model_are_quantized_alike(model, tmp_path, model_class):
     part = model.model if model_class is AgeVlmModel else model.model.language_model
     part.save_pretrained(tmp_path)
-    assert quantized(load(tmp_path, NF4, model_class)) == llama_layers(part)
+    assert quantized(load_quantized(tmp_path, NF4, model_class)) == llama_layers(part)
 
 
 def test_a_4_bit_model_is_the_float_model_of_its_stored_values(checkpoint, model):
     # In training mode: with weights of 4 bits, some CPUs infer in bfloat16.
-    found = load(checkpoint, NF4).train()
+    found = load_quantized(checkpoint, NF4).train()
     expected, given = dequantized(found, model), inputs()
     got, reference = (m(**given, map_queries=queries(given["input_ids"])) for m in (found, expected))
     torch.testing.assert_close(got.logits, reference.logits, atol=1e-3, rtol=1e-4)
@@ -111,7 +88,7 @@ def test_a_4_bit_model_is_the_float_model_of_its_stored_values(checkpoint, model
 
 
 def test_an_8_bit_model_answers_like_the_model(checkpoint, model):
-    found, given = load(checkpoint, INT8), inputs()
+    found, given = load_quantized(checkpoint, INT8), inputs()
     with torch.no_grad():
         got, expected = found(**given).logits, model(**given).logits
         other = found(**{**given, "pixel_values": given["pixel_values"].flip(0)}).logits
@@ -123,7 +100,7 @@ def test_an_8_bit_model_answers_like_the_model(checkpoint, model):
 
 @pytest.mark.parametrize("settings", [NF4, INT8], ids=["4bit", "8bit"])
 def test_a_quantized_model_is_saved_and_loaded(checkpoint, tmp_path, settings):
-    model = load(checkpoint, settings).train()
+    model = load_quantized(checkpoint, settings).train()
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).train()
     assert quantized(again) == quantized(model)
@@ -134,7 +111,7 @@ def test_a_quantized_model_is_saved_and_loaded(checkpoint, tmp_path, settings):
 def test_what_is_left_out_has_the_type_that_is_asked_for(checkpoint, dtype):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    small = load(checkpoint, {**NF4, "bnb_4bit_compute_dtype": dtype}, dtype=dtype)
+    small = load_quantized(checkpoint, {**NF4, "bnb_4bit_compute_dtype": dtype}, dtype=dtype)
     assert {parameter.dtype for parameter in small.parameters()} == {dtype, torch.uint8}
     with torch.no_grad():
         assert small(**inputs()).logits.isfinite().all()

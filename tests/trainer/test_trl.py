@@ -2,16 +2,23 @@
 """TRL's trainers with AGE-VLM: against TRL's own collators, against losses written out, with PEFT, and the scripts."""
 
 import copy
+import json
+import math
 import os
+import runpy
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, Image
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tiny_models import tiny_age_vlm
+from tiny_quantized import INT8, NF4, WIDE, dequantized, load_quantized, quantized
 from tiny_training import dataset, preferences, row, rows, tiny_processor, tiny_trainable
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer
@@ -26,6 +33,7 @@ from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import (
     AgeVlmDPOConfig,
     AgeVlmDPOTrainer,
+    AgeVlmModelConfig,
     AgeVlmPreferenceCollator,
     AgeVlmSFTConfig,
     AgeVlmSFTTrainer,
@@ -530,6 +538,160 @@ def test_dpo_with_lora_refers_to_the_model_without_it(tmp_path):
     assert maps.requires_grad
 
 
+# ---------------------------------------------------------------------------------------- 4 and 8 bits
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_trainable(llama=WIDE).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_4_bits_learns_with_guidance_what_it_learns_on_the_stored_values(wide, tmp_path, checkpointing):
+    base, original = load_quantized(wide, NF4), AutoModelForImageTextToText.from_pretrained(wide)
+    model, batch = dequantized(base, original).train(), collator(assistant_only_loss=False)(rows(4))
+    for module in (model.model.multi_modal_projector, model.model.language_model.cross_attn):
+        module.to(torch.bfloat16).float()  # as TRL begins
+    loss = sft_loss(model, batch, WEIGHT)
+    expected = gradients(model, loss)
+    settings = {**SGD, "per_device_train_batch_size": 4, "gradient_checkpointing": checkpointing}
+    trainer, moved = train(
+        AgeVlmSFTTrainer, AgeVlmSFTConfig, tmp_path, base, dataset(4), {**settings, "guidance_weight": WEIGHT},
+        peft_config=lora(),
+    )  # fmt: skip
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    for name, change in moved.items():
+        if "modules_to_save" in name:
+            value = expected[name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")]
+            assert (change - value).norm() <= 1e-2 * value.norm() + 1e-5, name
+        elif "lora_B" in name:
+            assert change.any(), name
+        elif "lora_A" not in name:
+            assert not change.any(), name
+
+
+def test_an_adapter_of_4_bits_is_saved_loaded_and_merged(wide, tmp_path):
+    settings = {**SGD, "max_steps": 2, "learning_rate": 0.1, "guidance_weight": WEIGHT}
+    trainer, _ = train(
+        AgeVlmSFTTrainer, AgeVlmSFTConfig, tmp_path / "out", load_quantized(wide, NF4), dataset(4), settings,
+        peft_config=lora(),
+    )  # fmt: skip
+    trainer.save_model(tmp_path / "adapter")
+    batch = inputs_of(collator()(rows(4)))
+    logits = trainer.model.train()(**batch).logits.detach()
+    # In training mode: with weights of 4 bits, some CPUs infer in bfloat16.
+    start = load_quantized(wide, NF4).train()
+    assert (logits - start(**batch).logits).abs().max() > 0.1
+    loaded = PeftModel.from_pretrained(start, tmp_path / "adapter").train()
+    torch.testing.assert_close(loaded(**batch).logits, logits, atol=1e-4, rtol=1e-4)
+    assert loaded.eval().generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+    # Merged into the model that was not quantized: what the adapter adds is the same.
+    merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(wide), tmp_path / "adapter")
+    with torch.no_grad():
+        expected = merged(**batch).logits
+        merged = merged.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-3, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert not quantized(again)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, expected, atol=1e-3, rtol=1e-4)
+    # Merged in 4 bits, the layers are in 4 bits.
+    small = PeftModel.from_pretrained(load_quantized(wide, NF4), tmp_path / "adapter").merge_and_unload().train()
+    assert quantized(small) == quantized(load_quantized(wide, NF4))
+    difference = (small(**batch).logits - logits).norm()
+    assert difference < (load_quantized(wide, NF4).train()(**batch).logits - logits).norm()
+
+
+@pytest.mark.parametrize("bits", [NF4, INT8], ids=["4bit", "8bit"])
+def test_a_model_that_peft_has_prepared_trains_with_guidance(wide, tmp_path, bits):
+    """`prepare_model_for_kbit_training` makes all that is left out float32, and turns gradient checkpointing on."""
+    base = load_quantized(wide, bits, dtype=torch.bfloat16)
+    model = get_peft_model(prepare_model_for_kbit_training(base), lora())
+    settings = {**SGD, "max_steps": 2, "learning_rate": 0.01, "guidance_weight": WEIGHT}
+    trainer, moved = train(AgeVlmTrainer, AgeVlmTrainingArguments, tmp_path, model, dataset(4), settings)
+    assert {p.dtype for n, p in model.named_parameters() if "layers" not in n} == {torch.float32}
+    assert all(change.any() for name, change in moved.items() if "lora_B" in name or "modules_to_save" in name)
+    original = AutoModelForImageTextToText.from_pretrained(wide)
+    unquantized = get_peft_model(original, lora())
+    other, _ = train(AgeVlmTrainer, AgeVlmTrainingArguments, tmp_path, unquantized, dataset(4), settings)
+    for name in ("lm_loss", "guidance_loss"):
+        assert trainer.state.log_history[0][name] == pytest.approx(other.state.log_history[0][name], rel=0.2), name
+
+
+def test_weights_of_4_bits_do_not_train_without_lora(wide, tmp_path):
+    with pytest.raises(ValueError, match="add --use_peft"):
+        AgeVlmModelConfig(str(wide), load_in_4bit=True)
+    with pytest.raises(ValueError, match=r"self_attention.*4 or 8 bits.*LoRA"):
+        freeze(load_quantized(wide, NF4), "full")
+
+
+# ---------------------------------------------------------------------------------------- model cards
+
+
+class Hub:
+    """Stands for the Hub: what would be uploaded."""
+
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, folder_path, **kwargs):
+        self.files = {path.name for path in Path(folder_path).iterdir()}
+        if "README.md" in self.files:  # a checkpoint has none
+            self.card = ModelCard.load(Path(folder_path) / "README.md").data.to_dict()
+        upload: Future = Future()
+        upload.set_result(None)
+        return upload
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    found = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: found)
+    return found
+
+
+TRAINERS = {
+    "own": (AgeVlmTrainer, AgeVlmTrainingArguments, dataset),
+    "sft": (AgeVlmSFTTrainer, AgeVlmSFTConfig, dataset),
+    "dpo": (AgeVlmDPOTrainer, AgeVlmDPOConfig, preferences),
+}
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_cards_take_the_arguments_of_transformers_and_of_trl(tmp_path, hub, name, peft_config):
+    trainer_class, config_class, data = TRAINERS[name]
+    model = tiny_trainable()
+    kwargs = {"peft_config": peft_config} if name != "own" else {}
+    if name == "dpo" and peft_config is None:
+        kwargs["ref_model"] = tiny_trainable()
+    if name == "own" and peft_config is not None:
+        model = get_peft_model(model, peft_config)
+    trainer = trainer_class(
+        model=model, args=config_class(str(tmp_path), **SGD), train_dataset=data(2), processing_class=tiny_processor(), **kwargs
+    )  # fmt: skip
+    both = {"model_name": "Mine", "tags": "vision"}
+    own = {"language": "en", "license": "mit", "finetuned_from": "you/theirs", "tasks": "image-text-to-text"}
+    trainer.push_to_hub(dataset_name="you/pictures", **both)
+    assert {"README.md", "chat_template.jinja", "tokenizer.json"} <= hub.files
+    assert hub.card["datasets"] in ("you/pictures", ["you/pictures"])
+    assert "vision" in hub.card["tags"]
+    rest = {"dataset": ["Pictures", "More"], "dataset_args": ["small", "large"]}
+    trainer.push_to_hub(dataset_tags=["you/pictures", "you/more"], **both, **own, **rest)
+    assert hub.card["datasets"] == ["you/pictures", "you/more"]
+    assert hub.card["language"] in ("en", ["en"])
+    assert hub.card["license"] == "mit"
+    assert hub.card["base_model"] == "you/theirs"
+    assert "vision" in hub.card["tags"]
+    trainer.create_model_card()
+
+
 # ---------------------------------------------------------------------------------------- GRPO
 
 
@@ -705,3 +867,48 @@ def test_scripts(parts, tmp_path, script, data, flags, launcher):
     inputs = collator()(rows(1))
     assert model(**inputs_of(inputs)).logits.isfinite().all()
     assert (tmp_path / "out" / "adapter_config.json").exists() == ("--use_peft" in flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "flags"),
+    [
+        ("sft", "conversations", "--load_in_4bit"),
+        ("sft", "conversations", "--load_in_8bit"),
+        ("dpo", "preferences", "--load_in_4bit --use_bnb_nested_quant"),
+        ("grpo", "questions", "--load_in_4bit --num_generations 2 --max_completion_length 4"),
+    ],
+)
+def test_scripts_train_quantized_models(parts, wide, tmp_path, monkeypatch, hub, script, data, flags):
+    common = "--max_steps 1 --per_device_train_batch_size 2 --use_cpu --bf16 false --logging_steps 1 --report_to none"
+    path = SCRIPTS / f"{script}_agevlm.py"
+    paths = [
+        "--model_name_or_path",
+        str(wide),
+        "--dataset_name",
+        str(parts / data),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    peft = ["--use_peft", "--lora_r", "4", "--push_to_hub"]
+    monkeypatch.setattr(sys, "argv", [str(path), *paths, *peft, *flags.split(), *common.split()])
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    runpy.run_path(str(path), run_name="__main__")
+    log = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0]
+    assert math.isfinite(log["loss"])
+    if script != "grpo":
+        assert log["guidance_loss"] > 0
+        assert log["guided_phrases"] > 0
+    assert "adapter_model.safetensors" in hub.files
+    assert str(parts) not in (tmp_path / "out" / "README.md").read_text()
+    bits = {name: True for name in ("load_in_4bit", "load_in_8bit") if name in flags}
+    model = PeftModel.from_pretrained(load_quantized(wide, bits), tmp_path / "out")
+    assert model(**inputs_of(collator()(rows(1)))).logits.isfinite().all()
+    trained = {
+        n for n, p in model.named_parameters() if "modules_to_save" in n and not torch.equal(p, original(model, n))
+    }
+    assert any("projector" in name for name in trained)
+    assert any("cross_attn" in name for name in trained)
+
+
+def original(model, name: str) -> torch.Tensor:
+    return model.get_parameter(name.replace("modules_to_save.default", "original_module"))
