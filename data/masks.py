@@ -17,6 +17,7 @@ from ..files import check_new_folder, claim, new_file, new_folder, unfinished_pa
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.rows import mask_to_rle, message_text, quiet_datasets, row_features
 from ..resume import digest, resume_or_refuse
+from .readers import check_images
 from .teachers import MaskTeacher, Prompt, process_state
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def add_masks(
     overwrite: bool = False,
     save_every: int = 100,
     attribution: str | None = None,
-    allow_urls: bool = False,
     progress: bool = True,
 ) -> tuple[Dataset | DatasetDict, Counter[str]]:
     """Add masks to a grounding data set, and write it as a new one: the same rows in the same order.
@@ -56,7 +56,6 @@ def add_masks(
         overwrite: also replace existing masks.
         save_every: number of rows after which work is saved.
         attribution: text for the data set's `ATTRIBUTION.md`.
-        allow_urls: fetch images that the data name by a URL, from public addresses only.
         progress: show a progress bar.
 
     Returns:
@@ -66,7 +65,7 @@ def add_masks(
     Raises:
         FileExistsError: if `output_dir` exists and is not an empty folder, or its unfinished work is of another data set or
             other settings, or another process is at it.
-        ValueError: if a column is missing, a number is out of range, a row's image cannot be read, a phrase or a box is
+        ValueError: if a column is missing, a number is out of range, a row's image is a URL or cannot be read, a phrase or a box is
             invalid, or the teacher accepts no entry at all.
         ImportError: if `accelerate`, `datasets` or `pycocotools` is not installed.
     """
@@ -84,7 +83,7 @@ def add_masks(
     if not 0 <= min_score <= 1:
         raise ValueError(f"min_score is {min_score}, but must be in [0, 1]")
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"": dataset}
-    splits = {split: part.with_format(None) for split, part in splits.items()}
+    splits = {split: check_images(part.with_format(None), split or "the data set") for split, part in splits.items()}
     features = {split: _result_features(part, split) for split, part in splits.items()}
     state = process_state()
     output_dir = Path(output_dir).absolute()
@@ -117,9 +116,7 @@ def add_masks(
                     new_file(shards[split, start]) as unfinished,
                     ArrowWriter(path=str(unfinished), features=features[split]) as writer,
                 ):
-                    for rows in _mask_rows(
-                        splits[split], indices, teacher, batch_size, min_score, overwrite, split, allow_urls
-                    ):
+                    for rows in _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split):
                         for row in rows:
                             writer.write(row)
                         bar.advance(task, len(rows))
@@ -237,7 +234,6 @@ def _mask_rows(
     min_score: float,
     overwrite: bool,
     split: str,
-    allow_urls: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of `indices` in batches of `batch_size` images: `grounding` with masks, and the outcome of each entry."""
     columns = [name for name in ("messages", "prompt", "chosen", "grounding") if name in part.column_names]
@@ -270,7 +266,7 @@ def _mask_rows(
                 )
             source = stored[entry["image"]]["bytes"] or stored[entry["image"]]["path"]
             if source not in pending:
-                pending[source] = _ImagePrompts(_load_rgb(source, where, allow_urls))
+                pending[source] = _ImagePrompts(_load_rgb(source, where))
             _check_inside(prompt, pending[source].image, where)
             pending[source].entries.setdefault(prompt, []).append(entry)
         if len(pending) >= batch_size:
@@ -302,9 +298,9 @@ def _read_prompt(messages: Sequence[dict[str, Any]], entry: dict[str, Any], wher
     return Prompt(text[start:end].strip(), None if box is None else tuple(box))
 
 
-def _load_rgb(source: bytes | str, where: str, allow_urls: bool) -> Image.Image:
+def _load_rgb(source: bytes | str, where: str) -> Image.Image:
     try:
-        return to_rgb(load_image(source, urls="public" if allow_urls else "none"))
+        return to_rgb(load_image(source, urls="none"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: its image cannot be read ({error}); replace it or remove the row") from error
 

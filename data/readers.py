@@ -84,7 +84,7 @@ def read_dataset(
     elif name is None:
         dataset = _read_rows(path, split, problems, allow_urls)
     elif split is not None:
-        dataset = _check_images(_from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
+        dataset = check_images(_from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
     else:
         raise ValueError(f"{path}: `name` requires `split`; add it")
     file = os.fspath(path) if split is None else f"{os.fspath(path)} ({split})"
@@ -134,8 +134,10 @@ def _read_rows(
             loaded = _from_hub(name)
     except FileNotFoundError:
         raise
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ValueError) and name in str(error):
+    except (
+        datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError
+    ) as error:  # fmt: skip
+        if isinstance(error, (ValueError, OSError)) and name in str(error):
             raise
         raise ValueError(f"{path} cannot be read as a data set: {error.__cause__ or error}") from error
 
@@ -153,11 +155,23 @@ def _read_rows(
                 dataset = dataset.cast_column("images", row_features()["images"])
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise ValueError(f"{path}: its column images does not hold lists of images: {error}") from error
-    return _check_images(dataset, name, problems, allow_urls)
+    return check_images(dataset, name, problems, allow_urls)
 
 
-def _check_images(dataset: Dataset, name: str, problems: dict[int, str] | None, allow_urls: bool) -> Dataset:
-    """The data set, if no image of it is fetched from elsewhere. Only the column of paths is read."""
+def check_images(
+    dataset: Dataset, name: str, problems: dict[int, str] | None = None, allow_urls: bool = False
+) -> Dataset:
+    """The data set, if `datasets` would fetch no image of it when it decodes or saves one. Only paths are read.
+
+    Args:
+        dataset: with any columns.
+        name: of the data set, for errors.
+        problems: where rows with URLs are noted; by default the first is an error.
+        allow_urls: see `read_rows`.
+
+    Raises:
+        ValueError: if an image is a URL, and nothing is noted or allowed.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -142,7 +142,6 @@ def masks(
         overwrite=overwrite,
         save_every=save_every,
         attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
-        allow_urls=allow_urls,
     )
     if not process_state().is_main_process:
         return
