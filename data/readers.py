@@ -463,6 +463,8 @@ def _rows_to_dataset(rows: list[dict[str, Any]], name: str, problems: dict[int, 
     known = row_features()
     known |= dict.fromkeys(("prompt", "chosen", "rejected"), known["messages"])
     names = list(dict.fromkeys(key for row in rows for key in row))
+    if not names:
+        raise ValueError(f"{name}: its rows are empty, without messages")
     rows = list(rows)
     for number, row in enumerate(rows):
         try:

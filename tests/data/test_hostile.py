@@ -184,7 +184,7 @@ def test_paths_are_looked_at_without_a_pass_over_the_rows(tmp_path):
 
 
 def test_masks_are_bounded_before_they_are_decoded():
-    gigantic = {"size": [100_000, 100_000], "counts": "PPYo67"}
+    gigantic = {"size": [100_000, 100_000], "counts": "PPigPZ9"}
     row = good_row()
     row["grounding"][0]["mask"] = gigantic
     start = time.process_time()

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from row_cases import encoded, png_header
@@ -183,7 +183,6 @@ MODES = [
 ]
 
 
-@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(MODES), st.integers(0, 9), st.integers(0, 9), st.integers(0, 2**32 - 1))
 def test_any_image_becomes_rgb_or_a_value_error(mode, width, height, seed):
     image = Image.new(mode, (width, height))
@@ -213,7 +212,6 @@ FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA"]
 FILES = {kind: encoded(20, 10, kind) for kind in FORMATS}
 
 
-@settings(max_examples=100, deadline=None, database=None)
 @given(st.sampled_from(FORMATS), st.data())
 def test_damaged_files_become_rgb_or_a_value_error(kind, data):
     damaged = bytearray(FILES[kind])
@@ -229,7 +227,6 @@ def test_damaged_files_become_rgb_or_a_value_error(kind, data):
         assert image.mode not in ("L", "RGB")
 
 
-@settings(max_examples=100, deadline=None, database=None)
 @given(st.binary(max_size=200) | st.text(max_size=200))
 def test_any_bytes_and_any_text_become_an_image_or_a_value_error(source):
     image = image_or_none(source)
