@@ -693,7 +693,8 @@ def _as_rows(
         bad, keep_bad = dict(problems or {}), problems is not None
 
         def to_messages(conversation: Any, number: int) -> dict[str, Any]:
-            problem, placed = bad.get(number), []
+            problem = bad.get(number)
+            placed: list[dict[str, Any]] = []
             try:
                 placed = [] if problem else place_images(_messages(conversation, format), counts[number])
             except (ValueError, KeyError, TypeError, AttributeError) as error:

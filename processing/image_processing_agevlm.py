@@ -17,22 +17,23 @@ Both backends are in one file, so that a checkpoint that was saved with one of t
 """
 
 import base64
-import contextlib
+import http.client
 import ipaddress
 import os
 import socket
+import ssl
 import threading
 import time
+import urllib.parse
+import urllib.request
 from io import BytesIO
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 import torch
-from huggingface_hub import get_session
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
@@ -150,26 +151,16 @@ def _download(url: str, urls: str) -> bytes:
 
     def fetch() -> None:
         try:
-            with contextlib.ExitStack() as stack:
-                client = get_session() if urls == "all" else stack.enter_context(_public_client())
-                response = stack.enter_context(
-                    client.stream(
-                        "GET",
-                        url,
-                        follow_redirects=True,
-                        timeout=MAX_DOWNLOAD_SECONDS,
-                        headers={"Accept-Encoding": "identity"},  # so that the bytes that come are those that count
-                    )
-                )
-                response.raise_for_status()
+            with _request_public(url) if urls == "public" else _request(url) as response:
                 data = bytearray()
-                for piece in response.iter_raw():
+                while time.monotonic() < deadline:
+                    piece = response.read1(1 << 16)
                     data += piece
                     if len(data) > MAX_DOWNLOAD_BYTES:
                         raise ValueError(f"it is larger than {MAX_DOWNLOAD_BYTES} bytes. Download it by other means.")
-                    if time.monotonic() > deadline:
+                    if not piece:
+                        outcome.append(bytes(data))
                         return
-                outcome.append(bytes(data))
         except Exception as error:
             outcome.append(error)
 
@@ -184,27 +175,46 @@ def _download(url: str, urls: str) -> bytes:
     return outcome[0]
 
 
-def _public_client() -> httpx.Client:
-    """A client that reaches public addresses only. It uses no proxy, which would look names up by itself."""
-    return httpx.Client(transport=_PublicTransport(), trust_env=False, max_redirects=5)
+_HEADERS = {"User-Agent": "agevlm", "Accept-Encoding": "identity"}
 
 
-class _PublicTransport(httpx.HTTPTransport):
-    """Each request, also of a redirect, goes to the address that was checked: a name is looked up once."""
+def _request(url: str) -> http.client.HTTPResponse:
+    request = urllib.request.Request(url, headers=_HEADERS)
+    return urllib.request.urlopen(request, timeout=MAX_DOWNLOAD_SECONDS)
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        host = request.url.host
-        found = socket.getaddrinfo(host, request.url.port or 443, type=socket.SOCK_STREAM)
+
+def _request_public(url: str) -> http.client.HTTPResponse:
+    """Asks public addresses only, also after a redirect. It uses no proxy, which would look names up by itself.
+
+    A name is looked up once, so that the address that is checked is the one that is connected to.
+    """
+    for _ in range(6):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r:.200} does not begin with http:// or https:// and the name of a host.")
+        secure = parts.scheme == "https"
+        host, port = parts.hostname, parts.port or (443 if secure else 80)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [str(address[0]) for *_, address in sorted(found)]  # IPv4 first, which reaches more hosts
         if private := [address for address in addresses if not _is_public(address)]:
             raise ValueError(f"{host} has the address {private[0]}, which is not a public one of the Internet.")
-        sent = httpx.Request(
-            request.method,
-            request.url.copy_with(host=addresses[0]),
-            headers=request.headers,  # with the name as `Host`
-            extensions={**request.extensions, "sni_hostname": host},  # which certificates are checked against
+        connected = socket.create_connection((addresses[0], port), timeout=MAX_DOWNLOAD_SECONDS)
+        if secure:
+            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+        connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(host, port)
+        connection.sock = connected
+        connection.request(
+            "GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), headers=_HEADERS
         )
-        return super().handle_request(sent)
+        response = connection.getresponse()
+        if response.status == 200:
+            return response
+        location = response.headers["Location"] if response.status in (301, 302, 303, 307, 308) else None
+        connection.close()
+        if location is None:
+            raise ValueError(f"the server answers {response.status} {response.reason}.")
+        url = urllib.parse.urljoin(url, location)
+    raise ValueError("it is redirected too often.")
 
 
 def _is_public(address: str) -> bool:

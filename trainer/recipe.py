@@ -406,8 +406,8 @@ def train(
                 restore_float32(trainer.model, source)
             if not finished[number]:
                 counts = {}
-                if skipped[number] is not None and trainer.is_world_process_zero():
-                    counts["skipped_rows"] = write_skipped(skipped[number], folders[number])
+                if (left_out := skipped[number]) is not None and trainer.is_world_process_zero():
+                    counts["skipped_rows"] = write_skipped(left_out, folders[number])
                 result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
                 if trainer.is_world_process_zero():
                     name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
