@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -183,7 +184,7 @@ def from_parts(
             `cross_attention_layers` and `cross_attention_sink` of [`AgeVlmTextConfig`].
 
     Raises:
-        ValueError: if the text model is not a Llama.
+        ValueError: if the text model is not a Llama, or a field of the configuration is invalid.
         OSError: if a part's files are missing.
     """
     if isinstance(text_model, str):
@@ -196,12 +197,15 @@ def from_parts(
     for name in ("cross_attention_layers", "cross_attention_sink"):
         if name in config_kwargs:
             text_config[name] = config_kwargs.pop(name)
-    config = AgeVlmConfig(
-        text_config=text_config,
-        vision_config=vision_model.config,
-        tie_word_embeddings=text_model.config.tie_word_embeddings,
-        **config_kwargs,
-    )
+    try:
+        config = AgeVlmConfig(
+            text_config=text_config,
+            vision_config=vision_model.config,
+            tie_word_embeddings=text_model.config.tie_word_embeddings,
+            **config_kwargs,
+        )
+    except StrictDataclassError as error:  # the reason is the error that it wraps
+        raise ValueError(str(error.__cause__ or error)) from error
     config.dtype = text_model.dtype
     for part in (config.text_config, config.vision_config):
         if not _is_hub_id(part._name_or_path):

@@ -336,6 +336,29 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "culprit"),
+    [
+        ("build", ["--cross-attention-layers", "99"], "cross_attention_layers=[99]"),
+        ("build", ["--cross-attention-layers", "3,3"], "cross_attention_layers=[3, 3]"),
+        ("build", ["--image-token", "[/b]"], "'[/b]'"),
+        ("scenes", ["--classes", "[/b]"], "[/b]"),
+        ("masks", ["--min-score", "nan"], "min_score"),
+        ("train", ["training.stage=[/b]"], "/b"),
+        ("train", ["training.max_steps=1e99"], "max_steps"),
+        ("eval pope", ["--categories", "[/b]"], "[/b]"),
+        ("eval scenes", ["--split", "[/b]"], "[/b]"),
+        ("ask", ["--phrase", "[/b]", "--heatmap", "x.png"], "[/b]"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_message(name, options, culprit, monkeypatch, capsys, world, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(segment_anything.sam_model_registry, "tiny", build_tiny_sam)
+    code, printed = run(monkeypatch, capsys, *arguments(name, world, tmp_path / "out"), *options)
+    check_message(code, printed, culprit)
+    assert tree(tmp_path) == {}
+
+
 # --- the output ---
 
 OUTPUTS = [command for command in COMMANDS if "{out}" in COMMANDS[command]]
