@@ -40,14 +40,17 @@ def fingerprint(model: "nn.Module") -> str:
     return sha.hexdigest()[:16]
 
 
-def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs between two settings, as `seed was 0 and is 1; data.rows was 10 and is 20`; empty where nothing does.
-
-    Nested mappings are compared key by key, named with dots.
-    """
+def changed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Former and new value of each setting that differs. Nested mappings, and lists of them, are compared key by key, named
+    with dots."""
     before, now = (_flatten(json.loads(json.dumps(settings, default=str))) for settings in (kept, wanted))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    return "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+    keys = sorted(before.keys() | now.keys())
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two settings, as `seed was 0 and is 1; data.rows was 10 and is 20`; empty where nothing does."""
+    return "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed(kept, wanted).items())
 
 
 def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bool:
@@ -99,6 +102,8 @@ FIX = "resume it with its own settings, choose another output folder, or delete 
 
 
 def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(settings, list) and settings and all(isinstance(item, dict) for item in settings):
+        settings = {str(number): item for number, item in enumerate(settings)}
     if not isinstance(settings, dict) or (not settings and prefix):
         return {prefix.rstrip("."): settings}
     flat: dict[str, Any] = {}

@@ -26,7 +26,14 @@ from agevlm.modeling_agevlm.modeling_agevlm import (
 )
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import AgeVlmProcessor
-from agevlm.trainer import AgeVlmTrainingArguments, CheckpointsMixin, OptimizerMixin, SamplingMixin, visual_grid
+from agevlm.trainer import (
+    AgeVlmTrainingArguments,
+    CheckpointsMixin,
+    GuardsMixin,
+    OptimizerMixin,
+    SamplingMixin,
+    visual_grid,
+)
 from agevlm.trainer.stages import resolve_groups
 from agevlm.trainer.trainer import keep_learned
 
@@ -187,7 +194,7 @@ def expand_image_tokens(batch: dict[str, Any], image_token_id: int, tokens_per_i
     return {**batch, **{name: expand(batch[name], fill) for name, fill in fills.items()}}
 
 
-class ConcatenationTrainer(SamplingMixin, OptimizerMixin, CheckpointsMixin, Trainer):
+class ConcatenationTrainer(GuardsMixin, SamplingMixin, OptimizerMixin, CheckpointsMixin, Trainer):
     """Trains the adapter of a [`ConcatenationForConditionalGeneration`], on the same batches and by the same arguments as
     [`~agevlm.trainer.AgeVlmTrainer`] trains an AGE-VLM. There is no cross-attention to train, and no attention to guide.
 

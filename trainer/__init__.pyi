@@ -1,5 +1,6 @@
 from .arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
 from .checkpoints import CheckpointsMixin as CheckpointsMixin
+from .guards import GuardsMixin as GuardsMixin
 from .guidance import GuidanceMixin as GuidanceMixin
 from .guidance import visual_grid as visual_grid
 from .losses import attention_iou as attention_iou

@@ -50,6 +50,8 @@ class AgeVlmArgumentsMixin:
         optim (`str`):
             As in Transformers, or `"muon"`: [`~agevlm.trainer.optimizer.Muon`] for matrices and AdamW for the rest, with
             the `optim_args` of [`~agevlm.trainer.optimizer.MuonOptions`].
+        logging_nan_inf_filter (`bool`, defaults to `False`):
+            As in Transformers, which has True: it logs a loss of 0 where the loss is NaN. Either way training stops there.
     """
 
     # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
@@ -74,6 +76,7 @@ class AgeVlmArgumentsMixin:
     )
     tokens_per_batch: int | None = field(default=None, metadata={"help": "Most text tokens of a device's batch."})
     optim: str = field(default=TrainingArguments.optim, metadata={"help": "Transformers' optimizers, or muon."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log losses that are NaN as 0."})
 
     def __post_init__(self):
         optim = self.optim

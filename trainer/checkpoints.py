@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
+from .guards import check_weights
 from .stages import AnyTrainer
 
 
@@ -101,8 +102,10 @@ def save_model(trainer: Trainer) -> None:
     """Saves a trainer's model aside and moves its files to their place when they are whole, `config.json` last.
 
     Raises:
+        ValueError: if trained weights are not finite.
         OSError: if it cannot be saved.
     """
+    check_weights(trainer)
     folder = Path(trainer.args.output_dir).absolute()
     with _saving(trainer, f"the model in {folder}") as token, contextlib.ExitStack() as stack:
         if trainer.args.should_save:

@@ -6,6 +6,7 @@ PyYAML alone reads YAML 1.1, in which `1e-4` is a string and `no` is False.
 
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -17,6 +18,9 @@ from typing import Any, Literal
 
 import yaml
 
+# What a recipe may have: references make a small text large, or endless.
+_MOST_VALUES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """A safe loader with the numbers and booleans of YAML 1.2."""
@@ -26,7 +30,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
         for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -47,12 +51,28 @@ def read_yaml(text: str, where: str) -> Any:
         where: names the text in errors.
 
     Raises:
-        ValueError: if it is not YAML.
+        ValueError: if it is not YAML, or has more than a hundred thousand values or a hundred levels, as references to
+            one's own place have.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
+        value = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply.") from None
+    except Exception as error:  # PyYAML's constructors raise whatever they meet in a value with a wrong tag
+        raise ValueError(f"{where} is not YAML: {error or type(error).__name__}") from error
+    level, number = [value], 0
+    for _ in range(100):
+        number += len(level)
+        level = list(itertools.islice(itertools.chain.from_iterable(map(_items, level)), _MOST_VALUES))
+        if not level or number >= _MOST_VALUES:
+            break
+    if level:
+        raise ValueError(f"{where} is nested too deeply, or has more than {_MOST_VALUES} values.")
+    return value
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
 
 
 def read_mapping(path: str | os.PathLike, contents: str) -> dict[str, Any]:

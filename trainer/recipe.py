@@ -41,6 +41,7 @@ import dataclasses
 import gc
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,6 @@ from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
 from ..hub import load_pretrained, load_processor, loading
 from ..plots import CURVES, draw_training
-from ..resume import resume_or_refuse
 from ..terminal import console
 from .parser import apply_override, check_fields, parse, read_mapping
 
@@ -61,9 +61,6 @@ if TYPE_CHECKING:
     from .arguments import AgeVlmTrainingArguments
 
 MODEL_TYPE = "agevlm"
-
-# Training arguments that a resumed run may change, and their beginnings: the result is the same.
-_CHANGEABLE = ("output_dir", "save_", "logging_", "report_to", "disable_tqdm", "dataloader_num", "push_to_hub", "hub_")
 
 
 @dataclass
@@ -318,6 +315,7 @@ def train(
     processor: Any = None,
     trainer_class: type[Trainer] | None = None,
     resume: bool = False,
+    accept_changes: bool = False,
 ) -> Trainer:
     """Trains as a recipe says, stage by stage.
 
@@ -335,14 +333,18 @@ def train(
             them, `features`. By default [`~agevlm.AgeVlmTrainer`].
         resume: continue where a former run of the same recipe stopped: after the last finished stage, from the last
             checkpoint of the next. The result is that of a run that was never stopped, to the last bit.
+        accept_changes: resume with other settings than those that the checkpoint was trained with, as far as they can take
+            effect. Without it only what does not change the result may differ: logging, saving, the number of
+            workers, the number of devices where as many rows make a step, the place of `output_dir`, and stages not begun.
 
     Returns:
         The last stage's trainer, when it has trained.
 
     Raises:
-        ValueError: if the model is no AGE-VLM, or something of the recipe does not fit it.
-        OSError: if the model or data are missing, there is nothing to resume, the recipe has changed since, or a fresh
-            start would meet a former run's output.
+        ValueError: if the model is no AGE-VLM, something of the recipe does not fit it, the data have no rows, training has
+            diverged, or a checkpoint is damaged; see [`~agevlm.trainer.guards.GuardsMixin`].
+        OSError: if the model or data are missing, there is nothing to resume, the recipe or the data have changed since, a
+            fresh start would meet a former run's output, or nothing can be written there.
         ImportError: if a library of the extra `train` is not installed.
     """
     from transformers.utils import is_accelerate_available
@@ -354,11 +356,15 @@ def train(
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from .bad_rows import skip_in_stage, write_skipped
+    from .changes import KeepRecipe, check_begun, check_finished, stage_settings
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
+    from .guards import GuardsMixin
     from .stages import base_model
     from .trainer import AgeVlmTrainer
 
     # Every check runs before weights are loaded or anything is written.
+    if accept_changes and not resume:
+        raise ValueError("--accept-changes is for a run that resumes: give --resume as well (in Python resume=True).")
     recipe = load_recipe(recipe, overrides)
     if model is None:
         check_model(recipe.model)
@@ -388,14 +394,27 @@ def train(
     model_class = AgeVlmForConditionalGeneration if model is None else type(model)
     finished = [len(stages) > 1 and has_model(folder) for folder in folders]
     first = min([number for number, done in enumerate(finished) if not done] or [len(stages) - 1])
-    with _begin(recipe, folders, resume):
+    settings = [
+        stage_settings(stage, args, data, first=number == 0)
+        for number, (stage, args, data) in enumerate(zip(stages, every_args, mixtures, strict=True))
+    ]
+    for number in range(first + 1):
+        if finished[number]:
+            check_finished(folders[number], settings[number])
+    checkpoint = last_checkpoint(folders[first]) if resume and not finished[first] else None
+    trainer_class, changes = trainer_class or AgeVlmTrainer, []
+    if checkpoint is not None:
+        changes = check_begun(checkpoint, settings[first], every_args[first], accept_changes)
+        if changes and not issubclass(trainer_class, GuardsMixin):
+            raise ValueError(f"{trainer_class.__name__} would keep the checkpoint's settings: it has no GuardsMixin.")
+    with _folders([Path(recipe.training["output_dir"]), *folders[first:]]):
         for number in range(first, len(stages)):
             stage, dataset = stages[number], mixtures[number]
             source = recipe.model if number == 0 else folders[number - (not finished[number])]
             given = number == 0 and model is not None
             if not given:
                 model = _load(model_class, source, recipe)
-            trainer = (trainer_class or AgeVlmTrainer)(
+            trainer = trainer_class(
                 model=model,
                 args=training_arguments(stage),  # again, because accelerate keeps the state of the last arguments
                 processing_class=processor,
@@ -408,10 +427,12 @@ def train(
                 counts = {}
                 if (left_out := skipped[number]) is not None and trainer.is_world_process_zero():
                     counts["skipped_rows"] = write_skipped(left_out, folders[number])
-                result = trainer.train(resume_from_checkpoint=last_checkpoint(folders[number]) if resume else None)
+                keep = KeepRecipe(settings[number], changes if number == first else [])
+                trainer.add_callback(keep)
+                result = trainer.train(resume_from_checkpoint=checkpoint if number == first else None)
                 if trainer.is_world_process_zero():
                     name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
-                    _report(trainer, stage, f"Stage {name}", {**result.metrics, **counts})
+                    _report(trainer, stage, keep.kept, f"Stage {name}", {**result.metrics, **counts})
                     if recipe.stages:
                         _report_all(recipe, folders[: number + 1])
                 save_model(trainer)  # at the end, because a stage with a model is finished
@@ -469,9 +490,16 @@ def cache_features(
 
 
 def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
-    urls = stage.training.get("allow_urls", False)
-    evaluated = read_mixture(stage.eval_data, seed, allow_urls=urls) if stage.eval_data else None
-    return {"train_dataset": read_mixture(stage.data, seed, allow_urls=urls), "eval_dataset": evaluated}
+    """
+    Raises:
+        ValueError: if the data, or those of an evaluation, have no rows.
+    """
+    found = {}
+    for name, parts in (("train_dataset", stage.data), ("eval_dataset", stage.eval_data)):
+        found[name] = read_mixture(parts, seed, allow_urls=stage.training.get("allow_urls", False)) if parts else None
+        if parts and not len(found[name]):
+            raise ValueError(f"The data have no rows: {', '.join(part.path for part in parts)}.")
+    return found
 
 
 def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> None:
@@ -492,47 +520,38 @@ def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedC
 
 
 @contextlib.contextmanager
-def _begin(recipe: Recipe, folders: Sequence[Path], resume: bool) -> Iterator[None]:
-    """Keeps what the result depends on, or compares it with what was kept; a failure that leaves nothing else removes it.
+def _folders(folders: Sequence[Path]) -> Iterator[None]:
+    """Makes the folders of a run and its stages, and removes those that a failure leaves empty.
 
-    Args:
-        recipe: of all stages.
-        folders: of the stages.
-        resume: whether a former run continues.
+    Raises:
+        OSError: if nothing can be written there.
     """
-    from accelerate import PartialState
-
-    settings = dataclasses.asdict(recipe)
-    for training in (settings["training"], *(stage["training"] for stage in settings["stages"])):
-        for name in [name for name in training if name.startswith(_CHANGEABLE)]:
-            del training[name]
-    file, state, written = Path(recipe.training["output_dir"]) / "recipe.json", PartialState(), False
-    if state.is_main_process:
-        if not resume:
-            file.unlink(missing_ok=True)  # of a run that saved nothing
-        if not file.is_file():
-            written = not resume_or_refuse(file, settings)
-    state.wait_for_everyone()
-    resume_or_refuse(file, settings)
+    made = []
     try:
+        for folder in folders:
+            if not folder.exists():
+                made.append(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise OSError(
+                    f"Cannot write in {folder}: {error.strerror}. Choose another training.output_dir."
+                ) from error
         yield
     except BaseException:
-        if written:
+        for folder in reversed(made):
             with contextlib.suppress(OSError):  # of folders that are not empty
-                for folder in [folder for folder in folders if folder != file.parent and folder.is_dir()]:
-                    folder.rmdir()
-                if list(file.parent.iterdir()) == [file]:
-                    file.unlink()
-                    file.parent.rmdir()
+                folder.rmdir()
         raise
 
 
-def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, float]) -> None:
+def _report(trainer: Trainer, stage: Recipe, kept: dict[str, Any], title: str, metrics: dict[str, float]) -> None:
     """Writes `training.json` and `training.png` of a stage, and prints a summary."""
     from rich.table import Table
 
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    _write(folder, dataclasses.asdict(stage), metrics, history)
+    _write(folder, {"recipe": dataclasses.asdict(stage), **kept}, metrics, history)
     summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_row("steps", f"{trainer.state.global_step}")
     summary.add_row("epochs", f"{trainer.state.epoch:.2f}")
@@ -546,19 +565,20 @@ def _report(trainer: Trainer, stage: Recipe, title: str, metrics: dict[str, floa
 
 def _report_all(recipe: Recipe, folders: Iterable[Path]) -> None:
     """Writes `training.json` and `training.png` of the stages that are finished, with steps counted through."""
-    metrics, history, ends = {}, [], []
+    metrics, history, ends, changes = {}, [], [], {}
     done = 0
     for stage, folder in zip(recipe.stages, folders, strict=False):
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        metrics[stage.name] = record["metrics"]
+        metrics[stage.name], changes[stage.name] = record["metrics"], record["changes"]
         history += [{**entry, "step": done + entry["step"], "stage": stage.name} for entry in record["log_history"]]
         done = history[-1]["step"]
         ends.append(done)
-    _write(Path(recipe.training["output_dir"]), dataclasses.asdict(recipe), metrics, history, ends[:-1])
+    kept = {"recipe": dataclasses.asdict(recipe), "changes": changes}
+    _write(Path(recipe.training["output_dir"]), kept, metrics, history, ends[:-1])
 
 
-def _write(folder: Path, recipe: dict, metrics: dict, history: list[dict], stage_ends: Iterable[int] = ()) -> None:
-    record = {"recipe": recipe, "metrics": metrics, "log_history": history}
+def _write(folder: Path, kept: dict, metrics: dict, history: list[dict], stage_ends: Iterable[int] = ()) -> None:
+    record = {**kept, "metrics": metrics, "log_history": history}
     with update_folder(folder) as partial:
         (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         try:

@@ -12,13 +12,14 @@ from ..data.features import FeatureStore
 from ..data.readers import stored_images
 from .arguments import AgeVlmTrainingArguments
 from .checkpoints import CheckpointsMixin
+from .guards import GuardsMixin
 from .guidance import GuidanceMixin
 from .optimizer import OptimizerMixin
 from .sampling import SamplingMixin
 from .stages import StagesMixin
 
 
-class AgeVlmMixin(StagesMixin, GuidanceMixin, OptimizerMixin, SamplingMixin, CheckpointsMixin):
+class AgeVlmMixin(GuardsMixin, StagesMixin, GuidanceMixin, OptimizerMixin, SamplingMixin, CheckpointsMixin):
     """All that AGE-VLM adds to a trainer of Transformers or TRL."""
 
     def set_up(self, model: nn.Module, args) -> None:

@@ -16,8 +16,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue where a run of the same recipe stopped, at any stage and step.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="With --resume: go on with other settings than the checkpoint's."),
+    ] = False,
 ) -> None:
     """Train as a recipe says, in one stage or several. On several GPUs: accelerate launch $(which agevlm) train …"""
     from ..trainer.recipe import train
 
-    train(recipe, overrides or (), resume=resume)
+    train(recipe, overrides or (), resume=resume, accept_changes=accept_changes)

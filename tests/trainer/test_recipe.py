@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from agevlm.data.mixture import DataPart, read_mixture
 from agevlm.plots import draw_training
 from agevlm.processing.rows import message_text
 from agevlm.trainer import AgeVlmTrainer, optimizer
-from agevlm.trainer.recipe import _begin, cache_features, load_model, load_recipe, training_arguments
+from agevlm.trainer.recipe import cache_features, load_model, load_recipe, training_arguments
 from agevlm.trainer.stages import PRESETS, group_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -511,7 +510,6 @@ def test_stages_run_in_order_and_each_starts_from_the_former(staged, whole):
     assert sorted(file.name for file in whole.iterdir()) == [
         "1_align",
         "2_guide",
-        "recipe.json",
         "training.json",
         "training.png",
     ]
@@ -640,26 +638,6 @@ def test_features_take_the_place_of_images(staged, recipe, tmp_path):
 def test_mistakes_of_stages_are_named(staged, recipe, tmp_path, capsys, change, expected):
     assert expected in fails(capsys, recipe, *staged_recipe(staged, tmp_path / "none"), change)
     assert not (tmp_path / "none").exists()
-
-
-def test_only_the_main_process_writes_the_recipe(recipe, tmp_path, monkeypatch):
-    """The others wait for it, and remove nothing when they fail."""
-    file = tmp_path / "out" / "recipe.json"
-    with _begin(load_recipe(recipe), [file.parent], resume=False):
-        settings = file.read_text()
-    file.write_text("of a former run")
-
-    class OtherProcess:
-        is_main_process = False
-
-        def wait_for_everyone(self):
-            assert file.read_text() == "of a former run"
-            file.write_text(settings)
-
-    monkeypatch.setattr(accelerate, "PartialState", OtherProcess)
-    with pytest.raises(ZeroDivisionError), _begin(load_recipe(recipe), [file.parent], resume=False):
-        raise ZeroDivisionError
-    assert file.read_text() == settings
 
 
 @pytest.mark.parametrize("stages", [False, True])
