@@ -208,7 +208,15 @@ def _join(prompt: str, answer: str) -> RenderedChat:
 
 
 def _first_row(dataset) -> dict:
-    return {} if dataset is None else next(iter(dataset))
+    """
+    Raises:
+        ValueError: if there is none.
+    """
+    if dataset is None:
+        return {}
+    for row in dataset:
+        return row
+    raise ValueError("The data set to train on has no rows.")
 
 
 def _has_images(row: dict) -> bool:
