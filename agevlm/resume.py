@@ -50,7 +50,12 @@ def changed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tup
 
 def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What differs between two settings, as `seed was 0 and is 1; data.rows was 10 and is 20`; empty where nothing does."""
-    return "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed(kept, wanted).items())
+    return describe(changed(kept, wanted))
+
+
+def describe(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What [`changed`] returned, as a text."""
+    return "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
 
 
 def resume_or_refuse(file: str | os.PathLike, settings: Mapping[str, Any]) -> bool:

@@ -117,6 +117,7 @@ def _read_rows(
 ) -> Dataset:
     datasets = import_datasets()
     import pyarrow as pa
+    import pyarrow.parquet
 
     place, name = Path(path), os.fspath(path)
     try:
@@ -127,6 +128,8 @@ def _read_rows(
         elif place.suffix in (".json", ".jsonl") and place.is_file():
             loaded = _rows_to_dataset(read_json_rows(place), name, problems)
         elif place.suffix == ".parquet" and place.is_file():
+            if not pa.parquet.read_metadata(name).num_rows:
+                raise ValueError(f"{path} has no rows")
             loaded = datasets.Dataset.from_parquet(name)
         elif place.is_file():
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from ..data.mixture import WEIGHT_COLUMN
-from ..resume import FIX, changed, digest
+from ..processing.rows import ORIGIN_COLUMN
+from ..resume import FIX, changed, describe, digest
 from .arguments import AgeVlmTrainingArguments
 from .guards import check_checkpoint
 
@@ -93,7 +94,8 @@ def sample_digest(dataset: Dataset) -> str:
     """A digest of up to a hundred rows, evenly spread, with the contents of their images, wherever they lie."""
     number = min(len(dataset), _SAMPLED_ROWS)
     chosen = [i * (len(dataset) - 1) // max(1, number - 1) for i in range(number)]
-    return digest(_content(row) for row in dataset.with_format("arrow").select(chosen)[:].to_pylist())
+    rows = dataset.with_format("arrow").select(chosen)[:].to_pylist()
+    return digest(_content({**row, ORIGIN_COLUMN: None}) for row in rows)
 
 
 def _content(value: Any) -> Any:
@@ -133,7 +135,7 @@ def check_finished(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{file} is damaged ({error}); {FIX.format(place=folder)}") from error
     if changes := _changed(kept, settings):
         raise FileExistsError(
-            f"{folder} is a finished stage of other settings ({_said(changes)}), which it would not train with again; "
+            f"{folder} is a finished stage of other settings ({describe(changes)}), which it would not train with again; "
             f"{FIX.format(place=folder)}"
         )
 
@@ -169,7 +171,7 @@ def check_begun(
     changes = _changed(kept["settings"], settings)
     if not changes:
         return kept["changes"]
-    found = f"{checkpoint} is of other settings ({_said(changes)})"
+    found = f"{checkpoint} is of other settings ({describe(changes)})"
     if not accept:
         raise FileExistsError(
             f"{found}; accept them with --accept-changes (in Python accept_changes=True), or {FIX.format(place=checkpoint)}"
@@ -187,7 +189,7 @@ def check_begun(
             raise FileExistsError(
                 f"{found}, of which {name} cannot be changed: {reason}. Otherwise {FIX.format(place=checkpoint)}"
             )
-    return [*kept["changes"], {"step": state.global_step, "changes": _said(changes)}]
+    return [*kept["changes"], {"step": state.global_step, "changes": describe(changes)}]
 
 
 def _changed(kept: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -196,7 +198,3 @@ def _changed(kept: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[An
     names = kept["training"].keys() | wanted["training"].keys()
     left_out = {name: defaults.get(name) for name in names}
     return changed(*({**side, "training": {**left_out, **side["training"]}} for side in (kept, wanted)))
-
-
-def _said(changes: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())

@@ -132,12 +132,8 @@ class GuardsMixin(AnyTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._unlabeled_rows is not None:
             self._look_for_labels(batches, device)
-        return batches, num_items
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        # A step without labels has the loss 0; divided by the number of its labels it would be NaN.
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        return num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
+        # A step without labels has the loss 0; divided by the number of its labels it would be NaN, as would be the weights.
+        return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
     def _look_for_labels(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         limit, rows, labeled, cut = getattr(self.args, "max_length", None), 0, 0, False

@@ -217,7 +217,7 @@ def test_rows_without_answers_are_told_after_the_first_steps(tmp_path, monkeypat
         return AgeVlmTrainer(start_model(), args, train_dataset=dataset, processing_class=tiny_processor())
 
     stopped = trainer(without_answers(5))
-    with pytest.raises(ValueError, match="None of the 3 rows of the first 3 steps .* no assistant turn"):
+    with pytest.raises(ValueError, match=r"None of the 3 rows of the first 3 steps .* no assistant turn"):
         stopped.train()
     assert stopped.state.global_step == 2
     trainer(without_answers(5), assistant_only_loss=False, max_steps=1).train()
