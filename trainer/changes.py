@@ -20,8 +20,6 @@ from .guards import check_checkpoint
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .recipe import Recipe
-
 _KEY = "recipe"  # in a checkpoint's `trainer_state.json`, among the states of callbacks
 
 # Training arguments, or their beginnings, that do not change the result.
@@ -47,21 +45,18 @@ _SAMPLED_ROWS = 100
 
 
 def stage_settings(
-    stage: Recipe, args: AgeVlmTrainingArguments, datasets: dict[str, Any], *, first: bool
+    recipe: dict[str, Any], args: AgeVlmTrainingArguments, datasets: dict[str, Any], *, first: bool
 ) -> dict[str, Any]:
     """All that the result of a single stage depends on, resolved, as values for JSON.
 
     Args:
-        stage: a recipe of one stage.
+        recipe: of one stage, as a mapping.
         args: made from its `training`.
         datasets: `train_dataset` and, where it evaluates, `eval_dataset`.
         first: whether it starts from the recipe's `model`, and not from the stage before.
     """
-    settings = dataclasses.asdict(stage)
-    del settings["stages"]
-    if not first:
-        del settings["model"]
-    given = {"bf16": args.bf16, **stage.training}
+    settings = {name: value for name, value in recipe.items() if name != "stages" and (first or name != "model")}
+    given = {"bf16": args.bf16, **recipe["training"]}
     training = {name: value for name, value in given.items() if not name.startswith(_FREE) and name not in _STEP}
     settings["training"] = {**training, **_step(args, datasets["train_dataset"])}
     for name, dataset in datasets.items():

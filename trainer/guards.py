@@ -36,7 +36,6 @@ _PARTS = {
     "optimizer.pt": ["optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"],
     "scheduler.pt": ["scheduler.pt", "global_step*"],
     "rng_state.pth": ["rng_state*.pth"],
-    "training_args.bin": ["training_args.bin"],
 }
 
 

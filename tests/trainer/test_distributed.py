@@ -44,6 +44,8 @@ CHECKPOINTING = {
 EVERYTHING = {**CHECKPOINTING, "stage": None}
 SHARDED = {**EVERYTHING, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
 MUON = {"stage": "guide", "optim": "muon", "optim_args": "adamw_lr_scale=0.1", "adam_epsilon": 1e-3}
+DIVERGED = {**CHECKPOINTING, "save_steps": 1, "max_steps": 5, "poison": [4, 1]}
+STOPPED = ("diverged", "unlabeled")
 CASES = {
     "ddp": {
         "full": {"stage": "full", "eval_kinds": "12t3uttt", "eval_strategy": "epoch", "per_device_eval_batch_size": 2},
@@ -53,6 +55,8 @@ CASES = {
         "everything": {"stage": None, "ddp_find_unused_parameters": False},
         "tokens": {"stage": "guide", "tokens_per_batch": 90, "train_sampling_strategy": "random"},
         "muon": MUON,
+        "diverged": DIVERGED,
+        "unlabeled": {"stage": "guide", "max_length": 6, "max_steps": 2},
     },
     "fsdp": {
         "full": {"stage": "full", "eval_kinds": "12t3uttt", "eval_strategy": "epoch", "per_device_eval_batch_size": 2},
@@ -61,6 +65,7 @@ CASES = {
         "everything": SHARDED,
         "everything resumed": {**SHARDED, "resume": "everything/checkpoint-4"},
         "muon": MUON,
+        "diverged": DIVERGED,
     },
 }
 LAUNCH = {
@@ -110,7 +115,7 @@ def losses(result: dict) -> dict[int, dict]:
 
 @pytest.mark.parametrize(
     ("launched", "case"),
-    [(kind, case) for kind in CASES for case in CASES[kind] if "resumed" not in case],
+    [(kind, case) for kind in CASES for case in CASES[kind] if "resumed" not in case and case not in STOPPED],
     indirect=["launched"],
 )
 def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, monkeypatch):
@@ -157,6 +162,22 @@ def test_two_processes_resume_from_a_checkpoint(launched, case, resumed):
     assert losses(resumed) == losses(whole)
     for name, weights in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weights), name
+
+
+def test_all_processes_stop_at_the_step_that_one_of_them_sees(launched):
+    kind, folder = launched
+    messages = [torch.load(folder / f"diverged-{i}.pt")["error"] for i in range(2)]
+    assert messages[0] == messages[1]
+    assert "diverged at step 4: the loss is nan. The last good checkpoint is" in messages[0]
+    assert "checkpoint-2:" in messages[0]
+    assert checkpoints(folder / "diverged") == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    if kind == "ddp":
+        told = {torch.load(folder / f"unlabeled-{i}.pt")["error"] for i in range(2)}
+        assert len(told) == 1
+        assert (
+            "None of the 8 rows of the first 2 steps has a token to learn. max_length=6 cuts every answer"
+            in told.pop()
+        )
 
 
 @pytest.mark.parametrize("launched", ["fsdp"], indirect=True)

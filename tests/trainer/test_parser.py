@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """YAML 1.2, overrides, names and types; and the command lines of training scripts. Mistakes in recipes are in test_recipe.py."""
 
+import copy
+import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments, AgeVlmSFTConfig, parse_script
+from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments, AgeVlmSFTConfig, Recipe, load_recipe, parse_script
 from agevlm.trainer.parser import apply_override, parse, read_yaml
 
 CLASSES = (AgeVlmScriptArguments, AgeVlmSFTConfig, AgeVlmModelConfig)
@@ -145,3 +150,77 @@ def test_mistakes_end_in_a_message_and_code_2(arguments, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert "usage:" not in said
+
+
+# --- any text ---
+
+# Pieces that mean something to YAML or to recipes, and any other characters between them.
+PIECES = st.sampled_from(
+    [
+        *"[]{}:,.=-&*!#|>?%@`'\"\\ \n\t\0\ufeff\x85\ud800", "&a", "*a", "<<: ", "!!timestamp ", "!!int ", "!!float ", "!!bool ",
+        "!!binary ", "!!set ", "!!python/none ", "? ", "- ", ": ", "1e-4", ".nan", "-.inf", "0x", "0b", "1:2:3", "2001-01-01",
+        "9999-12-31T23:59:59-23:59", "null", "~", "true", "9" * 5000, "model", "model_args", "data", "data.0", "path", "rows", "training",
+        "stages", "stages.first.", "share", "name", "weight_by", "learning_rate", "eval_data", "features", "=",
+    ]
+)  # fmt: skip
+TEXTS = st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join)
+VALUES = {
+    "model": "m",
+    "data": [{"path": "d", "weight_by": None}],
+    "training": {"output_dir": "o", "stage": "align", "max_steps": 4},
+    "stages": [{"name": "first", "share": 0.5, "training": {}}],
+}
+
+
+@given(st.lists(TEXTS, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_override_gives_a_recipe_or_says_what_is_wrong(overrides):
+    try:
+        recipe = load_recipe(parse(Recipe, copy.deepcopy(VALUES)), overrides)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    else:
+        message = json.dumps(dataclasses.asdict(recipe), default=str)
+    assert message
+
+
+@given(st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_a_recipe_or_says_what_is_wrong(tmp_path, content):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises((ValueError, OSError)) as refused:  # which is never a whole recipe by chance
+        load_recipe(file)
+    assert str(refused.value)
+
+
+# JSON writes others in halves, which YAML does not join.
+WORDS = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=8)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(PLAIN)
+@settings(max_examples=100, deadline=None)
+def test_values_come_out_of_overrides_as_they_went_in(value):
+    """Written as JSON, which YAML 1.2 contains."""
+    values = {"a": {"b": [{"name": "c"}]}}
+    apply_override(values, f"a.b.c.d={json.dumps(value)}")
+    assert values == {"a": {"b": [{"name": "c", "d": value}]}}
+    assert repr(values["a"]["b"][0]["d"]) == repr(value), "of the same types"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "{a: " * 3000, "- " * 5000, "a: &a [*a]", "&a {b: *a}", "[" * 101 + "]" * 101,
+     "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))])],
+    ids=["list", "mapping", "entries", "itself", "its own value", "levels", "references"],
+)  # fmt: skip
+def test_what_is_nested_without_end_is_told(text):
+    with pytest.raises(ValueError, match="here is nested too deeply"):
+        read_yaml(text, "here")
+    assert read_yaml("[" * 90 + "]" * 90, "here") is not None
+    assert read_yaml("base: &b {x: 1}\nother: {<<: *b, y: 2}", "here") == {"base": {"x": 1}, "other": {"x": 1, "y": 2}}
