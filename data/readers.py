@@ -243,12 +243,14 @@ def read_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if one of its files is damaged.
+        ValueError: if one of its files is damaged, or it has no rows.
     """
     try:
         return import_datasets().load_from_disk(os.fspath(path))
     except FileNotFoundError:
         raise
+    except IndexError as error:  # the library's, where a data set was saved without rows
+        raise ValueError(f"{path} has no rows") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # as its readers raise
         raise ValueError(
             f"{path}: a file of this data set is damaged ({type(error).__name__}: {error}); make the data set again, or copy it "
