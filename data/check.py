@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import numpy as np
 from PIL import Image
 
-from ..processing.image_processing_agevlm import load_image
+from ..processing.image_processing_agevlm import decode_image, load_image
 from ..processing.rows import (
     ORIGIN_COLUMN,
     PREFERENCE_COLUMNS,
@@ -234,8 +234,7 @@ def _read_sizes(images: Any, allow_urls: bool) -> tuple[list[tuple[int, int] | N
         source: Any = (image.get("bytes") or path) if isinstance(image, dict) else image
         try:
             if isinstance(source, Image.Image):
-                source.load()
-                sizes.append(source.size)
+                sizes.append(decode_image(source).size)
             else:
                 sizes.append(load_image(source, urls="public" if allow_urls else "none").size)
         except Exception as error:  # decoders of damaged files raise errors of many types

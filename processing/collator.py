@@ -14,11 +14,12 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import torch
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .image_processing_agevlm import AgeVlmImageProcessorMixin, load_image
+from .image_processing_agevlm import AgeVlmImageProcessorMixin, decode_image, load_image
 from .processing_agevlm import AgeVlmProcessor, RenderedChat
 from .rows import ORIGIN_COLUMN, mask_from_rle, message_text, place_images, row_messages
 
@@ -473,4 +474,6 @@ def _open_image(image: Any, urls: Literal["public", "none"]) -> Any:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None:
         raise ValueError("it has an image that is neither a file nor bytes")
+    if isinstance(image, PIL.Image.Image):
+        return decode_image(image)  # upright, as masks and boxes are
     return load_image(image, urls=urls) if isinstance(image, (str, bytes, os.PathLike)) else image

@@ -30,6 +30,7 @@ from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
@@ -90,7 +91,7 @@ def load_image(
         with PIL.Image.open(file) as image:
             if image.format == "EPS":
                 raise ValueError("it is a program in PostScript, which would have to be run. Convert it to PNG.")
-            return PIL.ImageOps.exif_transpose(_decode(image))
+            return decode_image(image).copy()  # what is read stays when the file is closed
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"Cannot read image {_shorten(source)}: {error} {_BOMB_FIX}") from error
     except PIL.UnidentifiedImageError as error:
@@ -233,8 +234,14 @@ def _shorten(source: str | bytes, length: int = 120) -> str:
     return repr(source if len(source) <= length else source[:length] + "...")
 
 
-def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decodes the pixels of a PIL image. PIL opens files lazily, so that errors in the data appear here."""
+def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A PIL image with its pixels, turned as its EXIF orientation says, as `load_image` and `datasets` turn files.
+
+    PIL opens files lazily, so that errors in the data appear here.
+
+    Raises:
+        ValueError: if the image has too many pixels, or its data is damaged.
+    """
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if isinstance(image, PIL.ImageFile.ImageFile) and limit is not None and image.width * image.height > limit:
         raise ValueError(
@@ -243,6 +250,8 @@ def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
         )
     try:
         image.load()
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
     except Exception as error:  # as above
         name = getattr(image, "filename", None)
         raise ValueError(
@@ -268,12 +277,12 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A copy of the image in RGB as the image processors read it: composited on white where it is transparent, 16-bit gray scaled.
+    """A copy of the image in RGB as the image processors read it: upright, on white where it is transparent, 16-bit gray scaled.
 
     Raises:
         ValueError: if the image cannot be decoded, or its mode has no defined range of values.
     """
-    return PIL.Image.fromarray(convert_to_rgb(_to_8_bits(_decode(image)), return_numpy=True))
+    return PIL.Image.fromarray(convert_to_rgb(_to_8_bits(decode_image(image)), return_numpy=True))
 
 
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -298,7 +307,7 @@ class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[cal
     Accepted inputs are PIL images, NumPy arrays and PyTorch tensors (`(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4
     channels; `uint8`, floating point in [0, 255], or floating point in [0, 1] with `do_rescale=False`), file paths, URLs
     and base64 strings, alone or in lists that may be nested to any depth. Transparent images are composited on white.
-    Files are rotated by their EXIF orientation; PIL images are not.
+    Files and PIL images are turned upright by their EXIF orientation.
 
     `preprocess` and `__call__` return a [`~transformers.BatchFeature`] with
 
@@ -373,7 +382,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         """Converts one image to the type of the backend, channels first. See the class for accepted types and errors."""
         if isinstance(image, PIL.Image.Image):
             self.get_resized_size(image.height, image.width)  # raises on empty images
-            image = _to_8_bits(_decode(image))
+            image = _to_8_bits(decode_image(image))
         else:
             image, input_data_format = self._check_array(image, input_data_format, do_rescale)
         return super().process_image(
@@ -516,4 +525,4 @@ AgeVlmImageProcessor.register_for_auto_class()
 AgeVlmImageProcessorPil.register_for_auto_class()
 
 
-__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "flatten_images", "load_image", "to_rgb"]
+__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "decode_image", "flatten_images", "load_image", "to_rgb"]

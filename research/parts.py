@@ -22,6 +22,7 @@ from rich.console import Console
 from agevlm.build import build_checkpoint, load_timm
 from agevlm.data import add_masks, build_scenes, load_cutouts, load_teacher
 from agevlm.files import new_folder
+from agevlm.processing.image_processing_agevlm import to_rgb
 from agevlm.processing.rows import mask_from_rle, mask_to_rle
 from agevlm.resume import resume_or_refuse
 from research.assets.debian import fetch
@@ -106,7 +107,7 @@ def widen(exact: Path, folder: Path) -> None:
         (image,) = row["images"]
         size = image.width, round(WIDE * image.height)
         buffer = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=95)
+        to_rgb(image).resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=95)
         masks = [
             np.asarray(Image.fromarray(mask_from_rle(entry["mask"])).resize(size, Image.Resampling.NEAREST))
             for entry in row["grounding"]

@@ -12,7 +12,6 @@ hand and name their folder with `--packages`.
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import struct
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from agevlm.files import new_folder, unfinished_folder
+from agevlm.processing.image_processing_agevlm import load_image, to_rgb
 
 PACKAGES = ("tuxpaint-stamps-default", "gcompris-qt-data")
 
@@ -384,8 +384,7 @@ def export_places(package: str | Path, output_dir: str | Path) -> list[Path]:
                     raise FileNotFoundError(f"{source} holds no {name}; unpack the package's current version")
                 # Two resource files have some places in common.
                 target = f"{resource}_{name}.png"
-                with Image.open(io.BytesIO(contents[name])) as image:
-                    image.convert("RGB").save(partial / target)
+                to_rgb(load_image(contents[name])).save(partial / target)
                 written.append(Path(output_dir) / target)
         _write_attribution(partial, Path(package), "Backgrounds: photographs in GCompris", PACKAGES[1])
     return sorted(written)

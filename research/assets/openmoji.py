@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from agevlm.files import new_folder
+from agevlm.processing.image_processing_agevlm import load_image, to_rgb
 
 # The class and code point of emoji that are easy to distinguish. No photograph below shows an object of these classes.
 OPENMOJI = {
@@ -148,8 +149,7 @@ def export_photographs(output_dir: str | Path) -> list[Path]:
     files = [_package_file(folder, name) for name in PHOTOGRAPHS]
     with new_folder(output_dir) as partial:
         for file in files:
-            with Image.open(file) as image:
-                image.convert("RGB").save(partial / f"{file.stem}.png")
+            to_rgb(load_image(file)).save(partial / f"{file.stem}.png")
         lines = [f"- {Path(name).stem}: {source}" for name, source in PHOTOGRAPHS.items()]
         (partial / "ATTRIBUTION.md").write_text(
             "\n".join(["Backgrounds: cropped photographs from scikit-image:", "", *lines, ""]), encoding="utf-8"
