@@ -328,7 +328,7 @@ def test_damaged_files_raise(processor, tmp_path):
         processor([str(tmp_path / "good.png"), str(tmp_path / "truncated.png")])
     with Image.open(tmp_path / "truncated.png") as image, pytest.raises(ValueError, match=r"Image 1 of 2.*truncated"):
         processor([picture(), image])
-    with pytest.raises(ValueError, match=r"text.png'.*intact image file"):
+    with pytest.raises(ValueError, match=r"text.png'.*intact image"):
         processor(str(tmp_path / "text.png"))
     with pytest.raises(ValueError, match=r"missing.png'.*path"):
         processor(str(tmp_path / "missing.png"))
