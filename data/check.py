@@ -238,7 +238,7 @@ def _read_sizes(images: Any, allow_urls: bool) -> tuple[list[tuple[int, int] | N
             else:
                 sizes.append(load_image(source, urls="public" if allow_urls else "none").size)
         except Exception as error:  # decoders of damaged files raise errors of many types
-            file = f" ({path})" if path and path not in str(error) else ""
+            file = f" ({path})" if path and str(path) not in str(error) else ""
             problems.append(Problem(f"images[{i}]", f"is not readable{file}: {error}; replace it or remove the row"))
             sizes.append(None)
     return sizes, problems

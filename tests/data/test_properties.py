@@ -103,11 +103,8 @@ ROW = good_row() | {"images": ["a.png", {"path": "a.png", "bytes": None}]}
 @given(st.lists(damaged(ROW) | JSON, max_size=3) | JSON, st.booleans())
 def test_any_json_is_rows_or_a_value_error(folder, entries, by_line):
     path = folder / ("any.jsonl" if by_line else "any.json")
-    path.write_text(
-        "\n".join(map(json.dumps, entries if isinstance(entries, list) else [entries]))
-        if by_line
-        else json.dumps(entries)
-    )
+    entries = entries if isinstance(entries, list) or not by_line else [entries]
+    path.write_text("\n".join(map(json.dumps, entries)) if by_line else json.dumps(entries))
     dataset = rows_or_none(read_rows, path)
     assert dataset is None or len(dataset) == len(entries)
     with contextlib.suppress(ValueError):
