@@ -55,7 +55,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing, torch_compilable_check
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_agevlm import AgeVlmConfig, AgeVlmTextConfig
@@ -942,7 +942,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if is_tracing(counts):
             # No value may be read, so each row has room for all images, and the check waits for the run.
             max_images = tokens.shape[0]
-            torch_compilable_check(counts.sum() == max_images, "Each image needs exactly one image token.")
+            # Not `torch_compilable_check`, which makes a GPU wait, and which PyTorch 2.11 can neither compile nor export.
+            torch._assert_async(counts.sum() == max_images, "Each image needs exactly one image token.")
         else:
             max_images = int(counts.max())
             new = self._new_images(tokens.shape[0], counts.tolist(), cache)
