@@ -259,9 +259,9 @@ def read_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
 
 
 def _from_hub(path: str, *args: Any, **options: Any) -> Any:
-    """The data set of a Hub id, or the copy in the cache where the Hub does not answer."""
+    """The data set of a Hub id, or the copy in the cache where the Hub does not answer; or of a folder laid out as on the Hub."""
     datasets = import_datasets()
-    error = ask_hub(path, "data set")
+    error = None if Path(path).is_dir() else ask_hub(path, "data set")
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = offline or error is not None  # else each file is asked for several times
