@@ -56,6 +56,9 @@ def read_table(data: str | os.PathLike, columns: Sequence[str]) -> list[dict[str
     if missing := [name for name in (*columns, "image") if name not in dataset.column_names]:
         raise ValueError(f"{data} lacks the columns {', '.join(missing)}; it has {', '.join(dataset.column_names)}")
 
+    if not len(dataset):
+        raise ValueError(f"{data} has no rows")
+
     from datasets import Image as ImageFeature
 
     try:
@@ -70,11 +73,14 @@ def read_table(data: str | os.PathLike, columns: Sequence[str]) -> list[dict[str
 
 def _row_image(images: Any, number: int, name: str) -> Image.Image:
     try:
-        return images[number]["image"]
+        image = images[number]["image"]
     except Exception as error:  # decoders raise errors of many types for damaged data
         raise ValueError(
             f"{name}, row {number + 1}: its image cannot be read ({error or type(error).__name__})"
         ) from error
+    if image is None:
+        raise ValueError(f"{name}, row {number + 1}: has no image; add it or remove the row")
+    return image
 
 
 def data_settings(data: str | os.PathLike, images: str | os.PathLike | None, **chosen: Sequence[str] | None) -> dict:
@@ -92,8 +98,14 @@ def check_texts(row: Mapping[str, Any], columns: Iterable[str]) -> None:
         ValueError: if one of a row's `columns` is not a text; names the place in the data, `row["where"]`.
     """
     for name in columns:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{row['where']}: its {name} must be a text, got {row[name]!r}")
+        if not is_text(row[name]):
+            raise ValueError(f"{row['where']}: its {name} must be a text, got {row[name]!a:.200}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text with more than white space. A half of a surrogate pair is JSON, but no text that could be
+    tokenized or written."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def image_file(path: Path, where: str) -> Callable[[], Image.Image]:

@@ -21,6 +21,7 @@ from .benchmark_data import (
     data_settings,
     first_of_each,
     image_file,
+    is_text,
     lenient_table,
     read_lines,
     read_table,
@@ -110,9 +111,11 @@ def _check_row(row: Mapping[str, Any]) -> None:
         if row[name] not in known:
             raise ValueError(f"{row['where']}: its {name} must be one of {', '.join(known)}, got {row[name]!r}")
     choices = row["choices"]
-    texts = isinstance(choices, list) and [isinstance(choice, str) and bool(choice.strip()) for choice in choices]
-    if not texts or not all(texts):
-        raise ValueError(f"{row['where']}: its choices must be a list of texts, got {choices!r}")
+    texts = isinstance(choices, list) and [is_text(choice) for choice in choices]
+    if not texts or not all(texts) or len(texts) > len(_LETTERS):
+        raise ValueError(
+            f"{row['where']}: its choices must be a list of texts, at most {len(_LETTERS)}, got {choices!a:.200}"
+        )
     labels = [f"({letter})" for letter in _LETTERS[: len(choices)]]
     if row["answer"] not in labels:
         raise ValueError(f"{row['where']}: its answer must be one of {', '.join(labels)}, got {row['answer']!r}")

@@ -4,8 +4,8 @@
 import functools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,31 +92,54 @@ class Scenes:
         images = dataset.select_columns(["images"])
         rows = list(dataset.remove_columns("images"))
         first: dict[int, int] = {}
-        objects: dict[int, dict[str, Mapping[str, Any]]] = {}
-        for number, row in enumerate(rows):
-            first.setdefault(row["scene"], number)
-            found = objects.setdefault(row["scene"], {})
-            found |= {phrase["mask"]["counts"]: phrase["mask"] for phrase in row["grounding"] if _is_there(phrase)}
+        objects: dict[str, dict[str, Mapping[str, Any]]] = {}
         questions: list[Question] = []
-        for row in rows:
-            for turn, expected in enumerate(row["answers"]):
-                message = 2 * turn
-                named = [p for p in row["grounding"] if p["message"] == message and _is_there(p)]
-                questions.append(
-                    Question(
-                        key=f"{row['kind']}/{len(questions) + 1}",
-                        load_image=functools.partial(_image, images, first[row["scene"]]),
-                        text=message_text(row["messages"][message]),
-                        expected=expected,
-                        kind=row["kind"],
-                        source=str(row["scene"]),
-                        span=(named[0]["start"], named[0]["end"]) if named else None,
-                        mask=named[0]["mask"] if named else None,
-                        objects=tuple(objects[row["scene"]].values()) if named else (),
-                    )
+        place = self.data if self._is_folder else "the data"
+        for number, row in enumerate(rows):
+            try:
+                first.setdefault(row["scene"], number)
+                found = objects.setdefault(str(row["scene"]), {})
+                found |= {phrase["mask"]["counts"]: phrase["mask"] for phrase in row["grounding"] if _is_there(phrase)}
+                questions += self._questions_of(
+                    row, len(questions), functools.partial(_image, images, first[row["scene"]])
                 )
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{place}, row {number}: is not a grounded scene ({type(error).__name__}: {error}); build the scenes anew "
+                    "with `agevlm scenes`"
+                ) from error
+        questions = [
+            replace(q, objects=tuple(objects[q.source].values())) if q.span is not None else q for q in questions
+        ]
         questions.sort(key=lambda question: KINDS.index(question.kind))
         return first_of_each(questions, limit, lambda question: question.kind)
+
+    def _questions_of(self, row: Mapping[str, Any], asked: int, load: Callable[[], Image.Image]) -> list[Question]:
+        """The questions of a conversation, numbered from `asked` on."""
+        if row["kind"] not in KINDS:
+            raise ValueError(f"its kind is {row['kind']!r}, none of {', '.join(KINDS)}")
+        questions = []
+        for turn, expected in enumerate(row["answers"]):
+            message = 2 * turn
+            named = [p for p in row["grounding"] if p["message"] == message and _is_there(p)]
+            text = message_text(row["messages"][message])
+            if not (isinstance(expected, str) and text):
+                raise ValueError(f"its question {turn} or the answer to it is no text")
+            if row["kind"] in YES_NO_KINDS and expected.lower() not in ("yes", "no"):
+                raise ValueError(f"the answer to its question {turn} must be yes or no, got {expected!r}")
+            questions.append(
+                Question(
+                    key=f"{row['kind']}/{asked + turn + 1}",
+                    load_image=load,
+                    text=text,
+                    expected=expected,
+                    kind=row["kind"],
+                    source=str(row["scene"]),
+                    span=(named[0]["start"], named[0]["end"]) if named else None,
+                    mask=named[0]["mask"] if named else None,
+                )
+            )
+        return questions
 
     def inspect(
         self, model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], batch: Batch

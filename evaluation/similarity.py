@@ -97,7 +97,7 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
         limit: number of pairs to take, the first ones; all by default.
 
     Raises:
-        ValueError: if there are fewer than two such rows, or no such columns.
+        ValueError: if there are fewer than two such rows, no such columns, or a row of another form.
     """
     if missing := [name for name in ("images", "messages") if name not in dataset.column_names]:
         raise ValueError(
@@ -112,16 +112,21 @@ def text_pairs(dataset: "Dataset", limit: int | None = None) -> tuple[list[Pair]
     pairs, rows = [], {}
     for number in numbers:
         row = light[number]
-        texts = [(message["role"], message_text(message)) for message in row["messages"]]
+        try:
+            texts = [(message["role"], message_text(message)) for message in row["messages"]]
+            names = _grounded_names(row, [text for _, text in texts])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"row {number} of the data is not in the row format ({type(error).__name__}: {error}); `agevlm data check` "
+                "says more"
+            ) from error
         roles = [role for role, _ in texts]
         if "assistant" not in roles[1:]:
             continue
         place = roles.index("assistant", 1)
         image = row.get("scene", number)
         rows[image] = number
-        pairs.append(
-            Pair(image, texts[place - 1][1], texts[place][1], _grounded_names(row, [text for _, text in texts]))
-        )
+        pairs.append(Pair(image, texts[place - 1][1], texts[place][1], names))
         if len(pairs) == limit:
             break
     if len({pair.text for pair in pairs}) < 2:

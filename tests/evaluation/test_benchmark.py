@@ -2,15 +2,28 @@
 """The runner of benchmarks and its commands: models of folders and in memory, options, runs that were stopped."""
 
 import inspect
+import json
 from dataclasses import dataclass, fields
 
+import datasets
 import pytest
 from command_line import run
-from evaluation_cases import age_vlm, cv_rows, entries, llava, results, some_questions
+from evaluation_cases import (
+    age_vlm,
+    cv_rows,
+    entries,
+    llava,
+    picture,
+    pope_rows,
+    pope_table,
+    results,
+    some_questions,
+    write_lines,
+)  # fmt: skip
 from rich.console import Console
 
 from agevlm.cli.eval import COMMANDS
-from agevlm.evaluation import BENCHMARKS, answers, evaluate, evaluate_pope
+from agevlm.evaluation import BENCHMARKS, CvBench, Pope, Scenes, answers, evaluate, evaluate_pope, similarity
 from agevlm.evaluation.benchmark import markdown_table
 
 
@@ -189,3 +202,85 @@ def test_mistakes_on_the_command_line(monkeypatch, capsys, tmp_path, folders, po
     assert code == 2, printed
     assert message.format(models=folders) in printed.replace("\n", " ")
     assert "Traceback" not in printed
+
+
+NO_TEXTS = [3, 2.5, None, True, [], ["no"], {"no": 1}, "", " ", "\ud800"]
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=ascii)
+def test_a_field_that_is_no_text_is_named_with_its_file_and_row(pope_files, cv_files, value):
+    files, images = pope_files
+    file, rows = files / "coco_pope_random.json", pope_rows("random")
+    for field in ("image", "text", "label"):
+        write_lines(file, [*rows[:2], {**rows[2], field: value}, rows[3]])
+        with pytest.raises(ValueError, match=rf"coco_pope_random\.json, row 3: its {field} must be a text, got "):
+            Pope(file, images).questions()
+    file = cv_files / "test_2d.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for field in ("prompt", "filename", "task", "source", "answer", "choices"):
+        wrong = [value] if field == "choices" else value
+        write_lines(file, [rows[0], {**rows[1], field: wrong}, *rows[2:]])
+        with pytest.raises(ValueError, match=rf"test_2d\.jsonl, row 2: its {field} must be "):
+            CvBench(cv_files).questions()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[" * 100_000, "{", "3", "\x00", '{"text": 1}'])
+def test_files_that_hold_no_questions_end_the_command_with_a_message(monkeypatch, capsys, tmp_path, folders, content):
+    for command, name in (("pope", "coco_pope_random.json"), ("cv-bench", "test_2d.jsonl")):
+        (tmp_path / name).write_text(content)
+        arguments = ["--data", tmp_path / name, "--images", tmp_path, "--model", folders / "age_vlm"]
+        code, printed = run(monkeypatch, capsys, "eval", command, *arguments, "--out", tmp_path / "out")
+        assert (code, "Traceback" in printed) == (2, False)
+        assert str(tmp_path / name) in printed
+        assert not (tmp_path / "out").exists()
+
+
+def test_tables_without_rows_or_images(pope_files, tmp_path):
+    table = pope_table(pope_files[1])
+    table.select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match=r"empty\.parquet"):
+        Pope(tmp_path / "empty.parquet").questions()
+    columns = {**table.select_columns(["question", "answer", "category"]).to_dict(), "image": [None] * len(table)}
+    without = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    without.to_parquet(tmp_path / "without.parquet")
+    with pytest.raises(ValueError, match=r"question adversarial/1: .*without\.parquet, row 1: has no image"):
+        Pope(tmp_path / "without.parquet").questions()[0].open_image()
+    numbers = table.remove_columns("answer").add_column("answer", [1] * len(table))
+    numbers.to_parquet(tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=r"numbers\.parquet, row 1: its label must be a text, got 1"):
+        Pope(tmp_path / "numbers.parquet").questions()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answers": None}, "not iterable"),
+        ({"answers": ["Yes", "No"]}, "IndexError"),
+        ({"answers": ["Maybe"]}, "must be yes or no, got 'Maybe'"),
+        ({"kind": "color"}, "its kind is 'color'"),
+        ({"kind": None}, "its kind is None"),
+        ({"messages": []}, "IndexError"),
+        ({"messages": [{"role": "user", "content": None}]}, "is no text"),
+        ({"grounding": None}, "not iterable"),
+        ({"grounding": [{"message": 0, "start": 0, "end": 2, "mask": {"size": [4, 4], "counts": "!"}}]}, "RLE"),
+    ],
+)
+def test_a_row_that_is_no_scene_is_named(changes, message):
+    from agevlm.data.scene_builder import scene_features
+
+    row = dict.fromkeys(scene_features()) | {"kind": "existence", "scene": 0, "answers": ["Yes"], "grounding": []}
+    row["messages"] = [{"role": "user", "content": "Dog?"}, {"role": "assistant", "content": "Yes"}]
+
+    class Rows(list):  # as a data set, for values that Arrow would not hold
+        select_columns = remove_columns = lambda self, name: self
+
+    assert len(Scenes(Rows([row])).questions()) == 1
+    with pytest.raises(ValueError, match=rf"the data, row 1: is not a grounded scene \(.*{message}.*agevlm scenes"):
+        Scenes(Rows([row, row | changes])).questions()
+
+
+def test_a_row_without_the_row_format_is_named_by_similarity():
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]
+    rows = datasets.Dataset.from_list([{"images": [picture(0)], "messages": said} for said in (turns, None)])
+    with pytest.raises(ValueError, match="row 1 of the data is not in the row format"):
+        similarity.text_pairs(rows)
