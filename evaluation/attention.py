@@ -118,7 +118,8 @@ class Attention:
         sink, if there is one."""
         phrases = []
         for number, (phrase, tokens) in enumerate(zip(self.phrases, self.tokens, strict=True)):
-            maps, sinks = _with_average(self.maps[:, number]), [{}] * (len(self.blocks) + 1)
+            maps = _with_average(self.maps[:, number])
+            sinks: list[dict[str, float]] = [{}] * (len(self.blocks) + 1)
             if self.sink is not None:
                 sinks = [{"sink": round(float(share), 8)} for share in _with_average(self.sink[:, number])]
             phrases.append(

@@ -380,7 +380,7 @@ class AgeVlmProcessor(ProcessorMixin):
         encoded = self.tokenizer(list(text), add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         ids, offsets = [], []
         for chat, chat_ids, chat_offsets in zip(text, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            plain = getattr(chat, "plain_characters", frozenset())
+            plain: frozenset[int] = getattr(chat, "plain_characters", frozenset())
             tokens: list[tuple[int, tuple[int, int]]] = []
             for token_id, (start, end) in zip(chat_ids, chat_offsets, strict=True):
                 if token_id in special and not plain.isdisjoint(range(start, end)):

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 _KEY = "recipe"  # in a checkpoint's `trainer_state.json`, among the states of callbacks
 
 # Training arguments, or their beginnings, that do not change the result.
-_FREE = ("output_dir", "save_", "logging_", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_", "ddp_")
-_FREE += tuple(f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory"))
+_FREE = (
+    *("output_dir", "save_", "logging_", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_", "ddp_"),
+    *(f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")),
+)
 # Compared as what they make together.
 _STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

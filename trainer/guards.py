@@ -74,7 +74,8 @@ class GuardsMixin(AnyTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # A scaler of float16 skips steps whose gradient overflows: that is no divergence.
         watched = 0.0 if norm is None or self.args.fp16 else norm.full_tensor() if isinstance(norm, DTensor) else norm
-        values = torch.stack([self._loss, torch.as_tensor(watched, device=self._loss.device).to(self._loss)])
+        loss: Any = self._loss  # of the step's batches
+        values = torch.stack([loss, torch.as_tensor(watched, device=loss.device).to(loss)])
         self._loss = None
         values = self.accelerator.reduce(values)
         event = None
@@ -189,7 +190,7 @@ class GuardsMixin(AnyTrainer):
         """Loads what the optimizer has gathered. Learning rates and the like are those of the arguments, at the checkpoint's
         step: the same to the last bit where no argument was changed."""
         groups = [dict(group) for group in self.optimizer.param_groups]
-        base_lrs = getattr(self.lr_scheduler, "base_lrs", None)
+        base_lrs: Any = getattr(self.lr_scheduler, "base_lrs", None)
         with _reading(checkpoint, "optimizer or scheduler (optimizer.pt, scheduler.pt)"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if isinstance(self.lr_scheduler, LambdaLR):  # others gather a state themselves

@@ -494,10 +494,12 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     Raises:
         ValueError: if the data, or those of an evaluation, have no rows.
     """
-    found = {}
-    for name, parts in (("train_dataset", stage.data), ("eval_dataset", stage.eval_data)):
-        found[name] = read_mixture(parts, seed, allow_urls=stage.training.get("allow_urls", False)) if parts else None
-        if parts and not len(found[name]):
+    found: dict[str, Any] = {"train_dataset": None, "eval_dataset": None}
+    for name, parts in zip(found, (stage.data, stage.eval_data), strict=True):
+        if not parts:
+            continue
+        found[name] = read_mixture(parts, seed, allow_urls=stage.training.get("allow_urls", False))
+        if not len(found[name]):
             raise ValueError(f"The data have no rows: {', '.join(part.path for part in parts)}.")
     return found
 

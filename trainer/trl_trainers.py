@@ -203,7 +203,7 @@ class AgeVlmDPOTrainer(AgeVlmMixin, DPOTrainer):
 
 
 def _join(prompt: str, answer: str) -> RenderedChat:
-    typed = [getattr(text, "plain_characters", frozenset()) for text in (prompt, answer)]
+    typed: list[frozenset[int]] = [getattr(text, "plain_characters", frozenset()) for text in (prompt, answer)]
     return RenderedChat(prompt + answer, typed[0] | {place + len(prompt) for place in typed[1]})
 
 
