@@ -160,7 +160,8 @@ def check_part(
         return _check(rows, rows, collator, allow_urls, progress)
     # As they are written, with mistakes that no data set could hold; also preference data.
     is_json = Path(part.path).suffix in (".json", ".jsonl") and part.split in (None, "train")
-    written = read_json_rows(part.path) if is_json else read_rows(part.path, part.split, allow_urls=allow_urls)
+    # With all URLs, which `check_row` names row by row; nothing is fetched here.
+    written = read_json_rows(part.path) if is_json else read_rows(part.path, part.split, allow_urls=True)
     trained, columns = written, {key for row in written for key in row} if is_json else written.column_names
     if collator is not None and "messages" in columns:
         trained = read_dataset(part.path, **options)
@@ -262,7 +263,10 @@ def _check_message(message: Any, column: str, where: str) -> Iterator[Problem]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         yield Problem(f"{where}.role", f"is {role!r}; write one of {', '.join(ROLES)}")
-    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+    if isinstance(content, str):
+        yield from _check_text(content, f"{where}.content")
+        return
+    if content is None and message.get("tool_calls"):
         return
     if not isinstance(content, list):
         yield Problem(f"{where}.content", "is neither a string nor a list of content parts")
@@ -274,9 +278,17 @@ def _check_message(message: Any, column: str, where: str) -> Iterator[Problem]:
             yield Problem(place, f"has the type {kind!r}; write a part of the type text or image")
         elif kind == "text" and not isinstance(part.get("text"), str):
             yield Problem(place, 'is a text part without text; write {"type": "text", "text": …}')
+        elif kind == "text":
+            yield from _check_text(part["text"], place)
         elif kind == "image" and (role == "tool" or column in ("chosen", "rejected")):
             # TRL gives images to the prompt's messages only, and skips those of tools.
             yield Problem(place, "shows an image in a tool's message or an answer; move it to a user's message")
+
+
+def _check_text(text: str, where: str) -> Iterator[Problem]:
+    """JSON can hold half of a surrogate pair, which no tokenizer reads and no file of UTF-8 has."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        yield Problem(where, f"has half of a surrogate pair, {text!a:.80}; write the whole character")
 
 
 def _image_places(messages: list[dict]) -> list[tuple[int, int]]:

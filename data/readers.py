@@ -166,6 +166,9 @@ def check_images(
 ) -> Dataset:
     """The data set, if `datasets` would fetch no image of it when it decodes or saves one. Only paths are read.
 
+    Columns with other files, such as sounds or images inside of messages, become plain values, `{"bytes": ..., "path": ...}`, because
+    `datasets` would fetch those as well.
+
     Args:
         dataset: with any columns.
         name: of the data set, for errors.
@@ -177,10 +180,17 @@ def check_images(
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+    from datasets import Features
+    from datasets.features.features import require_decoding
 
+    plain = Features.from_arrow_schema(dataset.data.schema.remove_metadata())
+    columns = _image_columns(dataset)
+    files = [name for name, feature in dataset.features.items() if name not in columns and require_decoding(feature)]
+    if files:
+        dataset = _with_features(dataset, {name: plain[name] for name in files})
     if allow_urls:
         return stored_images(dataset)
-    for column in _image_columns(dataset):
+    for column in columns:
         first = 0
         for batch in dataset.select_columns(column).with_format("arrow").iter(10_000):
             for stored in batch[column].chunks:
@@ -222,19 +232,25 @@ def stored_images(dataset: Any) -> Any:
     as it is.
     """
     from datasets import Dataset, Image
-    from datasets.fingerprint import Hasher
 
     if isinstance(dataset, dict):
         return type(dataset)({name: stored_images(part) for name, part in dataset.items()})
     if not isinstance(dataset, Dataset):
         return dataset
-    columns = _image_columns(dataset)
+    stored: dict[str, Any] = {}
+    for name in _image_columns(dataset):
+        feature = dataset.features[name]
+        stored[name] = Image(decode=False) if isinstance(feature, Image) else type(feature)(Image(decode=False))
+    return _with_features(dataset, stored)
+
+
+def _with_features(dataset: Dataset, features: dict[str, Any]) -> Dataset:
+    """A view of a data set whose columns are read as other types of the same storage. Nothing is copied."""
+    from datasets.fingerprint import Hasher
+
     view = copy.deepcopy(dataset)  # as `datasets` does; the tables are shared
-    features = view._info.features
-    for name in columns:
-        feature = features[name]
-        features[name] = Image(decode=False) if isinstance(feature, Image) else type(feature)(Image(decode=False))
-    view._fingerprint = Hasher.hash([dataset._fingerprint, columns])
+    view._info.features.update(features)
+    view._fingerprint = Hasher.hash([dataset._fingerprint, features])
     return view
 
 

@@ -47,10 +47,10 @@ def read_table(data: str | os.PathLike, columns: Sequence[str]) -> list[dict[str
 
     Raises:
         FileNotFoundError: if there is nothing of this name, here or on the Hub.
-        ValueError: if it is not a data set, or lacks a column.
+        ValueError: if it is not a data set, lacks a column, or an image is a URL.
         ImportError: if `datasets` is not installed.
     """
-    from ..data.readers import read_rows
+    from ..data.readers import check_images, read_rows
 
     dataset = read_rows(data)
     if missing := [name for name in (*columns, "image") if name not in dataset.column_names]:
@@ -65,6 +65,7 @@ def read_table(data: str | os.PathLike, columns: Sequence[str]) -> list[dict[str
         images = dataset.select_columns(["image"]).cast_column("image", ImageFeature())
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{data}: its column image does not hold images: {error}") from error
+    images = check_images(images, str(data))  # a plain column may have become one of images just now
     return [
         {**row, "load_image": functools.partial(_row_image, images, number, str(data))}
         for number, row in enumerate(dataset.select_columns(list(columns)))

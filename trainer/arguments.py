@@ -94,7 +94,16 @@ class AgeVlmArgumentsMixin:
                 )
         if self.stage is not None:
             resolve_groups(self.stage)
-        resolve_groups(list(self.group_learning_rates or {}))
+        rates = self.group_learning_rates or {}
+        resolve_groups(list(rates))
+        numbers = {f"group_learning_rates.{name}": rate for name, rate in rates.items()}
+        numbers |= {name: getattr(self, name) for name in ("weight_decay", "neftune_noise_alpha")}
+        for name, value in numbers.items():
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+        for name in ("gradient_accumulation_steps", "max_length"):
+            if (value := getattr(self, name, None)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         resolve_loss(self.guidance_loss, self.rescale_maps)
         if self.guided_layers is not None and not self.guided_layers:
             raise ValueError("guided_layers is empty: leave it out to guide all layers, or set guidance_weight to 0.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.mixture import DataPart, skip_bad_rows
 from ..processing.collator import AgeVlmDataCollator
+from ..terminal import say
 
 if TYPE_CHECKING:
     from .arguments import AgeVlmTrainingArguments
@@ -83,10 +84,8 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]] | None:
 
 def write_skipped(skipped: dict[str, list[dict[str, Any]]], folder: str | Path) -> int:
     """Writes the list of skipped rows into a stage's folder and says so; returns their number."""
-    from rich.console import Console
-
     file, number = Path(folder) / SKIPPED_ROWS, sum(map(len, skipped.values()))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(skipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    Console().print(f"Skipped bad rows: {number}, listed in {file}", markup=False, highlight=False)
+    say(f"Skipped bad rows: {number}, listed in {file}")
     return number

@@ -51,7 +51,7 @@ from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
 from ..hub import load_pretrained, load_processor, loading
 from ..plots import CURVES, draw_training
-from ..terminal import console
+from ..terminal import console, say
 from .parser import apply_override, check_fields, parse, read_mapping
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
         ValueError: for a name or a value that they do not know.
     """
     import torch
+    from transformers import get_scheduler
 
     from .arguments import AgeVlmTrainingArguments
 
@@ -207,7 +208,15 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
         "bf16": recipe.model_args.dtype == "bfloat16" and not recipe.training.get("fp16"),
         **recipe.training,
     }
-    args = AgeVlmTrainingArguments(**settings)
+    try:
+        args = AgeVlmTrainingArguments(**settings)
+        args.get_process_log_level()
+        get_scheduler(
+            args.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate), num_warmup_steps=0,
+            num_training_steps=1000, scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )  # fmt: skip
+    except (TypeError, KeyError, ArithmeticError) as error:  # unknown names in mappings, names that no list has
+        raise ValueError(f"training: {error}. Correct its arguments.") from error
     if recipe.eval_data and args.eval_strategy == "no":
         raise ValueError("There is eval_data, but it is never used: set training.eval_strategy to steps or epoch.")
     return args
@@ -586,6 +595,4 @@ def _write(folder: Path, kept: dict, metrics: dict, history: list[dict], stage_e
         try:
             draw_training(history, partial / "training.png", stage_ends=list(stage_ends))
         except ImportError:
-            from rich.console import Console
-
-            Console().print("No training.png, which needs matplotlib: pip install 'agevlm\\[eval]'.")
+            say("No training.png, which needs matplotlib: pip install 'agevlm[eval]'.")

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from ..terminal import say, say_saved
-from .options import check_figure
+from .options import check_figure, check_text
 
 
 def _check_question(question: str) -> str:
     """The question without spaces at its ends, which chat templates may cut off."""
     if not question.strip():
         raise ValueError("The question is empty: write what you want to know about the image.")
-    return question.strip()
+    return check_text(question.strip(), "The question")
 
 
 def ask(
@@ -96,7 +96,7 @@ def attention(
 
     question = _check_question(question)
     if answer is not None:
-        choose_phrases(question, answer, phrase or None)
+        choose_phrases(question, check_text(answer, "--answer"), phrase or None)
     check_new_folder(out)  # before the model is loaded
 
     from transformers import AutoConfig

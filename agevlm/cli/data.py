@@ -105,10 +105,6 @@ def masks(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the models' numbers.")
     ] = "float32",
-    allow_urls: Annotated[
-        bool,
-        typer.Option("--allow-urls", help="Fetch images that the data name by a URL, from public addresses only."),
-    ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="Figure to write: some rows with their masks.", callback=check_figure)
     ] = None,

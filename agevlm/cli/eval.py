@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..terminal import console
-from .options import parse_names
+from .options import check_text, parse_names
 
 Model = Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")]
 BatchSize = Annotated[int, typer.Option(help="Questions or texts that are read together.", min=1)]
@@ -80,6 +80,7 @@ def _command(name: str) -> Callable[..., None]:
         from ..evaluation.benchmark import BENCHMARKS, evaluate
 
         given = {option.name: options.pop(option.name) for option in own}
+        check_text(options["prompt_suffix"] or "", "--prompt-suffix")
         for several in ("categories", "tasks"):
             if several in given:
                 given[several] = parse_names(given[several])

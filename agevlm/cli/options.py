@@ -36,6 +36,13 @@ def check_figure(option: typer.CallbackParam, file: Path | None) -> Path | None:
     return check_folder(option, file)
 
 
+def check_text(text: str, what: str) -> str:
+    """The text, which a tokenizer must be able to read: the shell may hand over bytes that are no characters."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{what} is not UTF-8: {text!a:.80}. Write it in the encoding of your terminal.")
+    return text
+
+
 def parse_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 

@@ -346,6 +346,17 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
         ("masks", ["--min-score", "nan"], "min_score"),
         ("train", ["training.stage=[/b]"], "/b"),
         ("train", ["training.max_steps=1e99"], "max_steps"),
+        ("train", ["training.gradient_accumulation_steps=0"], "gradient_accumulation_steps"),
+        ("train", ["training.max_length=-4"], "max_length"),
+        ("train", ["training.weight_decay=-1"], "weight_decay"),
+        ("train", ["training.neftune_noise_alpha=-1"], "neftune_noise_alpha"),
+        ("train", ["training.group_learning_rates={adapter: x}"], "group_learning_rates.adapter"),
+        ("train", ["training.group_learning_rates={adapter: -1}"], "group_learning_rates.adapter"),
+        ("train", ["training.lr_scheduler_kwargs={cycles: 1}"], "cycles"),
+        ("train", ["training.accelerator_config={nonsense: 1}"], "nonsense"),
+        ("train", ["training.log_level=nonsense"], "nonsense"),
+        ("attention", ["--answer", "cat\udcff"], "--answer is not UTF-8"),
+        ("eval pope", ["--prompt-suffix", "\udcff"], "--prompt-suffix is not UTF-8"),
         ("eval pope", ["--categories", "[/b]"], "[/b]"),
         ("eval scenes", ["--split", "[/b]"], "[/b]"),
         ("ask", ["--phrase", "[/b]", "--heatmap", "x.png"], "[/b]"),
@@ -357,6 +368,13 @@ def test_a_wrong_option_ends_in_one_message(name, options, culprit, monkeypatch,
     code, printed = run(monkeypatch, capsys, *arguments(name, world, tmp_path / "out"), *options)
     check_message(code, printed, culprit)
     assert tree(tmp_path) == {}
+
+
+def test_a_question_in_another_encoding(monkeypatch, capsys, world):
+    """The bytes of another encoding come as halves of surrogate pairs, which a tokenizer refuses with a TypeError."""
+    *words, question = arguments("ask", world, world)
+    code, printed = run(monkeypatch, capsys, *words, question + "\udcff")
+    check_message(code, printed, "The question is not UTF-8")
 
 
 # --- the output ---

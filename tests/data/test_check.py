@@ -361,3 +361,14 @@ def test_mistakes_of_the_check_command(arguments, message, monkeypatch, capsys, 
     (images / "broken.jpg").unlink()
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     check_refused(monkeypatch, capsys, tmp_path, message, "data", *arguments)
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    """JSON can hold it, and then no data set can."""
+    row = good_row()
+    for content in ("Where\ud83d?", [text_part("Where\ud83d?")], "Where 😀?"):
+        row["messages"][0]["content"] = content
+        found = [problem.where for problem in check_row(row) if "surrogate pair" in problem.message]
+        assert found == (
+            [] if content == "Where 😀?" else [f"messages[0].content{'[0]' if isinstance(content, list) else ''}"]
+        )
