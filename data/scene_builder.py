@@ -111,7 +111,8 @@ def load_cutouts(
         FileNotFoundError: if the folder is missing or has no cut-outs.
         ValueError: if a cut-out is not a readable image, or has no transparency, or a class has no cut-outs.
     """
-    from ..processing.image_processing_agevlm import load_image  # with torch, so not for those who import `KINDS` only
+    # With torch, so not for those who import `KINDS` only.
+    from ..processing.image_processing_agevlm import load_image, to_8_bits
 
     folder = Path(folder)
     files: dict[str, list[Path]] = {}
@@ -131,7 +132,7 @@ def load_cutouts(
             image = load_image(path)
             if not image.has_transparency_data:
                 raise ValueError(f"{path} has no transparency; remove its background or the file")
-            image = image.convert("RGBA")
+            image = to_8_bits(image).convert("RGBA")
             box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
             if box is None:
                 raise ValueError(f"{path} is completely transparent; remove it")

@@ -261,8 +261,12 @@ def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
     return image
 
 
-def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Scales 16-bit gray images to 8 bits. The conversion of PIL would clip them to white."""
+def to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scales 16-bit gray images to 8 bits, with alpha where a gray value is transparent. PIL would clip them to white.
+
+    Raises:
+        ValueError: if the mode of the image has no defined range of values.
+    """
     if image.mode == "F":
         raise ValueError('PIL mode "F" has no defined range of values. Convert the image to mode "L" or "RGB" first.')
     if not image.mode.startswith("I"):
@@ -273,7 +277,11 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
             f'PIL mode "{image.mode}" is read as 16-bit gray, but its values are from {pixels.min()} to {pixels.max()}. '
             'Convert the image to mode "L" or "RGB" first.'
         )
-    return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    gray = PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    if (hidden := image.info.get("transparency")) is None:
+        return gray
+    alpha = PIL.Image.fromarray(np.where(pixels == hidden, 0, 255).astype(np.uint8))
+    return PIL.Image.merge("LA", (gray, alpha))
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -282,7 +290,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: if the image cannot be decoded, or its mode has no defined range of values.
     """
-    return PIL.Image.fromarray(convert_to_rgb(_to_8_bits(decode_image(image)), return_numpy=True))
+    return PIL.Image.fromarray(convert_to_rgb(to_8_bits(decode_image(image)), return_numpy=True))
 
 
 class AgeVlmImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -382,7 +390,7 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
         """Converts one image to the type of the backend, channels first. See the class for accepted types and errors."""
         if isinstance(image, PIL.Image.Image):
             self.get_resized_size(image.height, image.width)  # raises on empty images
-            image = _to_8_bits(decode_image(image))
+            image = to_8_bits(decode_image(image))
         else:
             image, input_data_format = self._check_array(image, input_data_format, do_rescale)
         return super().process_image(
@@ -525,4 +533,12 @@ AgeVlmImageProcessor.register_for_auto_class()
 AgeVlmImageProcessorPil.register_for_auto_class()
 
 
-__all__ = ["AgeVlmImageProcessor", "AgeVlmImageProcessorPil", "decode_image", "flatten_images", "load_image", "to_rgb"]
+__all__ = [
+    "AgeVlmImageProcessor",
+    "AgeVlmImageProcessorPil",
+    "decode_image",
+    "flatten_images",
+    "load_image",
+    "to_8_bits",
+    "to_rgb",
+]

@@ -249,6 +249,19 @@ def test_transparency_is_composited_on_white_however_the_image_comes(processor, 
         np.testing.assert_allclose(pixels[20, 50], (255, 255, 255), atol=1)
 
 
+def test_a_transparent_gray_value_of_16_bits_is_white(processor, tmp_path):
+    gray = np.random.default_rng(0).integers(2, 200, (40, 60), np.uint8)
+    gray[10:30] = 1
+    Image.fromarray(gray).save(tmp_path / "8.png", transparency=1)
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    deep.info["transparency"] = 257  # as Pillow reads it from a file; it writes none
+    (expected,), (found,) = (
+        processor(image, return_tensors="pt").pixel_values for image in (tmp_path / "8.png", deep)
+    )
+    assert torch.equal(found, expected)
+    assert (np.asarray(to_rgb(deep))[10:30] == 255).all()
+
+
 def test_files_are_turned_upright(processor, tmp_path):
     image = picture(30, 50)
     exif = image.getexif()
