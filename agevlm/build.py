@@ -357,8 +357,8 @@ def _check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None
             raise ValueError(f"{name} must be three finite numbers, one a color channel, got {list(values)}.")
     if min(mean) < 0 or max(mean) > 1:
         raise ValueError(f"image_mean must be from 0 to 1, as colors are, got {list(mean)}.")
-    if min(std) <= 0 or max(std) > 1:
-        raise ValueError(f"image_std must be positive and at most 1, as colors are from 0 to 1, got {list(std)}.")
+    if min(std) < 0.001 or max(std) > 1:
+        raise ValueError(f"image_std must be from 0.001 to 1, as colors are from 0 to 1, got {list(std)}.")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: AgeVlmForConditionalGeneration) -> None:

@@ -468,6 +468,13 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
             raise ValueError(
                 "`do_center_crop` and `pad_size` are not supported: images are resized and padded to `size`."
             )
+        needed = [("rescale_factor", True)] if kwargs.get("do_rescale") else []
+        needed += [("image_mean", False), ("image_std", True)] if kwargs.get("do_normalize") else []
+        for name, positive in needed:  # otherwise the pixels would be infinite or NaN
+            values = np.asarray(kwargs[name], np.float32)
+            if not np.isfinite(values).all() or (positive and (values <= 0).any()):
+                what = "positive" if positive else "finite"
+                raise ValueError(f"`{name}` of the image processor must be {what}, got {kwargs[name]}.")
 
     def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs) -> Any:
         """Resizes `image` `(..., h, w)` to `size`, or to the largest size that fits into its `max_height` and `max_width`."""

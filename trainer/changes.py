@@ -47,7 +47,7 @@ _SAMPLED_ROWS = 100
 
 
 def stage_settings(
-    recipe: dict[str, Any], args: AgeVlmTrainingArguments, datasets: dict[str, Any], *, first: bool
+    recipe: dict[str, Any], args: AgeVlmTrainingArguments, datasets: dict[str, Any], processor: Any, *, first: bool
 ) -> dict[str, Any]:
     """All that the result of a single stage depends on, resolved, as values for JSON.
 
@@ -55,16 +55,27 @@ def stage_settings(
         recipe: of one stage, as a mapping.
         args: made from its `training`.
         datasets: `train_dataset` and, where it evaluates, `eval_dataset`.
+        processor: of the model.
         first: whether it starts from the recipe's `model`, and not from the stage before.
     """
     settings = {name: value for name, value in recipe.items() if name != "stages" and (first or name != "model")}
     given = {"bf16": args.bf16, **recipe["training"]}
     training = {name: value for name, value in given.items() if not name.startswith(_FREE) and name not in _STEP}
     settings["training"] = {**training, **_step(args, datasets["train_dataset"])}
+    settings["processor"] = _processor_settings(processor)
     for name, dataset in datasets.items():
         if dataset is not None:
             settings[name] = {"rows": len(dataset), "sample": sample_digest(dataset)}
     return json.loads(json.dumps(settings, default=str))
+
+
+def _processor_settings(processor: Any) -> dict[str, Any]:
+    """How images become pixels, by any of the image processor's backends, and conversations texts."""
+    images = getattr(processor, "image_processor", None)
+    settings = {} if images is None else images.to_dict()
+    for name in ("auto_map", "image_processor_type"):
+        settings.pop(name, None)
+    return {**settings, "chat_template": digest([getattr(processor, "chat_template", None)])}
 
 
 def _step(args: AgeVlmTrainingArguments, dataset: Dataset) -> dict[str, int]:

@@ -280,12 +280,13 @@ def _intact(file: Path, fix: str) -> Iterator[None]:
 def check_weights(trainer: Trainer) -> None:
     """
     Raises:
-        ValueError: if a weight that trains is not finite; names the first such parameter.
+        ValueError: if a weight that trains, or its square, is not finite; names the first such parameter.
     """
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     if not trained:
         return
-    finite = [torch.isfinite(_local(parameter)).all().to(trainer.args.device) for parameter in trained.values()]
+    # Squared, because the last step of a run has no loss behind it: what it has made so large computes NaN.
+    finite = [_local(p).float().square().isfinite().all().to(trainer.args.device) for p in trained.values()]
     damaged = (~torch.stack(finite)).int()
     if any(_local(p) is not p for p in trained.values()) or trainer.is_fsdp_enabled:  # each process has a part
         damaged = trainer.accelerator.reduce(damaged)
@@ -294,7 +295,7 @@ def check_weights(trainer: Trainer) -> None:
         step = trainer.state.global_step
         left = trainer._last_good(step + 1) if isinstance(trainer, GuardsMixin) and trainer.is_in_train else ""
         raise ValueError(
-            f"Nothing is saved: after step {step}, {names[0]} has values that are not finite"
+            f"Nothing is saved: after step {step}, {names[0]} has values that are not finite or too large"
             + (f", as have {len(names) - 1} other parameters. " if len(names) > 1 else ". ")
             + (left or "Train again with a lower learning_rate.")
         )

@@ -404,7 +404,7 @@ def train(
     finished = [len(stages) > 1 and has_model(folder) for folder in folders]
     first = min([number for number, done in enumerate(finished) if not done] or [len(stages) - 1])
     settings = [
-        stage_settings(dataclasses.asdict(stage), args, data, first=number == 0)
+        stage_settings(dataclasses.asdict(stage), args, data, processor, first=number == 0)
         for number, (stage, args, data) in enumerate(zip(stages, every_args, mixtures, strict=True))
     ]
     for number in range(first + 1):

@@ -351,7 +351,7 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
         ConvNextImageProcessor(**own.get(change, {"image_mean": [0.5], "image_std": [0.5]})).save_pretrained(vision)
         expected = (
             ValueError,
-            "image_std must be positive" if change == "own std" else "image_mean must be three finite",
+            "image_std must be from 0.001" if change == "own std" else "image_mean must be three finite",
         )
     elif change == "role":
         kwargs, expected = {"image_token": EOT}, (ValueError, rf"'{re.escape(EOT)}' is its eos_token")
@@ -396,7 +396,7 @@ def test_a_failed_build_leaves_nothing_behind(change, text_dir, timm_weights, tm
     elif change == "channels":
         kwargs, expected = {"image_std": [0.5]}, (ValueError, "image_std must be three finite numbers")
     elif change == "std":
-        kwargs, expected = {"image_std": [0.5, 0, 0.5]}, (ValueError, "image_std must be positive")
+        kwargs, expected = {"image_std": [0.5, 0, 0.5]}, (ValueError, "image_std must be from 0.001")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(expected[0], match=expected[1]):
         build_checkpoint(text, vision, out, **kwargs)

@@ -382,6 +382,20 @@ def test_bad_sizes_raise(processor, size):
         processor(picture(), size=size)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_std", [0.5, 0.0, 0.5]), ("image_std", [1e-300] * 3), ("image_std", [-1.0] * 3),
+        ("image_mean", [float("nan")] * 3), ("image_mean", [None, 0, 0]), ("rescale_factor", 0),
+    ],
+)  # fmt: skip
+def test_settings_that_give_no_finite_pixels_raise(processor, name, value):
+    """A checkpoint that was saved with them is refused where it is asked."""
+    with pytest.raises(ValueError, match=f"`{name}` of the image processor must be"):
+        type(processor)(**{name: value})(picture())
+    type(processor)(**{name: value}, do_rescale=False, do_normalize=False)(picture())
+
+
 def test_options_that_break_the_geometry_raise(processor):
     with pytest.raises(ValueError, match="do_center_crop"):
         processor(picture(), do_center_crop=True, crop_size={"height": 5, "width": 5})

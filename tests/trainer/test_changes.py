@@ -173,6 +173,18 @@ def test_other_data_under_the_same_path_are_refused(begun, tmp_path):
     agevlm.train(begun / "recipe.yaml", overrides, resume=True)
 
 
+def test_another_processor_under_the_same_path_is_refused(begun, stopped):
+    processor = tiny_processor()
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    with pytest.raises(FileExistsError, match=r"processor\.image_mean was \[0\.4.* and is \[0\.5, 0\.5, 0\.5\]"):
+        resume(begun, stopped, processor=processor)
+    processor = tiny_processor()
+    processor.chat_template += "!"
+    with pytest.raises(FileExistsError, match=r"processor\.chat_template was"):
+        resume(begun, stopped, processor=processor)
+    resume(begun, stopped, processor=tiny_processor())
+
+
 def test_a_sample_of_data_is_that_of_their_contents(tmp_path):
     whole = dataset(9)
     known = sample_digest(whole)

@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_stops_too_but_for_float16(tmp_path):
 # --- weights ---
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
 def test_weights_that_are_not_finite_are_never_saved(value, tmp_path):
     settings = {"stage": "guide", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(start_model(), "1212", tmp_path, callbacks=[At(4, fill(value), begin=False)], **settings)
