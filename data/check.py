@@ -18,6 +18,7 @@ from ..processing.rows import (
     ORIGIN_COLUMN,
     PREFERENCE_COLUMNS,
     ROLES,
+    is_unicode,
     mask_from_rle,
     message_text,
     place_images,
@@ -286,8 +287,7 @@ def _check_message(message: Any, column: str, where: str) -> Iterator[Problem]:
 
 
 def _check_text(text: str, where: str) -> Iterator[Problem]:
-    """JSON can hold half of a surrogate pair, which no tokenizer reads and no file of UTF-8 has."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         yield Problem(where, f"has half of a surrogate pair, {text!a:.80}; write the whole character")
 
 

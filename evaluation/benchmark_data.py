@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..processing.image_processing_agevlm import load_image
+from ..processing.rows import is_unicode
 
 
 def read_lines(file: str | os.PathLike, columns: Iterable[str]) -> list[dict[str, Any]]:
@@ -104,9 +105,8 @@ def check_texts(row: Mapping[str, Any], columns: Iterable[str]) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text with more than white space. A half of a surrogate pair is JSON, but no text that could be
-    tokenized or written."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+    """Whether a value is a text with more than white space, of whole characters."""
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
 def image_file(path: Path, where: str) -> Callable[[], Image.Image]:

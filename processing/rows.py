@@ -96,6 +96,12 @@ def row_features() -> Features:
     )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has whole characters only. JSON and shells can hand over halves of surrogate pairs, which no tokenizer reads and
+    no file of UTF-8 has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def message_text(message: dict[str, Any]) -> str:
     """The text of a message: its string content, or its text parts joined without a separator. Image parts have no text."""
     content = message.get("content") or ""  # a message that only calls tools may have no content

@@ -38,7 +38,9 @@ def check_figure(option: typer.CallbackParam, file: Path | None) -> Path | None:
 
 def check_text(text: str, what: str) -> str:
     """The text, which a tokenizer must be able to read: the shell may hand over bytes that are no characters."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    from ..processing.rows import is_unicode
+
+    if not is_unicode(text):
         raise ValueError(f"{what} is not UTF-8: {text!a:.80}. Write it in the encoding of your terminal.")
     return text
 
