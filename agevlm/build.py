@@ -12,7 +12,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -33,7 +32,7 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 from transformers.utils import logging
 
 from .files import new_folder, resolve_package_file
-from .hub import load_pretrained, loading
+from .hub import check_chat_template, load_pretrained, loading
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
@@ -333,12 +332,8 @@ def _image_statistics(vision_model: str | PreTrainedModel) -> tuple[Sequence[flo
 
 
 def _check_chat_template(processor: AgeVlmProcessor) -> None:
-    """Renders one question about an image, so that an invalid template is refused before it is saved."""
-    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-    try:
-        rendered = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"The chat template is invalid: {error}") from error
+    """Refuses a template that fails, or loses a text or an image, before it is saved."""
+    rendered = check_chat_template(processor, "the new model")
     if rendered.count(processor.image_token) != 1 or "What is this?" not in rendered:
         raise ValueError(
             "The chat template loses a message's text or image. Use a template for texts, which writes "

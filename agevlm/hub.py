@@ -228,15 +228,18 @@ def load_processor(name: str | os.PathLike) -> Any:
     return processor
 
 
-def check_chat_template(processor: Any, name: str | os.PathLike) -> None:
+def check_chat_template(processor: Any, name: str | os.PathLike) -> str:
     """Renders a question about an image, so that a template that is no Jinja, or fails, is refused before any work.
+
+    Returns:
+        The rendered question, "What is this?".
 
     Raises:
         ValueError: if it fails; names the model.
     """
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     try:
-        processor.apply_chat_template(
+        return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # a template is a program, which can fail in any way
