@@ -26,11 +26,11 @@ evidence: $(VENV)/.evidence
 
 # One thread a process: the models in the tests are too small to share.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not minutes"
 
 # Minutes each, such as the run inside Transformers' source tree.
 test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m minutes
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

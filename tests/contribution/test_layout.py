@@ -160,7 +160,7 @@ def test_what_is_not_run_is_what_the_distribution_lacks():
     assert not [file for file in NOT_RUN if (source_distribution() / file).exists()]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.timeout(3600)
 def test_the_common_tests_pass_in_tree(tree):
     target, _ = tree

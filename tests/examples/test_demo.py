@@ -336,7 +336,7 @@ def test_efficientnet_weights_recognize_photographs():
 # ---------------------------------------------------------------------------------------- all of it
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.timeout(3600)
 def test_the_whole_demo(tmp_path):
     output = tmp_path / "demo_output"
