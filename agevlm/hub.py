@@ -213,17 +213,19 @@ def _shorten(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def load_processor(name: str | os.PathLike) -> Any:
-    """The processor of a model, whose chat template works if it has one.
+    """The processor of a model, whose tokenizer reads a text and whose chat template works, if it has them.
 
     Raises:
         OSError: if there is no such model, or it has no processor.
         ValueError: if one of its files is damaged, or its chat template fails.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, ProcessorMixin
 
     with loading(name) as place:
         processor = AutoProcessor.from_pretrained(place)
-    if getattr(processor, "chat_template", None) is not None:
+        if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+            tokenizer("text", truncation=True)  # settings of wrong types fail here only
+    if isinstance(processor, ProcessorMixin) and processor.chat_template is not None:
         check_chat_template(processor, name)
     return processor
 

@@ -18,7 +18,6 @@ from PIL import Image
 from rich.progress import Progress
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     BatchFeature,
     LogitsProcessor,
     PreTrainedModel,
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from ..files import name_full_disk, new_file
-from ..hub import check_chat_template, load_pretrained, loading
+from ..hub import load_pretrained, load_processor
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -124,10 +123,8 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype not in DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-    with loading(name) as place:
-        processor = AutoProcessor.from_pretrained(place)
+    processor = load_processor(name)
     _check_processor(processor, str(name))
-    check_chat_template(processor, name)
     model = load_pretrained(AutoModelForImageTextToText, name, dtype=dtype)
     return model.to(device).eval(), processor
 

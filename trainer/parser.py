@@ -23,7 +23,13 @@ _MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader with the numbers and booleans of YAML 1.2."""
+    """A safe loader with the numbers and booleans of YAML 1.2, to which a key that stands twice is an error, as YAML says."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((key for number, key in enumerate(keys) if key in keys[:number]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

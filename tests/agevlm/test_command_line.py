@@ -196,6 +196,11 @@ def failing_template(path: Path) -> str:
     return "chat template"
 
 
+def setting_of_another_type(path: Path) -> None:
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": "long"}))
+
+
 def other_weights(path: Path) -> None:
     torch.save(build_tiny_sam(width=16).state_dict(), path)
 
@@ -222,9 +227,9 @@ MODEL = [
     missing, empty, text, another_kind, another_shape, pickled, broken_template, failing_template,
     in_file("model.safetensors", truncated), in_file("model.safetensors", no_bytes),
     in_file("config.json", truncated), in_file("config.json", nested), in_file("config.json", number),
-    in_file("tokenizer.json", truncated),
+    in_file("tokenizer.json", truncated), setting_of_another_type,
 ]  # fmt: skip
-PART = [fault for fault in MODEL if fault not in (broken_template, failing_template)]
+PART = [fault for fault in MODEL if fault not in (broken_template, failing_template, setting_of_another_type)]
 FAULTS: dict[str, list[Callable[[Path], Any]]] = {
     "model": MODEL,
     "text": PART,

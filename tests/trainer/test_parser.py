@@ -224,3 +224,14 @@ def test_what_is_nested_without_end_is_told(text):
         read_yaml(text, "here")
     assert read_yaml("[" * 90 + "]" * 90, "here") is not None
     assert read_yaml("base: &b {x: 1}\nother: {<<: *b, y: 2}", "here") == {"base": {"x": 1}, "other": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("text", ["model: a\nmodel: b", "training: {stage: guide, 'stage': align}", "[{a: 1, a: 1}]"])
+def test_a_key_that_stands_twice_is_refused(text):
+    with pytest.raises(ValueError, match=r"the key '(model|stage|a)' stands twice"):
+        read_yaml(text, "recipe.yaml")
+
+
+def test_merged_keys_may_be_replaced():
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}"
+    assert read_yaml(text, "recipe.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
