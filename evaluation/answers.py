@@ -396,21 +396,27 @@ def answer(
 
 
 def _kept_answers(file: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The answers that `file` has already; begins it where it is missing, and drops a last line that is not complete."""
+    """The answers that `file` has already; begins it where it is missing or has none, and drops a last line that is not
+    complete."""
     first_line = json.dumps({"settings": header}) + "\n"
     written = file.read_bytes() if file.exists() else b""
     whole = written[: written.rfind(b"\n") + 1]
-    if not whole and first_line.encode().startswith(written):
+
+    def begin() -> dict[str, dict[str, Any]]:
         with new_file(file) as partial:
             partial.write_text(first_line, encoding="utf-8", newline="\n")
         return {}
 
+    if not whole and first_line.encode().startswith(written):
+        return begin()
     lines = whole.split(b"\n")[:-1]
     try:
         found = json.loads(lines[0])["settings"]
         found.keys()
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} exists and is not a file of answers; {FIX.format(place=file)}") from error
+    if len(lines) == 1:  # of a run that ended before the first answer, with any settings
+        return begin()
     refuse_changes(found, header, file)
     answers = {}
     for number, line in enumerate(lines[1:], 2):

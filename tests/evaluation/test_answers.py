@@ -122,6 +122,11 @@ def test_a_file_of_other_answers_is_refused(tmp_path):
         again(model=other)
     assert file.read_bytes() == before
 
+    file.write_bytes(before.splitlines(keepends=True)[0])  # of a run that ended before its first answer: nothing is lost
+    found = again(model=other)
+    assert found == again(model=other)
+    file.write_bytes(before)
+
     file.write_bytes(before.replace(b'"answer"', b'"reply"', 1))
     with pytest.raises(ValueError, match=r"answers\.jsonl, line 2: is damaged"):
         again()
