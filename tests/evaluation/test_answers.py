@@ -122,7 +122,8 @@ def test_a_file_of_other_answers_is_refused(tmp_path):
         again(model=other)
     assert file.read_bytes() == before
 
-    file.write_bytes(before.splitlines(keepends=True)[0])  # of a run that ended before its first answer: nothing is lost
+    # Of a run that ended before its first answer: nothing is lost.
+    file.write_bytes(before.splitlines(keepends=True)[0])
     found = again(model=other)
     assert found == again(model=other)
     file.write_bytes(before)
