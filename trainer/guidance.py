@@ -169,7 +169,8 @@ class GuidanceMixin(AnyTrainer):
                 "come from trains (choose a `stage` with the adapter or the cross-attention), or gradient checkpointing is "
                 "reentrant (use gradient_checkpointing_kwargs={'use_reentrant': False}) where nothing before it trains."
             )
-        maps = maps[self._guided_blocks]
+        # A compiled model has room for more images than any row has: nothing is attended there.
+        maps = maps[self._guided_blocks][..., : targets.shape[-1]]
         losses, _ = guidance_losses(maps, targets, self._guidance_loss, named)
         there = (targets > 0).any(-1)
         sums["guided_phrases"] += named.sum()

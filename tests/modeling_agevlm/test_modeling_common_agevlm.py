@@ -100,13 +100,15 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
     cross_attention_sink = False
     num_vision_hidden_states = 5
 
-    # Replaced by `test_all_parameters_have_gradients`.
-    test_all_params_have_gradient = False
     # It looks for a name of the width that configurations of convolutional towers lack; see `test_visual_tokens`.
     skip_test_image_features_output_shape = True
 
     @unittest.skip("A convolutional tower has no attentions.")
     def test_get_image_features_attentions(self):
+        pass
+
+    @unittest.skip("The list leaves modules out of quantization; its float32 is undone in `_get_dtype_plan`.")
+    def test_keep_in_fp32_modules(self):
         pass
 
     @unittest.skip("GenerationTesterMixin is not in the source distribution; see test_generation_agevlm.py instead.")
@@ -171,13 +173,10 @@ class AgeVlmModelTest(common.ModelTesterMixin, TensorParallelTesterMixin, Traini
         assert (changes[torch.arange(len(changes)) != middle, 1:] > 0.05).all()
 
     def test_all_parameters_have_gradients(self):
-        """All but the norm after pooling, which no visual token goes through."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = AgeVlmForConditionalGeneration(config)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-        pooling = "layernorm" if self.vision_config is CONVNEXT else "timm_model.head.norm"
-        assert without == {f"model.vision_tower.{pooling}.{name}" for name in ("weight", "bias")}
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 class AgeVlmTimmModelTest(AgeVlmModelTest):

@@ -120,15 +120,16 @@ def test_the_ablations_share_the_parts_and_the_runs_of_the_evidence(fake, tmp_pa
     fake["command"](ablations, "--topics", "padding,sink")
     assert fake["built"] == ["untrained", "scenes", "wide"]
     (_, _, first, _), (names, seeds, second, _) = fake["run"]
-    assert names == ["guided", "unguided", "padding_masked", "padding_seen", "no_sink"]
+    assert names == ["guided", "unguided", "padding_masked", "padding_seen", "no_sink", "sink_for_present_only"]
     assert seeds == [0]
     assert first.run_dir("guided", 0) == second.run_dir("guided", 0)
     assert (first.overrides, first.max_questions) == (second.overrides, second.max_questions)
     (results, folder), settings = fake["reported"][1]
     assert folder == tmp_path / "out/ablations"
     assert settings["topics"] == {
-        "padding": ["unguided", "padding_masked", "padding_seen"], "sink": ["unguided", "no_sink"],
-    }  # fmt: skip
+        "padding": ["unguided", "padding_masked", "padding_seen"],
+        "sink": ["unguided", "no_sink", "sink_for_present_only"],
+    }
     assert list(results) == names
 
 

@@ -265,7 +265,7 @@ def test_results_of_another_checkpoint_or_other_scenes_are_refused(laboratory, t
     with pytest.raises(FileExistsError, match=r"recipe\.model was"):
         run_all({"guided": ARMS["guided"]}, [0], replace(laboratory, checkpoint=other))
     scenes = {**laboratory.scenes, "exact": laboratory.scenes["teacher"]}
-    with pytest.raises(FileExistsError, match=r"recipe\.data was"):
+    with pytest.raises(FileExistsError, match=r"recipe\.data\.0\.path was"):
         run_all({"guided": ARMS["guided"]}, [0], replace(laboratory, scenes=scenes))
 
 

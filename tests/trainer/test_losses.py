@@ -494,7 +494,8 @@ def guided_batch(side: str = "left", dtype: torch.dtype = torch.float32):
 def guided_loss(model, inputs, queries, targets, weight: float = WEIGHT, named=None) -> torch.Tensor:
     """Language modeling and guidance as they are used in training, through SDPA and `map_queries`."""
     outputs = model(**inputs, map_queries=queries, use_cache=False)
-    losses, named = guidance_losses(outputs.cross_attention_maps, targets, named=named)
+    maps = outputs.cross_attention_maps[..., : targets.shape[-1]]  # compiled models have room for more images
+    losses, named = guidance_losses(maps, targets, named=named)
     return outputs.loss + weight * losses.sum() / named.sum()
 
 

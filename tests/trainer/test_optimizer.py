@@ -116,9 +116,7 @@ def test_groups_for_muon():
     options = MuonOptions(adamw_lr_scale=0.5)
     groups = optimizer_groups(model, 0.1, rates, learning_rate=1e-3, muon=options)
     found = {id(parameter): group for group in groups for parameter in group["params"]}
-    assert (
-        len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - 2
-    )  # unused norm
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, members in group_parameters(model).items():
         for member, parameter in members.items():
             if name == "vision_last_block":

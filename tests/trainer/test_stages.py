@@ -349,8 +349,8 @@ def test_a_half_model_trains_in_float32_with_its_frozen_part_as_it_was(stage):
         ({"guided_layers": [0, 99]}, r"guided_layers has \[99\], but the cross-attention layers are \[0, "),
         ({"guidance_weight": -1.0}, "guidance_weight must not be negative, got -1.0"),
         ({"guided_fraction": 1.5}, "from 0 to 1, got 1.5"),
-        ({"guidance_loss": "focal"}, "no guidance_loss 'focal': choose one of dice, bce, kl"),
-        ({"guidance_loss": "kl", "rescale_maps": False}, "leave rescale_maps out, or choose dice or bce"),
+        ({"guidance_loss": "focal"}, "no guidance_loss 'focal': choose one of dice, log_dice, bce, kl"),
+        ({"guidance_loss": "kl", "rescale_maps": False}, "leave rescale_maps out, or choose dice, log_dice or bce"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_words(settings, message):
@@ -384,7 +384,7 @@ def test_recipes_choose_the_guidance_loss(tmp_path):
     assert training_arguments(load_recipe(path)).guidance_loss == "kl"
     args = training_arguments(load_recipe(path, ["training.guidance_loss=bce", "training.rescale_maps=false"]))
     assert (args.guidance_loss, args.rescale_maps) == ("bce", False)
-    with pytest.raises(ValueError, match="guidance_loss must be dice or bce or kl, got 'focal'"):
+    with pytest.raises(ValueError, match="guidance_loss must be dice or log_dice or bce or kl, got 'focal'"):
         training_arguments(load_recipe(path, ["training.guidance_loss=focal"]))
     with pytest.raises(ValueError, match="rescale_maps must be true or false, got 'no'"):
         training_arguments(load_recipe(path, ["training.rescale_maps=no"]))
