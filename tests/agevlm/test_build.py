@@ -40,6 +40,8 @@ from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load
 from agevlm.files import resolve_package_file
 from agevlm.hub import load_pretrained
 
+pytestmark = pytest.mark.slow
+
 TIMM = "test_convnext"
 SIZE = 64
 

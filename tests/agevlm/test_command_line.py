@@ -39,6 +39,8 @@ import agevlm
 from agevlm import hub
 from agevlm.cli.commands import app
 
+pytestmark = pytest.mark.slow
+
 # The inputs are in braces: the name of a folder or a file of `world`, whose kind `KINDS` says. `out` is the output.
 COMMANDS = {
     "build": "build --text {text} --vision {vision} --image-size 64 --out {out}",

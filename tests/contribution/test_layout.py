@@ -12,6 +12,8 @@ from contribution import layout
 from contribution.__main__ import NOT_RUN, run_tests
 from contribution.source import source_distribution
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):

@@ -21,6 +21,8 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer import AgeVlmTrainer, AgeVlmTrainingArguments
 from agevlm.trainer.bad_rows import row_collator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

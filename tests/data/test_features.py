@@ -29,6 +29,8 @@ from agevlm.data import FeatureStore, compute_features
 from agevlm.data.features import image_digest
 from agevlm.processing.collator import row_images
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 NUMBER = 12
 

@@ -21,7 +21,7 @@ from agevlm.data.masks import add_masks
 from agevlm.data.teachers import load_teacher
 from agevlm.processing.rows import mask_from_rle, mask_to_rle, row_features
 
-pytestmark = pytest.mark.usefixtures("tiny_sam_type")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_sam_type")]
 
 
 def bytes_of(folder):

@@ -15,6 +15,8 @@ from transformers import AutoImageProcessor, ConvNextImageProcessor
 
 from agevlm import build_scenes
 
+pytestmark = pytest.mark.slow
+
 # Names that stand for something big, and the tiny folder that a test puts in its place.
 REPLACED = {
     "meta-llama/Llama-3.2-1B-Instruct": "tiny_llama",

@@ -28,6 +28,8 @@ from agevlm.evaluation.answers import FiniteLogits
 from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
+pytestmark = pytest.mark.slow
+
 TASKS = Path(__file__).parents[1] / "fixtures" / "lmms_task"
 SIZE = 32
 QUESTIONS = (

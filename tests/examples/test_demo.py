@@ -30,6 +30,8 @@ from agevlm.files import resolve_package_file
 from research.assets.openmoji import export_openmoji, export_photographs
 from research.weights import save_trained, trained_parameters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples"))
 demo = importlib.import_module("demo")

@@ -11,6 +11,8 @@ from transformers.cache_utils import CacheLayerMixin, Fp8QuantizedLayer
 
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttentionCacheLayer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 16
 PIXELS = list(images(sum(COUNTS)).split(COUNTS))
 

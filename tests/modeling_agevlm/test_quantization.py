@@ -13,6 +13,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmTextModel
 
+pytestmark = pytest.mark.slow
+
 WRITTEN = ["multi_modal_projector", "vision_tower", "cross_attn", "lm_head"]  # what people write
 
 

@@ -19,6 +19,8 @@ from agevlm.trainer.arguments import AgeVlmTrainingArguments
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer, AgeVlmSFTConfig, AgeVlmSFTTrainer
 
+pytestmark = pytest.mark.slow
+
 DEMO_TEMPLATE = Path(__file__).parents[2] / "examples" / "recipes" / "demo" / "chat_template.jinja"
 TEXTS = ["Is there a dog?", "Is there a white cat on the red sofa in this image, please?", "Cat?"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False}

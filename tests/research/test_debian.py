@@ -14,6 +14,8 @@ from PIL import Image
 from research.assets import debian
 from research.assets.debian import STAMPS, export_places, export_stamps, read_resources, unpack_package
 
+pytestmark = pytest.mark.slow
+
 
 def write_resources(files: dict[str, bytes], version: int = 2, packed: bool = True) -> bytes:
     """A Qt resource file with one folder, `photos`, that holds the files."""

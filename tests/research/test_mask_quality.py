@@ -15,6 +15,8 @@ from agevlm.data.teachers import GrabCutTeacher
 from agevlm.processing.rows import mask_from_rle
 from research.mask_quality import boxes_from_masks, mask_quality
 
+pytestmark = pytest.mark.slow
+
 
 def test_boxes_without_jitter_are_bounding_boxes():
     rows, mask = exact_rows()

@@ -12,6 +12,8 @@ from agevlm.data.scene_builder import build_scenes, load_cutouts
 from research.assets import openmoji
 from research.assets.openmoji import OPENMOJI, PHOTOGRAPHS, export_openmoji, export_photographs
 
+pytestmark = pytest.mark.slow
+
 
 def test_emoji_become_cutouts(tmp_path):
     files = export_openmoji(tmp_path / "cutouts", size=64)

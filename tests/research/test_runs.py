@@ -19,6 +19,8 @@ from research import runs
 from research.ablations import TOPICS
 from research.runs import ARMS, Variant, fresh_model, run, run_all
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = ARMS | {name: variant for topic in TOPICS.values() for name, variant in topic.items()}
 EXAMINED = ["guided", "unguided", "concatenation", "teacher", "padding_seen"]
 

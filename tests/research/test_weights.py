@@ -16,6 +16,8 @@ from agevlm.build import load_trained_weights
 from research import weights
 from research.weights import save_trained, trained_parameters
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "weights" / "demo.safetensors"
 
 

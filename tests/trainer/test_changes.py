@@ -18,6 +18,8 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer import AgeVlmTrainer
 from agevlm.trainer.changes import sample_digest
 
+pytestmark = pytest.mark.slow
+
 BATCH = "per_device_train_batch_size x gradient_accumulation_steps x devices"
 
 

@@ -29,6 +29,8 @@ from agevlm.trainer.guidance import visual_grid
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_each_checkpoint_has_the_processor_and_the_weights(tmp_path):
     model = start_model()

@@ -19,6 +19,8 @@ from training_runs import train
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.trainer import optimizer
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------------------------------- two processes
 
 # By step of two processes with batches of two rows: text alone in the second process; phrases in both; no phrase

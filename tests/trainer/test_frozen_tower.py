@@ -14,6 +14,8 @@ from trl import GRPOConfig, GRPOTrainer
 from agevlm import from_parts
 from agevlm.trainer.stages import LORA_TARGET_MODULES, freeze, lora_modules_to_save
 
+pytestmark = pytest.mark.slow
+
 
 def frozen_in(stage: str, lora: bool) -> nn.Module:
     """A model whose tower has batch norms, and is frozen but for its last block in the stage `guide`."""

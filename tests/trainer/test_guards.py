@@ -21,6 +21,8 @@ from agevlm.trainer.checkpoints import save_model
 from agevlm.trainer.guards import check_checkpoint
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer, AgeVlmSFTConfig, AgeVlmSFTTrainer
 
+pytestmark = pytest.mark.slow
+
 GATE = "model.language_model.cross_attn.0.gate"
 
 

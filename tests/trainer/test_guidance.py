@@ -14,6 +14,8 @@ from agevlm.trainer import guidance
 from agevlm.trainer.losses import resolve_loss
 from agevlm.trainer.stages import freeze
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("trainer", ["own", "sft"])
 @pytest.mark.parametrize(("name", "rescale"), [("dice", False), ("bce", True), ("bce", False), ("kl", True)])

@@ -10,6 +10,8 @@ from agevlm import AgeVlmTrainer, AgeVlmTrainingArguments
 from agevlm.data.scene_builder import build_scenes
 from agevlm.evaluation import evaluate_scenes
 
+pytestmark = pytest.mark.slow
+
 COLORS = {"red": (255, 30, 30), "green": (20, 230, 20), "blue": (30, 30, 255), "yellow": (240, 240, 20)}
 
 

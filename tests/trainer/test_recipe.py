@@ -34,6 +34,8 @@ from agevlm.trainer import AgeVlmTrainer, optimizer
 from agevlm.trainer.recipe import cache_features, load_model, load_recipe, training_arguments
 from agevlm.trainer.stages import PRESETS, group_parameters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes" / "age_vlm_1b").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))

@@ -19,6 +19,8 @@ from agevlm.trainer.losses import dice_loss
 from agevlm.trainer.stages import freeze
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("trainer", ["own", "sft"])
 @pytest.mark.parametrize("batch_size", [12, 4, 3, 2, 1])

@@ -39,6 +39,8 @@ from agevlm.trainer.trl_trainers import (
     AgeVlmSFTTrainer,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "examples" / "scripts"
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
 PLAIN |= {"logging_steps": 1, "disable_tqdm": True}

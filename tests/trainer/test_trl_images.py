@@ -10,6 +10,8 @@ from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOO
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.trainer.stages import freeze
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
 PLAIN |= {"disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-2}
 
