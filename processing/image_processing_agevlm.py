@@ -470,10 +470,10 @@ class AgeVlmImageProcessorMixin(BaseImageProcessor):
             )
         needed = [("rescale_factor", True)] if kwargs.get("do_rescale") else []
         needed += [("image_mean", False), ("image_std", True)] if kwargs.get("do_normalize") else []
-        for name, positive in needed:  # otherwise the pixels would be infinite or NaN
+        for name, nonzero in needed:  # otherwise the pixels would be infinite, NaN or all the same
             values = np.asarray(kwargs[name], np.float32)
-            if not np.isfinite(values).all() or (positive and (values <= 0).any()):
-                what = "positive" if positive else "finite"
+            if not np.isfinite(values).all() or (nonzero and not values.all()):
+                what = "finite and not 0" if nonzero else "finite"
                 raise ValueError(f"`{name}` of the image processor must be {what}, got {kwargs[name]}.")
 
     def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs) -> Any:
