@@ -110,7 +110,9 @@ class AgeVlmArgumentsMixin:
         if self.guided_layers is not None and len(set(self.guided_layers)) < len(self.guided_layers):
             raise ValueError(f"guided_layers must name each layer once, got {self.guided_layers}.")
         if not 0 <= self.guidance_weight < math.inf:
-            raise ValueError(f"guidance_weight must not be negative, got {self.guidance_weight}: 0 is no guidance.")
+            raise ValueError(
+                f"guidance_weight must be a number of at least 0, got {self.guidance_weight}: 0 is no guidance."
+            )
         if self.initial_gate is not None and not math.isfinite(self.initial_gate):
             raise ValueError(f"initial_gate must be a finite number, got {self.initial_gate}.")
         if not 0 <= self.guided_fraction <= 1:
