@@ -180,6 +180,9 @@ def read_batch(
     Args:
         prompts: as the chat template has rendered them, with one image or with none.
         images: one for each prompt; None for prompts without images.
+
+    Raises:
+        ValueError: if the model has no embedding of a token.
     """
     prompts = list(prompts)
     settings: dict[str, Any] = {
@@ -189,16 +192,34 @@ def read_batch(
         "return_tensors": "pt",
     }
     if images is None:
-        return Batch(prompts, [], processor(text=prompts, **settings).to(model.device))
+        inputs = processor(text=prompts, **settings)
+        _check_tokens(model, processor, inputs)
+        return Batch(prompts, [], inputs.to(model.device))
     nested = [[image] for image in images]
     if not isinstance(model, AgeVlmForConditionalGeneration):
         return Batch(prompts, list(images), processor(images=nested, text=prompts, **settings).to(model.device))
     inputs = processor(images=nested, text=prompts, return_offsets_mapping=True, **settings)
+    _check_tokens(model, processor, inputs)
     offsets = inputs.pop("offset_mapping")
     features = _features(model, inputs.pop("pixel_values"), inputs.pop("image_sizes", None))
     inputs = inputs.to(model.device)
     inputs["mm_encoder_outputs"] = {"image": features}
     return Batch(prompts, list(images), inputs, offsets)
+
+
+def _check_tokens(model: PreTrainedModel, processor: ProcessorMixin, inputs: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: if an AGE-VLM has no embedding of a token. Other models may replace such tokens.
+    """
+    if not isinstance(model, AgeVlmForConditionalGeneration):
+        return
+    rows, most = model.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    if most >= rows:
+        raise ValueError(
+            f"the tokenizer writes {processor.tokenizer.convert_ids_to_tokens(most)!r}, which the model's embedding of {rows} "
+            "tokens lacks: correct the special tokens in tokenizer_config.json, or take the tokenizer of the model"
+        )
 
 
 def adds_special_tokens(processor: ProcessorMixin, prompt: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from evaluation_cases import TEXTS, age_vlm, llava, picture, some_questions
 from PIL import Image
 
-from agevlm.evaluation.answers import Question, answer, load_model, open_image
+from agevlm.evaluation.answers import Question, answer, load_model, open_image, read_batch
 
 
 @pytest.fixture(scope="module", params=[age_vlm, llava])
@@ -242,3 +242,14 @@ def test_models_that_cannot_be_loaded(folders, monkeypatch):
         load_model(str(folders / "age_vlm"), device="cuda")
     with pytest.raises(OSError, match="nowhere"):
         load_model(str(folders / "nowhere"))
+
+
+def test_a_token_beyond_the_embedding_is_named():
+    model, processor = age_vlm()
+    rows = model.get_input_embeddings().num_embeddings
+    processor.tokenizer.add_tokens([f"token{n}" for n in range(rows)], special_tokens=True)
+    with pytest.raises(
+        ValueError, match=f"the tokenizer writes 'token{rows - 1}', which the model's embedding of {rows} "
+    ):
+        read_batch(model, processor, ["Is there a dog?", f"A token{rows - 1}"])
+    assert read_batch(model, processor, ["Is there a dog?"]).inputs["input_ids"].max() < rows
