@@ -24,8 +24,6 @@ from transformers_tests import load
 from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmPreTrainedModel, AgeVlmTextConfig
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
 
-pytestmark = pytest.mark.slow
-
 common = load("test_modeling_common")
 TensorParallelTesterMixin = load("test_tensor_parallel_mixin").TensorParallelTesterMixin
 TrainingTesterMixin = load("test_training_mixin").TrainingTesterMixin
