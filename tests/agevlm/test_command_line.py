@@ -695,6 +695,7 @@ def typer_group(typer_app):
 STARTED = """
 import signal, sys
 sys.argv = ["agevlm", *{arguments!r}]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 
 class Slow:  # an import that a user grows tired of
     def find_spec(self, name, path=None, target=None):
