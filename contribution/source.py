@@ -9,8 +9,6 @@ from pathlib import Path
 
 import transformers
 
-from agevlm.files import unfinished_folder
-
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 FIX = "Set TRANSFORMERS_SOURCE to an unpacked source distribution or a checkout of that version instead."
 
@@ -37,6 +35,8 @@ def source_distribution() -> Path:
 
 
 def _fetch(version: str, folder: Path) -> None:
+    from agevlm.files import unfinished_folder  # not above: tests inside of Transformers' tree import no agevlm
+
     with unfinished_folder(folder) as tmp:
         # pip also builds the package's metadata and so needs its build backend; no option turns that off.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
