@@ -214,7 +214,7 @@ def _check_tokens(model: PreTrainedModel, processor: ProcessorMixin, inputs: Map
     """
     if not isinstance(model, AgeVlmForConditionalGeneration):
         return
-    rows, most = model.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    rows, most = len(model.get_input_embeddings().weight), int(inputs["input_ids"].max())  # type: ignore[arg-type]
     if most >= rows:
         raise ValueError(
             f"the tokenizer writes {processor.tokenizer.convert_ids_to_tokens(most)!r}, which the model's embedding of {rows} "
