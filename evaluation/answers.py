@@ -214,7 +214,8 @@ def _check_tokens(model: PreTrainedModel, processor: ProcessorMixin, inputs: Map
     """
     if not isinstance(model, AgeVlmForConditionalGeneration):
         return
-    rows, most = len(model.get_input_embeddings().weight), int(inputs["input_ids"].max())  # type: ignore[arg-type]
+    embedding: Any = model.get_input_embeddings()
+    rows, most = embedding.num_embeddings, int(inputs["input_ids"].max())
     if most >= rows:
         raise ValueError(
             f"the tokenizer writes {processor.tokenizer.convert_ids_to_tokens(most)!r}, which the model's embedding of {rows} "

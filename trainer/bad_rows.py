@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.mixture import DataPart, skip_bad_rows
+from ..files import new_file
 from ..processing.collator import AgeVlmDataCollator
 from ..terminal import say
 
@@ -85,7 +86,7 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]] | None:
 def write_skipped(skipped: dict[str, list[dict[str, Any]]], folder: str | Path) -> int:
     """Writes the list of skipped rows into a stage's folder and says so; returns their number."""
     file, number = Path(folder) / SKIPPED_ROWS, sum(map(len, skipped.values()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(skipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with new_file(file) as partial:
+        partial.write_text(json.dumps(skipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     say(f"Skipped bad rows: {number}, listed in {file}")
     return number

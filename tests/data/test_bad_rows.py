@@ -21,12 +21,7 @@ from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer import AgeVlmTrainer, AgeVlmTrainingArguments
 from agevlm.trainer.bad_rows import row_collator
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")

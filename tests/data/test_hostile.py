@@ -24,10 +24,7 @@ from agevlm.processing import image_processing_agevlm
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.rows import row_features
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- files ---
@@ -198,9 +195,7 @@ def test_benchmarks_fetch_no_images(served, tmp_path):
 
 
 def test_other_protocols_are_urls_too(tmp_path):
-    rows = [
-        one_image_row({"path": path, "bytes": None}) for path in ("hf://datasets/a/b.png", "zip://a.png::/tmp/b.zip")
-    ]
+    rows = [one_image_row({"path": path, "bytes": None}) for path in ("hf://datasets/a/b.png", "zip://a.png::b.zip")]
     for row in rows:
         with pytest.raises(ValueError, match="is a URL"):
             read_rows(write_parquet(to_dataset([row]), tmp_path / "rows.parquet"))

@@ -4,7 +4,6 @@
 import json
 import os
 
-import datasets
 import numpy as np
 import pytest
 from documents import PAGES, ROOT, blocks, name_of
@@ -65,12 +64,11 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture
-def world(parts, tmp_path, monkeypatch):
+def world(parts, own_cache, tmp_path, monkeypatch):
     """An empty folder to work in, in which the names of the pages are there."""
     for name in os.listdir(parts):
         (tmp_path / name).symlink_to(parts / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     return tmp_path

@@ -34,7 +34,7 @@ from agevlm.trainer import AgeVlmTrainer, optimizer
 from agevlm.trainer.recipe import cache_features, load_model, load_recipe, training_arguments
 from agevlm.trainer.stages import PRESETS, group_parameters
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes" / "age_vlm_1b").glob("*.yaml"))
@@ -48,11 +48,6 @@ SMALL = [
     "training.logging_steps=1",
     "training.save_steps=2",
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
