@@ -29,6 +29,7 @@ def installed_files() -> dict[str, Path]:
     """The files of the installed package by module name, such as `agevlm.data.readers`."""
     folders = {"agevlm": "agevlm", "agevlm.cli": "agevlm/cli"}
     folders |= {f"agevlm.{name}": name for name in (*ORDER, "hub_cards") if name not in ("agevlm", "cli")}
+    folders["agevlm.data.formats"] = "data/formats"
     files = {}
     for package, folder in folders.items():
         for path in sorted((ROOT / folder).glob("*.py")):
