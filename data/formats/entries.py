@@ -160,17 +160,30 @@ class _Stream:
 def index_json(file: Path, place: Path, tables: Mapping[str, str | None]) -> None:
     """Keeps lists of a JSON file as tables for [`Entries`]. Where `place` exists, nothing is done.
 
-    An entry that is no object becomes an empty one, which no format reads.
-
     Args:
         file: see [`read_json`].
-        place: the SQLite file, which appears when it is whole.
-        tables: by the name of a list ("" where the file is a list itself, or JSON lines) the key that its entries are looked
-            up by, or None.
+        place, tables: see [`index_entries`]; `tables` names the lists.
 
     Raises:
         OSError: if the file cannot be read, or the index not be written.
         ValueError: if it is not JSON, or lacks a list; names the file and the line.
+    """
+    index_entries(read_json(file, tables), place, tables)
+
+
+def index_entries(entries: Iterator[tuple[str, Any, str]], place: Path, tables: Mapping[str, str | None]) -> None:
+    """Keeps entries as tables for [`Entries`]. Where `place` exists, nothing is done.
+
+    An entry that is no object becomes an empty one, which no format reads.
+
+    Args:
+        entries: the name of its table, the entry and its JSON text of each. Those of a table follow one another.
+        place: the SQLite file, which appears when it is whole.
+        tables: by the name of a table ("" where a file is a list itself, or JSON lines) the key that its entries are looked
+            up by, or None.
+
+    Raises:
+        OSError: if the index cannot be written.
     """
     if place.is_file():
         return
@@ -184,10 +197,9 @@ def index_json(file: Path, place: Path, tables: Mapping[str, str | None]) -> Non
             index.executemany("INSERT INTO names VALUES (?, ?)", numbers.items())
             for number in numbers.values():
                 index.execute(f"CREATE TABLE entries{number} (number INTEGER PRIMARY KEY, key, entry TEXT)")
-            # Lists follow one another in the file, and so does what is inserted into one table.
-            for name, entries in itertools.groupby(read_json(file, tables), key=lambda entry: entry[0]):
+            for name, group in itertools.groupby(entries, key=lambda entry: entry[0]):
                 insert = f"INSERT INTO entries{numbers[name]} VALUES (?, ?, ?)"
-                index.executemany(insert, _table_rows(entries, tables[name]))
+                index.executemany(insert, _table_rows(group, tables[name]))
             for name, key in tables.items():
                 if key is not None:
                     index.execute(f"CREATE INDEX keys{numbers[name]} ON entries{numbers[name]} (key)")
@@ -218,7 +230,7 @@ def _stored_key(key: Any) -> Any:
 
 
 class Entries:
-    """The tables that [`index_json`] has written, read only.
+    """The tables that [`index_json`] or [`index_entries`] has written, read only.
 
     Args:
         place: the SQLite file.
