@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...processing.rows import is_unicode
 from .source import BadEntryError
 
 DESCRIBE = "Describe this image."
 """The user's message of captions."""
+
+LINES = 16
+"""The most lines of one answer about objects or regions of an image. An image with more has several rows."""
 
 
 def image_file(folder: Path, name: Any) -> dict[str, Any]:
@@ -127,3 +131,27 @@ def conversation(*texts: str) -> list[dict[str, Any]]:
     ]
     messages[0]["content"].insert(0, {"type": "image", "text": None})
     return messages
+
+
+def line_of(text: Any) -> str:
+    """A text as one line of an answer, without white space at its ends.
+
+    Raises:
+        BadEntryError: if it is not a text, or blank.
+    """
+    line = " ".join(text.split()) if isinstance(text, str) else ""
+    if not line or not is_unicode(line):
+        raise BadEntryError("not a text", f"is {text!a:.200}, which has no text; write one, or remove it")
+    return line
+
+
+def answer_of_lines(
+    request: str, lines: Sequence[tuple[str, list[float] | None, dict[str, Any] | None]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The `messages` and `grounding` of a row whose answer has a line for each object: its text, box and mask."""
+    text = "\n".join(line for line, _, _ in lines)
+    grounding, start = [], 0
+    for line, box, mask in lines:
+        grounding.append(phrase_entry(text, start, start + len(line), message=1, box=box, mask=mask))
+        start += len(line) + 1
+    return {"messages": conversation(request, text), "grounding": grounding}
