@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import io
-import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...processing.rows import is_unicode
 from .source import BadEntryError
@@ -30,7 +30,7 @@ def image_file(folder: Path, name: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise BadEntryError("missing image", f"the image is {name!r:.200}; write its path in the folder of images")
     file = folder.absolute() / name
-    if not file.is_file():
+    if not os.path.isfile(file):  # False also for names that no file can have
         raise BadEntryError("missing image", f"there is no image {file!s:.500}; add it or remove the entry")
     if not file.resolve().is_relative_to(folder.resolve()):
         raise BadEntryError(
@@ -82,12 +82,8 @@ def pixel_box(box: Any, size: tuple[int, int]) -> list[float]:
     Raises:
         BadEntryError: if it is not a box, or nothing of it lies in the image.
     """
-    if not (
-        isinstance(box, Sequence)
-        and len(box) == 4
-        and all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in box)
-    ):
-        raise BadEntryError("not a box", f"is {box!r:.200}; write four numbers, [x0, y0, x1, y1]")
+    if not _are_four_numbers(box):
+        raise BadEntryError("not a box", f"has the box {box!r:.200}; write four numbers, [x0, y0, x1, y1]")
     x0, x1 = (min(max(float(side), 0.0), size[0]) for side in (box[0], box[2]))
     y0, y1 = (min(max(float(side), 0.0), size[1]) for side in (box[1], box[3]))
     if x0 >= x1 or y0 >= y1:
@@ -95,6 +91,26 @@ def pixel_box(box: Any, size: tuple[int, int]) -> list[float]:
             "empty box", f"has the box {list(box)}, of which nothing lies in the image of {size[0]} x {size[1]} pixels"
         )
     return [x0, y0, x1, y1]
+
+
+def xywh_box(box: Any, size: tuple[int, int]) -> list[float]:
+    """A box `[x, y, width, height]` in pixels, COCO's, as `[x0, y0, x1, y1]`, cut off at the image's edges.
+
+    Raises:
+        BadEntryError: see [`pixel_box`].
+    """
+    if not _are_four_numbers(box):
+        raise BadEntryError("not a box", f"has the box {box!r:.200}; write four numbers, [x, y, width, height]")
+    x, y, width, height = box
+    return pixel_box([x, y, x + width, y + height], size)
+
+
+def _are_four_numbers(box: Any) -> TypeGuard[Sequence[float]]:
+    return (
+        isinstance(box, Sequence)
+        and len(box) == 4
+        and all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e9 for n in box)  # no NaN is
+    )
 
 
 def phrase_entry(
