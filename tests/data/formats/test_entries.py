@@ -132,4 +132,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
             tracemalloc.stop()
 
     small = peak(20_000)  # several chunks
-    assert peak(60_000) < small * 1.1
+    assert peak(60_000) < small * 1.5
