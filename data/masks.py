@@ -8,21 +8,23 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_new_folder, claim, new_file, new_folder, unfinished_path
+from ..files import new_folder, unfinished_path
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.rows import mask_to_rle, message_text, quiet_datasets, row_features
 from ..resume import digest, resume_or_refuse
+from .pieces import unfinished_work, write_piece
 from .readers import check_images
 from .teachers import MaskTeacher, Prompt, process_state
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
     from PIL import Image
+    from rich.progress import Progress, TaskID
 
 
 def add_masks(
@@ -72,7 +74,6 @@ def add_masks(
     try:
         import datasets
         import pycocotools.mask  # noqa: F401
-        from datasets.arrow_writer import ArrowWriter
         from rich.progress import Progress
     except ImportError as error:
         raise ImportError(f"{error}; to add masks: pip install accelerate datasets pycocotools") from error
@@ -96,15 +97,15 @@ def add_masks(
         "save_every": save_every,
     }
     work = unfinished_path(output_dir)
-    shards = {
+    pieces = {
         (split, start): work / split / f"{start:09}.arrow"
         for split, part in splits.items()
         for start in range(0, len(part), save_every)
     }
-    with _begin(work, settings, output_dir) if state.is_main_process else contextlib.nullcontext():
+    with unfinished_work(output_dir, settings) if state.is_main_process else contextlib.nullcontext():
         state.wait_for_everyone()
         resume_or_refuse(work / "settings.json", settings)
-        missing = [shard for shard, path in shards.items() if not path.is_file()]
+        missing = [piece for piece, path in pieces.items() if not path.is_file()]
         state.wait_for_everyone()  # all processes look before any of them writes, so that all share the work alike
 
         with Progress(disable=not (progress and state.is_main_process)) as bar:
@@ -112,19 +113,12 @@ def add_masks(
             ranges = [range(start, min(start + save_every, len(splits[split]))) for split, start in share]
             task = bar.add_task("masks", total=sum(map(len, ranges)))
             for (split, start), indices in zip(share, ranges, strict=True):
-                with (
-                    new_file(shards[split, start]) as unfinished,
-                    ArrowWriter(path=str(unfinished), features=features[split]) as writer,
-                ):
-                    for rows in _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split):
-                        for row in rows:
-                            writer.write(row)
-                        bar.advance(task, len(rows))
-                    writer.finalize()
+                batches = _mask_rows(splits[split], indices, teacher, batch_size, min_score, overwrite, split)
+                write_piece(pieces[split, start], features[split], _advancing(batches, bar, task))
         state.wait_for_everyone()
 
         results = {
-            split: [datasets.Dataset.from_file(str(path)) for (owner, _), path in shards.items() if owner == split]
+            split: [datasets.Dataset.from_file(str(path)) for (owner, _), path in pieces.items() if owner == split]
             for split in splits
         }
         outcomes = Counter(
@@ -152,26 +146,11 @@ def add_masks(
     return datasets.load_from_disk(output_dir), outcomes
 
 
-@contextlib.contextmanager
-def _begin(work: Path, settings: Mapping[str, Any], output_dir: Path) -> Iterator[None]:
-    """Keeps the settings of the work, or compares them, and names this process there; a failure without results leaves nothing.
-
-    Raises:
-        FileExistsError: if the work is not of these settings, or `output_dir` cannot become the result.
-    """
-    check_new_folder(output_dir)
-    if work.is_dir() and any(work.iterdir()) and not (work / "settings.json").is_file():
-        raise FileExistsError(
-            f"{work} holds something that no teacher wrote: choose another output folder or delete it"
-        )
-    resume_or_refuse(work / "settings.json", settings)
-    with claim(work):
-        try:
-            yield
-        except BaseException:
-            if not any(work.glob("**/*.arrow")):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
+def _advancing(batches: Iterator[list[dict[str, Any]]], bar: Progress, task: TaskID) -> Iterator[dict[str, Any]]:
+    """The rows of batches, which advance a progress bar."""
+    for rows in batches:
+        yield from rows
+        bar.advance(task, len(rows))
 
 
 def replace_grounding(part: Dataset, results: Sequence[Dataset], fingerprint: str) -> Dataset:

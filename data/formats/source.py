@@ -29,6 +29,15 @@ class Piece:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def cut(file: str, count: int, size: int = 5000) -> list[Piece]:
+    """Pieces of `size` entries of a file with `count` entries."""
+    return [Piece(f"{start:09}", file, start, min(start + size, count)) for start in range(0, count, size)]
+
+
+NOT_DOWNLOADED = "not downloaded"
+"""The kind of entries whose image was gone when others downloaded it: they are counted, and never an error."""
+
+
 @dataclass(frozen=True)
 class BadEntry:
     """An entry that no row can be made of, or a phrase of an entry whose row does without it.
@@ -82,6 +91,10 @@ class Source(abc.ABC):
         self.path = Path(path)
         self.images = None if images is None else Path(images)
         self.split = split
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes open the same files: what this source has open, such as an index, stays here."""
+        return type(self), (self.path, self.images, self.split)
 
     @abc.abstractmethod
     def files(self) -> Sequence[Path]:
