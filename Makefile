@@ -26,7 +26,7 @@ evidence: $(VENV)/.evidence
 
 # One thread a process: the models in the tests are too small to share.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not minutes"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "not minutes"
 
 # Minutes each, such as the run inside Transformers' source tree.
 test-slow: $(VENV)/.dev

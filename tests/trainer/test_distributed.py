@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in separate processes: two that share the work, one that is killed, one whose disk is full."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from training_runs import train
 from agevlm import AgeVlmForConditionalGeneration
 from agevlm.trainer import optimizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 # ---------------------------------------------------------------------------------------- two processes
 
@@ -84,20 +86,28 @@ LAUNCH = {
 }
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def launched(request, tmp_path_factory) -> tuple[str, Path]:
-    """What shares the work, and the folder of two processes that have trained all its cases."""
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory) -> Callable[[str], Path]:
+    """Of what shares the work, the folder of two processes that have trained all its cases; they are started once each."""
+    return functools.cache(lambda kind: train_all(kind, tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def launched(request, launch) -> tuple[str, Path]:
+    return request.param, launch(request.param)
+
+
+def train_all(kind: str, folder: Path) -> Path:
     machine = {"compute_environment": "LOCAL_MACHINE", "use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
     config = folder / "config.json"
-    config.write_text(json.dumps({**machine, **LAUNCH[request.param]}))
-    cases = {name: {**SHARED, **case} for name, case in CASES[request.param].items()}
+    config.write_text(json.dumps({**machine, **LAUNCH[kind]}))
+    cases = {name: {**SHARED, **case} for name, case in CASES[kind].items()}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
     command += ["--main_process_port", "0", training_runs.__file__, str(folder), json.dumps(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return request.param, folder
+    return folder
 
 
 def results(launched: tuple[str, Path], case: str, tmp_path: Path) -> tuple[list[dict], dict]:
