@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +26,13 @@ DESCRIBE = "Describe this image."
 """The user's message in rows of `read_grit`, which the caption answers."""
 
 # The column of a data set that holds the conversations.
-_CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
+CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
 _LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE = "<image>"
 _FIX = (
     "`agevlm data check` lists all such rows, and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
 )
+_URL = r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)"
 # Relative coordinates of boxes may leave the image by this much, a rounding error. More is a mistake, such as pixels.
 _BOX_TOLERANCE = 1e-3
 
@@ -84,7 +86,7 @@ def read_dataset(
     elif name is None:
         dataset = _read_rows(path, split, problems, allow_urls)
     elif split is not None:
-        dataset = check_images(_from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
+        dataset = check_images(from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
     else:
         raise ValueError(f"{path}: `name` requires `split`; add it")
     file = os.fspath(path) if split is None else f"{os.fspath(path)} ({split})"
@@ -134,7 +136,7 @@ def _read_rows(
         elif place.is_file():
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file; convert it to one of them")
         else:
-            loaded = _from_hub(name)
+            loaded = from_hub(name)
     except FileNotFoundError:
         raise
     except (
@@ -199,15 +201,22 @@ def check_images(
                     rows, stored = pc.list_parent_indices(stored), pc.list_flatten(stored)
                 paths = pc.fill_null(pc.struct_field(stored, "path"), "")
                 is_file = pc.is_null(pc.struct_field(stored, "bytes"))
-                remote = pc.and_(is_file, pc.match_substring_regex(paths, r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)"))
+                remote = pc.and_(is_file, pc.match_substring_regex(paths, _URL))
                 for place in pc.indices_nonzero(remote).to_pylist():
-                    _note(
-                        problems, name, first + (place if rows is None else rows[place].as_py()),
-                        f"its image {paths[place].as_py()!r:.200} is a URL, and images at URLs in data are not fetched: "
-                        "download them, or allow it (`--allow-urls`, `training.allow_urls=true` of a recipe)",
-                    )  # fmt: skip
+                    number = first + (place if rows is None else rows[place].as_py())
+                    _note(problems, name, number, url_problem(paths[place].as_py()))
                 first += length
     return dataset
+
+
+def url_problem(path: str | None) -> str | None:
+    """What is wrong with an image at this path where URLs are not allowed; None if it is a file."""
+    if not re.match(_URL, path or ""):
+        return None
+    return (
+        f"its image {path!r:.200} is a URL, and images at URLs in data are not fetched: download them, or allow it "
+        "(`--allow-urls`, `training.allow_urls=true` of a recipe)"
+    )
 
 
 def _note(problems: dict[int, str] | None, name: str, number: int, problem: str) -> None:
@@ -274,7 +283,7 @@ def read_saved(path: str | os.PathLike) -> Dataset | DatasetDict:
         ) from error
 
 
-def _from_hub(path: str, *args: Any, **options: Any) -> Any:
+def from_hub(path: str, *args: Any, **options: Any) -> Any:
     """The data set of a Hub id, or the copy in the cache where the Hub does not answer; or of a folder laid out as on the Hub."""
     datasets = import_datasets()
     error = None if Path(path).is_dir() else ask_hub(path, "data set")
@@ -686,11 +695,11 @@ def _as_rows(
     import pyarrow as pa
     from datasets import ClassLabel, Features, Image, Value, concatenate_datasets
 
-    source = _CONVERSATIONS[format]
+    source = CONVERSATIONS[format]
     if source not in dataset.column_names:
         raise ValueError(
             f"{path} has no column '{source}', which the format {format} requires, but {', '.join(dataset.column_names)}; "
-            f"the formats' columns: {', '.join(f'{name} {column}' for name, column in _CONVERSATIONS.items())}"
+            f"the formats' columns: {', '.join(f'{name} {column}' for name, column in CONVERSATIONS.items())}"
         )
     if missing := set(kept) - set(dataset.column_names):
         raise ValueError(
@@ -715,15 +724,13 @@ def _as_rows(
 
         def to_messages(conversation: Any, number: int) -> dict[str, Any]:
             problem = bad.get(number)
-            placed: list[dict[str, Any]] = []
+            messages: list[dict[str, Any]] = []
             try:
-                placed = [] if problem else place_images(_messages(conversation, format), counts[number])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problem = f"is not a conversation of the format {format}: {error}"
+                messages = [] if problem else convert_messages(conversation, format, counts[number])
+            except ValueError as error:
+                problem = str(error)
                 if not keep_bad:
                     raise ValueError(f"{path}, row {number} {problem}; {_FIX}") from error
-            contents = [[{"type": p["type"], "text": p.get("text")} for p in m["content"]] for m in placed]
-            messages = [{"role": m["role"], "content": c} for m, c in zip(placed, contents, strict=True)]
             return {"messages": messages, "problem": problem}
 
         messages = messages.map(
@@ -773,6 +780,20 @@ def _origins(file: str, number: int, problems: dict[int, str] | None) -> Dataset
     origins = pa.StructArray.from_arrays(list(fields.values()), list(fields))
     table = pa.table({ORIGIN_COLUMN: origins})
     return Dataset(table, fingerprint=Hasher.hash([file, number, problems]))
+
+
+def convert_messages(conversation: Any, format: str, num_images: int) -> list[dict[str, Any]]:
+    """The messages of a conversation of a data set of any format, as `row_features` has them, with a part for each image.
+
+    Raises:
+        ValueError: if it is not of the format.
+    """
+    try:
+        placed = place_images(_messages(conversation, format), num_images)
+        contents = [[{"type": part["type"], "text": part.get("text")} for part in m["content"]] for m in placed]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"is not a conversation of the format {format}: {error}") from error
+    return [{"role": m["role"], "content": content} for m, content in zip(placed, contents, strict=True)]
 
 
 def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:
