@@ -7,8 +7,13 @@ Masks of teachers and rows of published data sets are made so. A piece is an Arr
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,3 +56,72 @@ def write_piece(file: Path, features: Features, rows: Iterable[dict[str, Any]]) 
         for row in rows:
             writer.write(row)
         writer.finalize()
+
+
+class StoppedError(Exception):
+    """Raised in a process whose work is no longer wanted."""
+
+
+def run_pieces(
+    make: Callable[[Any, Callable[[], bool]], Any], pieces: Sequence[Any], num_proc: int, what: str
+) -> Iterator[Any]:
+    """Makes pieces, here or in processes of their own.
+
+    Args:
+        make: makes a piece, and asks its second argument now and then whether to raise [`StoppedError`]. It is sent to the processes.
+        pieces: not yet made.
+        num_proc: processes.
+        what: the pieces are of, for errors.
+
+    Yields:
+        what `make` returns, in any order.
+
+    Raises:
+        OSError: if a process was killed.
+    """
+    if num_proc <= 1:
+        for piece in pieces:
+            yield make(piece, lambda: False)
+        return
+    # A process that begins anew is safe beside the threads of this one, which a fork is not.
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(num_proc, context, _start, (make, stop)) as pool:
+        try:
+            for future in as_completed([pool.submit(_make_in_pool, piece) for piece in pieces]):
+                yield future.result()
+        except BaseException as error:  # also interrupts, and the end of a generator that is no longer read
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(
+                    f"{what}: a process that read it was killed, as is done where memory is short; the same command goes on with what is "
+                    "finished: use fewer processes (`--num-proc`)"
+                ) from error
+            raise
+
+
+# What a process of the pool works on, see `_start`.
+_work: tuple[Callable[[Any, Callable[[], bool]], Any], Any]
+
+
+def _start(make: Callable[[Any, Callable[[], bool]], Any], stop: Any) -> None:
+    """Begins a process of the pool."""
+    import signal
+
+    global _work
+    _work = make, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the parent says when to stop
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _make_in_pool(piece: Any) -> Any:
+    make, stop = _work
+    return make(piece, stop.is_set)

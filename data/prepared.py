@@ -8,14 +8,10 @@ import functools
 import importlib.metadata
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +20,7 @@ from ..files import new_file, new_folder
 from ..processing.rows import import_datasets, quiet_datasets, row_features
 from ..resume import digest
 from .formats.source import NOT_DOWNLOADED, BadEntry, Piece, Source
-from .pieces import unfinished_work, write_piece
+from .pieces import StoppedError, run_pieces, unfinished_work, write_piece
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -246,7 +242,7 @@ class _Job:
     def file(self, piece: Piece) -> Path:
         return self.work / "pieces" / f"{piece.name}.arrow"
 
-    def make(self, piece: Piece, stopped: Callable[[], bool] = lambda: False) -> tuple[int, int]:
+    def make(self, piece: Piece, stopped: Callable[[], bool]) -> tuple[int, int]:
         """Writes a piece; the number of its rows and of its bad entries."""
         counts = [0, 0]
         with contextlib.closing(self._rows(piece, counts, stopped)) as rows:
@@ -258,7 +254,7 @@ class _Job:
         with new_file(bad_file(self.file(piece))) as partial, open(partial, "w", encoding="utf-8") as listed:
             for found in read_pieces(self.source, [piece], self.work / "help"):
                 if stopped():
-                    raise _StoppedError
+                    raise StoppedError
                 if isinstance(found, BadEntry):
                     if self.on_bad_row == "error" and found.kind != NOT_DOWNLOADED:
                         raise bad_entry_error(self.source, found)
@@ -279,36 +275,6 @@ def _embedded(image: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": Path(image["path"]).read_bytes(), "path": Path(image["path"]).name}
 
 
-class _StoppedError(Exception):
-    """Raised in a process whose work is no longer wanted."""
-
-
-# What a process of the pool works on, see `_start`.
-_work: tuple[_Job, Any]
-
-
-def _start(job: _Job, stop: Any) -> None:
-    """Begins a process of the pool."""
-    import signal
-
-    global _work
-    _work = job, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C: the parent says when to stop
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _make_in_pool(piece: Piece) -> tuple[int, int]:
-    job, stop = _work
-    return job.make(piece, stop.is_set)
-
-
 def _run(job: _Job, missing: list[Piece], total: int, num_proc: int, progress: bool) -> None:
     """Makes the missing pieces, here or in processes of their own."""
     from rich.markup import escape
@@ -318,28 +284,9 @@ def _run(job: _Job, missing: list[Piece], total: int, num_proc: int, progress: b
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task(f"Reading {name}", total=total, completed=total - len(missing))
         rows = bad = 0
-        for made in map(job.make, missing) if num_proc <= 1 else _pool(job, missing, num_proc):
+        for made in run_pieces(job.make, missing, num_proc, f"{job.source.path}"):
             rows, bad = rows + made[0], bad + made[1]
             bar.update(task, advance=1, description=f"Reading {name} ({rows} rows, {bad} bad entries)")
-
-
-def _pool(job: _Job, missing: list[Piece], num_proc: int) -> Iterator[tuple[int, int]]:
-    # A process that begins anew is safe beside the threads of this one, which a fork is not.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(num_proc, context, _start, (job, stop)) as pool:
-        try:
-            for future in as_completed([pool.submit(_make_in_pool, piece) for piece in missing]):
-                yield future.result()
-        except BaseException as error:  # also interrupts, and the end of a generator that is no longer read
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, BrokenProcessPool):
-                raise OSError(
-                    f"{job.source.path}: a process that read it was killed, as is done where memory is short; the same command goes "
-                    "on with what is finished: use fewer processes (`--num-proc`)"
-                ) from error
-            raise
 
 
 def _join(job: _Job, pieces: list[Piece], folder: Path, settings: dict[str, Any]) -> Prepared:
