@@ -9,6 +9,8 @@ import os
 from .source import Source
 
 SOURCES = {
+    "flickr30k": "flickr30k:Flickr30k",
+    "refcoco": "refcoco:RefCoco",
     "llava": "llava:Llava",
 }
 """By the name of a format its module and class."""

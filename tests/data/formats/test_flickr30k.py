@@ -12,9 +12,10 @@ from PIL import Image
 from published_flickr30k import write_flickr30k
 
 from agevlm.data.check import check_row
-from agevlm.data.formats import flickr30k
+from agevlm.data.formats import flickr30k, open_source
 from agevlm.data.formats.flickr30k import Flickr30k
 from agevlm.data.formats.source import BadEntry
+from agevlm.data.prepared import prepare_source
 from agevlm.processing.rows import message_text
 
 
@@ -215,6 +216,21 @@ def test_each_kind_of_bad_entry_is_named_and_costs_no_other_row(folders, tmp_pat
         lost_boxes = [len(old["grounding"]) - len(new["grounding"]) for old, new in zip(rows, kept, strict=True)]
         assert lost_boxes == [2, 2, 0, 2, 2] + [0] * 10
         assert [row["messages"] for row in kept] == [row["messages"] for row in rows]
+
+
+def test_bad_phrases_and_entries_are_counted_or_an_error(folders, tmp_path, own_cache):
+    names = (folders[0] / "train.txt").read_text().split()
+    (folders[1] / f"{names[1]}.jpg").unlink()
+    annotation = folders[0] / "Annotations" / f"{names[0]}.xml"
+    annotation.write_text(first(r"<xmax>\d+<", "<xmax>wide<")(annotation.read_text()))
+    source = open_source("flickr30k", *folders, "train")
+    with pytest.raises(
+        ValueError, match=r"Sentences/\d+\.txt, entry 0: the phrase 'Two young, White males' .*on_bad_row: skip"
+    ):
+        prepare_source(source, on_bad_row="error", progress=False)
+    prepared = prepare_source(source, on_bad_row="skip", progress=False)
+    assert prepared.bad == {("not a box", True): 4, ("missing image", False): 1}
+    assert prepared.dataset["id"] == [f"{name}#{number}" for name in (names[0], names[2]) for number in range(5)]
 
 
 def test_a_split_cannot_name_files_elsewhere(folders, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +12,10 @@ import pytest
 from published_refcoco import NAME, SCHEMA, read_entries, write_entries, write_refcoco
 
 from agevlm.data.check import check_row
-from agevlm.data.formats import refcoco
+from agevlm.data.formats import open_source, refcoco
 from agevlm.data.formats.refcoco import RefCoco
 from agevlm.data.formats.source import BadEntry
+from agevlm.data.prepared import prepare_source
 from agevlm.processing.rows import mask_from_rle, message_text
 
 
@@ -229,6 +231,20 @@ def test_each_kind_of_bad_entry_is_named_and_costs_no_other_row(folders, train, 
     lines = message_text(row["messages"][1]).split("\n")
     assert lines == [sentence["sent"] for entry in others for sentence in entry["sentences"]]
     assert [problem for problem in check_row(row) if problem.severity == "error"] == []
+
+
+def test_bad_phrases_and_entries_are_counted_or_an_error(folders, train, tmp_path, own_cache):
+    rows = read(folders, tmp_path / "work")
+    entries = read_entries(train)
+    annotated(bbox=[1, 2, 0, 5])(entries[rows[1]["row"]])
+    write_entries(train, entries)
+    Path(rows[2]["images"][0]["path"]).write_bytes(b"no image")
+    source = open_source("refcoco", *folders, "train")
+    with pytest.raises(ValueError, match=rf"entry {rows[1]['row']}: its object has the box .*on_bad_row: skip"):
+        prepare_source(source, on_bad_row="error", progress=False)
+    prepared = prepare_source(source, on_bad_row="skip", progress=False)
+    assert prepared.bad == {("empty box", True): 1, ("broken image", False): 1}
+    assert prepared.dataset["id"] == [row["id"] for row in (rows[0], rows[1], rows[3])]
 
 
 def test_an_image_of_which_no_line_is_left_is_a_bad_row(tmp_path):
