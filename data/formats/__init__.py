@@ -9,8 +9,7 @@ import os
 from .source import Source
 
 SOURCES = {
-    "flickr30k": "flickr30k:Flickr30k",
-    "refcoco": "refcoco:RefCoco",
+    "grit": "grit:Grit",
     "llava": "llava:Llava",
 }
 """By the name of a format its module and class."""

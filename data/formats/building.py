@@ -41,8 +41,10 @@ def image_file(folder: Path, name: Any) -> dict[str, Any]:
     return {"path": str(file), "bytes": None}
 
 
-def upright_size(image: dict[str, Any]) -> tuple[int, int]:
-    """Width and height in pixels of a stored image, turned upright. Only its header is read: decoding all images would take hours.
+def stored_size(image: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """Width and height in pixels of an image as it is stored, and its EXIF orientation, 1 where it has none.
+
+    Only its header is read: decoding all images would take hours.
 
     Raises:
         BadEntryError: if it is not an image.
@@ -51,14 +53,36 @@ def upright_size(image: dict[str, Any]) -> tuple[int, int]:
 
     try:
         with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # decoders of damaged files raise almost anything
         raise BadEntryError(
             "broken image",
             f"{image['path']} is not a readable image ({type(error).__name__}); replace it or remove the entry",
         ) from error
-    return (height, width) if turned else (width, height)
+
+
+def upright_size(image: dict[str, Any]) -> tuple[int, int]:
+    """Width and height in pixels of a stored image, turned upright, see [`stored_size`]."""
+    (width, height), orientation = stored_size(image)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def upright_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> list[float]:
+    """A box in pixels of an image as it is stored, in pixels of the upright image.
+
+    Detectors that boxes come from mostly see images as stored: neither OpenCV as img2dataset uses it nor `PIL.Image.open` turns them.
+
+    Args:
+        box: `[x0, y0, x1, y1]`.
+        size: width and height of the stored image.
+        orientation: its EXIF orientation. Others than 2 to 8 turn nothing.
+    """
+    (x0, y0, x1, y1), (width, height) = box, size
+    if orientation in (2, 3, 7, 8):
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 6, 7):
+        y0, y1 = height - y1, height - y0
+    return [y0, x0, y1, x1] if orientation in (5, 6, 7, 8) else [x0, y0, x1, y1]
 
 
 def check_size(image: dict[str, Any], width: Any, height: Any) -> tuple[int, int]:
