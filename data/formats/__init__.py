@@ -11,6 +11,9 @@ from .source import Source
 SOURCES = {
     "grit": "grit:Grit",
     "llava": "llava:Llava",
+    "visual_genome": "visual_genome:VisualGenome",
+    "grand": "grand:Grand",
+    "grand_f": "grand_f:GrandF",
 }
 """By the name of a format its module and class."""
 
