@@ -18,6 +18,7 @@ from agevlm.data.check import check_row
 from agevlm.data.formats import grand, grand_f, open_source
 from agevlm.data.formats.grand import phrase_span
 from agevlm.data.formats.source import BadEntry, BadEntryError, cut
+from agevlm.data.prepared import prepare_source
 from agevlm.processing.rows import mask_from_rle, message_text
 
 FILES = ["part_1/sa_2.json", "part_1/sa_4.json", "part_2/sa_1.json", "part_2/sa_3.json", "part_2/sa_5.json"]
@@ -200,6 +201,19 @@ def test_a_bad_entry_is_left_out_and_named(folders, tmp_path, damage, kind):
     assert after == before[1:]
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_bad_entries_are_errors_unless_they_are_skipped(folders):
+    other_image(*folders)
+    change(folders[0] / FILES[1], lambda content: change_dense(phrase="two cats")(content["sa_4.jpg"]))
+    source = open_source("grand", *folders)
+    with pytest.raises(ValueError, match=r"sa_2\.json, entry 0: there is no image 'sa_99\.jpg'"):
+        prepare_source(source, on_bad_row="error", progress=False)
+    prepared = prepare_source(source, on_bad_row="skip", progress=False)
+    assert prepared.bad == {("missing image", False): 1, ("phrase not in the text", True): 1}
+    assert prepared.dataset["id"][:] == [f"sa_{number}#0" for number in (4, 1, 3, 5)]
+    assert [image.size for (image,) in prepared.dataset["images"]] == [image_size(number) for number in (4, 1, 3, 5)]
+
+
 def test_a_bad_short_caption_leaves_the_others(folders, tmp_path):
     before = read(folders, tmp_path / "before", "short_captions")
     change(folders[0] / FILES[0], lambda content: content["sa_2.jpg"]["short_captions"].__setitem__(0, None))
@@ -254,6 +268,7 @@ def test_what_is_missing_is_named_with_its_address(folders, tmp_path):
         open_source("grand_f", file, images, "train")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     images = tmp_path / "images"
     images.mkdir()

@@ -12,6 +12,7 @@ from published_visual_genome import write_visual_genome
 from agevlm.data.check import check_row
 from agevlm.data.formats import entries, open_source, visual_genome
 from agevlm.data.formats.source import BadEntry, cut
+from agevlm.data.prepared import prepare_source
 from agevlm.processing.rows import message_text
 
 REGIONS = "region_descriptions.json"
@@ -209,6 +210,20 @@ def test_a_bad_entry_is_left_out_and_named(folders, tmp_path, damage, kind):
     assert [found for found in after if found is not bad] == [row for row in before if row["row"] != 1]
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_bad_entries_are_errors_unless_they_are_skipped(folders):
+    change(folders[0] / REGIONS, set_region(x=5000))
+    without_image(*folders)
+    (folders[1] / "VG_100K_2" / "3.jpg").unlink()
+    change(folders[0] / REGIONS, lambda regions: regions[4]["regions"][0].update(phrase=""))
+    source = open_source("visual_genome", *folders)
+    with pytest.raises(ValueError, match=r"region_descriptions\.json, entry 1: image 2: there is no image .*2\.jpg"):
+        prepare_source(source, on_bad_row="error", progress=False)
+    prepared = prepare_source(source, on_bad_row="skip", progress=False)
+    assert prepared.bad == {("missing image", False): 2, ("not a text", True): 1}
+    assert prepared.dataset["id"][:] == [f"{image}#{row}" for image in (1, 4, 5) for row in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
@@ -225,6 +240,7 @@ def test_what_is_missing_is_named_with_its_address(folders, name, error, words):
         open_source("visual_genome", folders[0] / "elsewhere", split="train")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(entries, "_CHUNK", 1 << 12)
     peaks = []
