@@ -9,6 +9,8 @@ import os
 from .source import Source
 
 SOURCES = {
+    "refcoco": "refcoco:RefCoco",
+    "flickr30k": "flickr30k:Flickr30k",
     "grit": "grit:Grit",
     "llava": "llava:Llava",
     "visual_genome": "visual_genome:VisualGenome",
