@@ -93,7 +93,8 @@ def skip_bad_rows(
         known: what an earlier call returned for the same mixture; no row is read then.
 
     Returns:
-        the rows that are left, and `{"file": str, "row": int, "reason": str}` of the others.
+        the rows that are left, and `{"place": int, "file": str, "row": int, "reason": str}` of the others, with their place in the
+        mixture.
 
     Raises:
         ValueError: if no row of a file or of a weighted group is left.
@@ -108,15 +109,8 @@ def skip_bad_rows(
     if not len(places):
         return dataset, []
     reasons: dict[int, str]
-    if known is not None:
-        named = {(entry["file"], entry["row"]): entry["reason"] for entry in known}
-        rows = zip(
-            places,
-            origins.field("file").take(places).to_pylist(),
-            origins.field("row").to_numpy()[places],
-            strict=True,
-        )
-        reasons = {int(place): named[file, row] for place, file, row in rows if (file, row) in named}
+    if known is not None and all(_is_at(origins, entry) for entry in known):
+        reasons = {entry["place"]: entry["reason"] for entry in known}
     else:
         state, stored = PartialState(), stored_images(dataset)
         share = places[state.process_index :: state.num_processes]
@@ -126,7 +120,7 @@ def skip_bad_rows(
             for place in track(share, "Looking for bad rows", disable=hidden, transient=True)
         ]
         reasons = dict(sorted(gather_object([entry for entry in problems if entry[1] is not None])))
-    skipped = [{**origins[place].as_py(), "reason": reason} for place, reason in reasons.items()]
+    skipped = [{**origins[place].as_py(), "place": place, "reason": reason} for place, reason in reasons.items()]
     left = dataset.select(np.setdiff1d(np.arange(len(dataset)), list(reasons)))
     counts = Counter(origins.field("file").to_pylist())
     for file, number in Counter(entry["file"] for entry in skipped).items():
@@ -135,7 +129,15 @@ def skip_bad_rows(
     if GROUP_COLUMN in dataset.column_names and (gone := set(dataset[GROUP_COLUMN][:]) - set(left[GROUP_COLUMN][:])):
         place = dataset[GROUP_COLUMN][:].index(min(gone))
         raise ValueError(f"All rows of a weighted group are bad; the first: {skipped[0]['file']}, {reasons[place]}")
-    return left, [{name: entry[name] for name in ("file", "row", "reason")} for entry in skipped]
+    return left, [{name: entry[name] for name in ("place", "file", "row", "reason")} for entry in skipped]
+
+
+def _is_at(origins: Any, entry: dict[str, Any]) -> bool:
+    """Whether a skipped row is in its place, and not another one since the data have changed."""
+    if not 0 <= entry["place"] < len(origins):
+        return False
+    origin = origins[entry["place"]].as_py()
+    return (origin["file"], origin["row"]) == (entry["file"], entry["row"])
 
 
 def _read_part(part: DataPart, seed: int, first_group: int | None, allow_urls: bool) -> Dataset:

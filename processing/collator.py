@@ -261,13 +261,16 @@ class AgeVlmDataCollator:
 
     def find_problem(self, row: dict[str, Any]) -> str | None:
         """What keeps a row from training, found by collating it; None if it trains."""
+        return self.try_row(row)[1]
+
+    def try_row(self, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+        """The batch of a row alone, without features; or None and what keeps it from training."""
         try:
-            self._collate([row])
+            return self._collate([row])[0], None
         except (ImportError, MemoryError):
             raise
         except Exception as error:
-            return _reason(row, error)
-        return None
+            return None, _reason(row, error)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list]:
         """The batch, without features, and all images in order."""

@@ -111,6 +111,10 @@ class Recipe:
     features: str | None = None
     stages: list[Stage] = field(default_factory=list)
 
+    def parts(self) -> dict[str, list[DataPart]]:
+        """The parts of the data, by the trainer's name of them."""
+        return {"train_dataset": self.data, "eval_dataset": self.eval_data}
+
     def split(self) -> list[Recipe]:
         """The recipes of the single stages, in order: the recipe itself where it names none.
 
@@ -396,7 +400,7 @@ def train(
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
     skipped = [
-        skip_in_stage([*stage.data, *stage.eval_data], data, processor, args, resume)
+        skip_in_stage(stage.parts(), data, processor, args, resume)
         for stage, data, args in zip(stages, mixtures, every_args, strict=True)
     ]
 
@@ -489,7 +493,7 @@ def cache_features(
     for folder, stages in stages_of_folder.items():
         data = [_read_data(stage, stage.training.get("seed", 42)) for stage in stages]
         for stage, parts in zip(stages, data, strict=True):
-            skip_in_stage([*stage.data, *stage.eval_data], parts, processor, training_arguments(stage))
+            skip_in_stage(stage.parts(), parts, processor, training_arguments(stage))
         datasets = [dataset for parts in data for dataset in parts.values() if dataset is not None]
         found[folder] = compute_features(
             model, processor, datasets, folder, batch_size=batch_size,
@@ -504,7 +508,7 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
         ValueError: if the data, or those of an evaluation, have no rows.
     """
     found: dict[str, Any] = {"train_dataset": None, "eval_dataset": None}
-    for name, parts in zip(found, (stage.data, stage.eval_data), strict=True):
+    for name, parts in stage.parts().items():
         if not parts:
             continue
         found[name] = read_mixture(parts, seed, allow_urls=stage.training.get("allow_urls", False))
