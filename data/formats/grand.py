@@ -50,8 +50,8 @@ class Grand(Source):
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         super().__init__(path, images, split)
-        self.split = split or _CAPTIONS[0]
-        if self.split not in _CAPTIONS:
+        self.split = self._kind = split or _CAPTIONS[0]
+        if self._kind not in _CAPTIONS:
             raise ValueError(f"{path}: `split` is {split!r}, but must be {' or '.join(_CAPTIONS)}")
         if not self.path.is_dir():
             raise FileNotFoundError(
@@ -97,7 +97,7 @@ class Grand(Source):
         for file in index.keys("annotations", piece.start, piece.end):
             try:
                 name, content = _content(self.path / file)
-                captions = _captions(content, self.split)
+                captions = _captions(content, self._kind)
                 image = self._image(name, index)
                 size = upright_size(image)
             except BadEntryError as error:
@@ -109,7 +109,7 @@ class Grand(Source):
                     text = caption_text(caption)
                     details = _details(caption)
                 except BadEntryError as error:
-                    yield BadEntry(file, number, error.kind, f"{self.split}, caption {number}: {error}")
+                    yield BadEntry(file, number, error.kind, f"{self._kind}, caption {number}: {error}")
                     continue
                 grounding: list[dict[str, Any]] = []
                 for detail in details:
@@ -117,7 +117,7 @@ class Grand(Source):
                         grounding += _phrase(text, detail, objects, size)
                     except BadEntryError as error:
                         phrase = detail.get("phrase") if isinstance(detail, dict) else detail
-                        reason = f"{self.split}, caption {number}: the phrase {phrase!r:.200} {error}"
+                        reason = f"{self._kind}, caption {number}: the phrase {phrase!r:.200} {error}"
                         yield BadEntry(file, number, error.kind, reason, phrase=True)
                 yield {
                     "images": [image],

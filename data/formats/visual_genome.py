@@ -134,7 +134,7 @@ def _regions(entry: dict[str, Any]) -> list[Any]:
     return regions
 
 
-def _region(region: Any, key: int, size: tuple[int, int]) -> tuple[str, list[float]]:
+def _region(region: Any, key: Any, size: tuple[int, int]) -> tuple[str, list[float]]:
     """The line and the box of a region.
 
     Raises:
