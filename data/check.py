@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,11 @@ from ..processing.rows import (
     message_text,
     place_images,
 )
+from .download import local
+from .formats.source import NOT_DOWNLOADED, BadEntry
 from .mixture import DataPart
-from .readers import read_dataset, read_json_rows, read_rows, stored_images
+from .prepared import read_pieces
+from .readers import find_source, read_dataset, read_json_rows, read_rows, stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,7 +137,7 @@ def check_dataset(
         ValueError: if the data set has no messages at all.
         ImportError: if `datasets` is not installed.
     """
-    return _check(dataset, dataset, collator, allow_urls, progress)
+    return _check(_numbered(dataset, dataset), len(dataset), collator, allow_urls, progress)
 
 
 def check_part(
@@ -145,6 +149,8 @@ def check_part(
 ) -> Report:
     """Check data of any format that a recipe reads, as `check_dataset` does. Rows are numbered as in the file or data set.
 
+    Of a published data set, which is read in a stream, bad entries and phrases are problems as well.
+
     Args:
         part: which data, in which format; all of their rows are checked.
         collator, allow_urls, progress: as for `check_dataset`.
@@ -154,41 +160,62 @@ def check_part(
         ValueError: if no rows can be read at all.
         ImportError: if `datasets` is not installed.
     """
-    options: Any = {"keep_bad": True, "allow_urls": allow_urls}
-    options |= {"name": part.name, "split": part.split, "images": part.images}
+    if (source := find_source(part.path, part.format, part.images, part.split)) is not None:
+        with tempfile.TemporaryDirectory() as work:
+            found = read_pieces(source, source.pieces(Path(work)), Path(work))
+            rows = ((entry if isinstance(entry, BadEntry) else entry["row"], entry, entry) for entry in found)
+            return _check(rows, None, collator, allow_urls, progress)
+    options: Any = {"keep_bad": True, "allow_urls": allow_urls, "name": part.name, "split": part.split}
     if part.format != "rows" or part.name is not None:
-        rows = read_dataset(part.path, part.format, **options)
-        return _check(rows, rows, collator, allow_urls, progress)
+        dataset = read_dataset(part.path, part.format, **options)
+        return _check(_numbered(dataset, dataset), len(dataset), collator, allow_urls, progress)
     # As they are written, with mistakes that no data set could hold; also preference data.
-    is_json = Path(part.path).suffix in (".json", ".jsonl") and part.split in (None, "train")
+    path = local(part.path)
+    is_json = Path(path).suffix in (".json", ".jsonl") and part.split in (None, "train")
     # With all URLs, which `check_row` names row by row; nothing is fetched here.
-    written = read_json_rows(part.path) if is_json else read_rows(part.path, part.split, allow_urls=True)
+    written = read_json_rows(path) if is_json else read_rows(path, part.split, allow_urls=True)
     trained, columns = written, {key for row in written for key in row} if is_json else written.column_names
     if collator is not None and "messages" in columns:
-        trained = read_dataset(part.path, **options)
-    return _check(written, trained, collator, allow_urls, progress)
+        trained = read_dataset(path, **options)
+    return _check(_numbered(written, trained), len(written), collator, allow_urls, progress)
+
+
+def _numbered(
+    written: Dataset | Sequence[dict[str, Any]], trained: Dataset | Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """
+    Args:
+        written: the rows whose format is checked.
+        trained: the same rows as training reads them.
+    """
+    numbers = itertools.count()
+    return zip(numbers, _raw_rows(written), iter(stored_images(trained)), strict=False)
 
 
 def _check(
-    written: Dataset | Sequence[dict[str, Any]],
-    trained: Dataset | Sequence[dict[str, Any]],
+    rows: Iterable[tuple[int | BadEntry, dict[str, Any], dict[str, Any]]],
+    total: int | None,
     collator: AgeVlmDataCollator | None,
     allow_urls: bool,
     progress: bool,
 ) -> Report:
     """
     Args:
-        written: the rows whose format is checked.
-        trained: the same rows as training reads them.
+        rows: the number of each row, the row as it is written, and as training reads it; or a bad entry.
+        total: the number of rows, if it is known.
     """
     from rich.progress import track
 
-    report = Report()
-    collated = itertools.repeat(None) if collator is None else iter(stored_images(trained))
-    numbered = enumerate(
-        track(_raw_rows(written), "Checking", total=len(written), disable=not progress, transient=True)
-    )
-    for (number, row), trained_row in zip(numbered, collated, strict=False):
+    report, last_bad = Report(), None
+    for number, row, trained_row in track(rows, "Checking", total=total, disable=not progress, transient=True):
+        if isinstance(number, BadEntry):
+            bad, severe = number, number.kind != NOT_DOWNLOADED
+            report.rows += not bad.phrase
+            report.bad_rows += severe and (bad.file, bad.row) != last_bad
+            last_bad = (bad.file, bad.row) if severe else last_bad
+            where = f"{bad.file}, {'phrase' if bad.phrase else 'entry'}: {bad.kind}"
+            report.problems.append(Problem(where, bad.reason, "error" if severe else "note", bad.row))
+            continue
         problems = [replace(problem, row=number) for problem in check_row(row, allow_urls=allow_urls)]
         if collator is not None:
             reason = collator.find_problem(trained_row)

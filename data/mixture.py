@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..processing.rows import ORIGIN_COLUMN
-from .readers import Format, read_dataset, stored_images
+from .readers import read_dataset, stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,12 +26,13 @@ class DataPart:
     """A part of a mixture.
 
     Args:
-        path: a folder that `save_to_disk` wrote, a `.json`, `.jsonl` or `.parquet` file, or the id of a data set on the Hub.
+        path: a folder that `save_to_disk` wrote, a `.json`, `.jsonl` or `.parquet` file, or the id of a data set on the Hub; or the
+            file or folder of a published data set. Files may be at an address, see [`~agevlm.data.download.local`].
         name: configuration of a data set on the Hub, where it has several.
         split: may be left out where there is only one.
         format: `rows` are those of [`agevlm.processing.rows`], TRL's vision format: `messages` and `images`. `llava`
-            has `conversations` and `image`, `grit` is a file of captions with boxes, `cauldron` has `texts` and `images`.
-        images: the folder that the images of a `llava` or `grit` file are in.
+            has `conversations` and `image`, `cauldron` has `texts` and `images`; the others are those of [`agevlm.data.formats`].
+        images: the folder or archive of a published data set's images.
         rows: how many rows to take at most, drawn with `training.seed`; all by default.
         weight: share of the batches, beside the other parts' weights. Without weights each row is seen once an epoch.
         weight_by: a column and the weight of each of its values within the part, as `{"kind": {"existence": 0.7, "objects":
@@ -43,7 +44,7 @@ class DataPart:
     path: str
     name: str | None = None
     split: str | None = None
-    format: Format = "rows"
+    format: str = "rows"
     images: str | None = None
     rows: int | None = None
     weight: float | None = None

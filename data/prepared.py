@@ -49,6 +49,18 @@ class Prepared:
     bad: Counter[tuple[str, bool]]
     first_bad: BadEntry | None
 
+    def describe_bad(self) -> str:
+        """What was left out, for people: numbers by kind, and where each is listed."""
+        counts = [
+            f"{number} {what} ({', '.join(f'{kind} {count}' for kind, count in kinds.items())})"
+            for what, kinds in (
+                ("entries", {kind: count for (kind, phrase), count in self.bad.items() if not phrase}),
+                ("phrases", {kind: count for (kind, phrase), count in self.bad.items() if phrase}),
+            )
+            if (number := sum(kinds.values()))
+        ]
+        return f"{' and '.join(counts) or 'no entries'}; {self.folder / BAD_FILE} lists them"
+
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The rows, mapped into memory: [`~agevlm.processing.rows.row_features`], `id`, `file`, `row` and the source's columns."""

@@ -1,45 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of every format of data: rows (`agevlm.processing.rows`), LLaVA, GRIT and The Cauldron, all as rows."""
+"""Readers of every format of data, as rows (`agevlm.processing.rows`): data sets of rows, LLaVA's and The Cauldron's on the Hub, and the
+published formats of [`agevlm.data.formats`]."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import math
+import logging
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ..files import new_folder
 from ..hub import ask_hub, unreachable
-from ..processing.rows import ORIGIN_COLUMN, import_datasets, place_images, quiet_datasets, row_features
+from ..processing.rows import ORIGIN_COLUMN, import_datasets, place_images, row_features
+from .download import local
+from .formats import SOURCES, open_source
+from .formats.entries import read_json
+from .formats.llava import llava_messages
+from .prepared import prepare_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-Format = Literal["rows", "llava", "grit", "cauldron"]
+    from .formats.source import Source
 
-DESCRIBE = "Describe this image."
-"""The user's message in rows of `read_grit`, which the caption answers."""
+logger = logging.getLogger(__name__)
 
 # The column of a data set that holds the conversations.
 CONVERSATIONS = {"rows": "messages", "llava": "conversations", "cauldron": "texts"}
-_LLAVA_ROLES: dict[Any, str] = {"human": "user", "gpt": "assistant", "system": "system"}
-_IMAGE = "<image>"
 _FIX = (
     "`agevlm data check` lists all such rows, and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
 )
 _URL = r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)"
-# Relative coordinates of boxes may leave the image by this much, a rounding error. More is a mistake, such as pixels.
-_BOX_TOLERANCE = 1e-3
+
+
+def find_source(
+    path: str | os.PathLike, format: str, images: str | os.PathLike | None = None, split: str | None = None
+) -> Source | None:
+    """The published data set that a recipe's part names, downloaded if it is at an address; None where the part is a data set of rows.
+
+    Raises:
+        OSError: if something is missing, or cannot be downloaded.
+        ValueError: if there is no such format, or the arguments do not fit it.
+    """
+    # Of LLaVA's format there are files, and data sets on the Hub.
+    if format in SOURCES and not (format == "llava" and Path(path).suffix not in (".json", ".jsonl")):
+        return open_source(format, local(path), None if images is None else local(images), split)
+    if format not in CONVERSATIONS:
+        raise ValueError(
+            f"{path}: no format {format!r}; choose one of: {', '.join(dict.fromkeys([*CONVERSATIONS, *SOURCES]))}"
+        )
+    if images is not None:
+        raise ValueError(
+            f"{path}: `images` is the folder, or the archive, of the images of a published data set, or of a .json or .jsonl file of format "
+            f"llava; got format {format} and images {images}"
+        )
+    return None
 
 
 def read_dataset(
     path: str | os.PathLike,
-    format: Format = "rows",
+    format: str = "rows",
     *,
     name: str | None = None,
     split: str | None = None,
@@ -53,15 +75,18 @@ def read_dataset(
     Only conversations are converted. Images stay as they are stored and are decoded when a batch needs them.
 
     Args:
-        path: a LLaVA or GRIT file (see `read_llava` and `read_grit`), or a data set (see `read_rows`).
-        format: the conversations of a data set are in the column `messages` (`rows`), `conversations` (`llava`) or
-            `texts` (`cauldron`). `grit` is a format of files only.
+        path: the file or folder of a published data set, or a data set (see `read_rows`); or its address, see
+            [`~agevlm.data.download.local`].
+        format: one of [`~agevlm.data.formats.SOURCES`], whose rows are made once and kept in a cache
+            ([`~agevlm.data.prepared.prepare_source`]); or that of a data set, whose conversations are in the column `messages` (`rows`),
+            `conversations` (`llava`, where `path` is no .json or .jsonl file) or `texts` (`cauldron`).
         name: the configuration of a data set on the Hub that has several; requires `split`.
         split: may be left out if the data set has one split only.
-        images: the folder of the images of a LLaVA or GRIT file; only of a file.
+        images: the folder, or the archive, of a published data set's images, or its address.
         columns: names of further columns to keep, of texts, numbers or truth values.
-        keep_bad: keep rows that are not of the format, without messages and images; their origin says what is wrong, and
-            the collator refuses them. By default the first one is an error.
+        keep_bad: keep rows of a data set that are not of the format, without messages and images; their origin says what is wrong, and
+            the collator refuses them. Bad entries of a published data set are left out and counted. By default the first one is an
+            error.
         allow_urls: see `read_rows`.
 
     Returns:
@@ -73,20 +98,16 @@ def read_dataset(
         ValueError: if the data are not of this format, the arguments do not fit together, or a column is missing.
         ImportError: if `datasets` is not installed.
     """
-    is_file = format in ("llava", "grit") and Path(path).suffix in (".json", ".jsonl")
-    if is_file != (images is not None) or (format == "grit" and not is_file):
-        raise ValueError(
-            f"{path}: `images` is the folder of the images of a .json or .jsonl file of format llava or grit, and is "
-            f"required for such a file only; got format {format} and images {images}"
-        )
+    if (source := find_source(path, format, images, split)) is not None:
+        if name is not None:
+            raise ValueError(f"{path}: the format {format} has no configurations; leave `name` out")
+        return _source_rows(source, columns, keep_bad)
+    path = local(path)
     problems: dict[int, str] | None = {} if keep_bad else None
-    if images is not None:
-        dataset = _read(path, images, _llava_row if format == "llava" else _grit_row, True, problems)
-        format = "rows"
-    elif name is None:
+    if name is None:
         dataset = _read_rows(path, split, problems, allow_urls)
     elif split is not None:
-        dataset = check_images(from_hub(os.fspath(path), name, split=split), os.fspath(path), problems, allow_urls)
+        dataset = check_images(from_hub(path, name, split=split), path, problems, allow_urls)
     else:
         raise ValueError(f"{path}: `name` requires `split`; add it")
     file = os.fspath(path) if split is None else f"{os.fspath(path)} ({split})"
@@ -325,83 +346,32 @@ def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     ]
 
 
-def read_llava(path: str | os.PathLike, image_folder: str | os.PathLike, *, progress: bool = True) -> Dataset:
-    """Read conversations about images in the format of LLaVA.
+def _source_rows(source: Source, kept: Collection[str], keep_bad: bool) -> Dataset:
+    """The rows of a published data set, with their origins. All columns but the origins' flags stay on disk."""
+    import pyarrow as pa
+    from datasets import Dataset, concatenate_datasets
+    from datasets.fingerprint import Hasher
 
-    The file is a list (`.json`), or has one entry a line (`.jsonl`):
-
-        {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-                                                        {"from": "gpt", "value": "A dog."}]}
-
-    Each `<image>` becomes an image part in its place, and the line breaks beside it are removed. `image` may be a list.
-    An entry without images has no `image`. No phrase is grounded.
-
-    Args:
-        path: the file.
-        image_folder: the folder that the paths of images start from.
-        progress: show a progress bar.
-
-    Returns:
-        rows with the columns of `row_features`, and `id`. Images are stored as paths; `save_to_disk` and `push_to_hub`
-        write the images themselves.
-
-    Raises:
-        FileNotFoundError: if the file or the folder is missing.
-        ValueError: if an entry is not of this format, or its images are missing; names the entry and the fix.
-        ImportError: if `datasets` is not installed.
-    """
-    return _read(path, image_folder, _llava_row, progress, None)
-
-
-def read_grit(path: str | os.PathLike, image_folder: str | os.PathLike, *, progress: bool = True) -> Dataset:
-    """Read grounded captions in the format of GRIT, Kosmos-2's data.
-
-    The file is a list (`.json`), or has one entry a line (`.jsonl`):
-
-        {"key": "0001", "caption": "a dog in a field", "ref_exps": [[0, 5, 0.1, 0.2, 0.6, 0.9, 0.97]]}
-
-    An entry of `ref_exps` holds a phrase's first character and the character after its last one, a box `x0, y0, x1, y1`
-    relative to the image's width and height, and a confidence. The confidence is dropped, because `score` belongs to a
-    mask. The image is the file `image`, `file_name` or `<key>.jpg`. Boxes become pixels of this file at its own size. The
-    messages are `DESCRIBE` and the caption. A phrase with several boxes has an entry of `grounding` for each; training
-    joins the masks that teachers make from them.
-
-    Arguments, result and errors are as for `read_llava`; `id` is the key.
-    """
-    return _read(path, image_folder, _grit_row, progress, None)
-
-
-def convert(
-    path: str | os.PathLike,
-    image_folder: str | os.PathLike,
-    output_dir: str | os.PathLike,
-    *,
-    format: str,
-    progress: bool = True,
-) -> Dataset:
-    """Convert a file to a data set on disk that contains its images, for `read_rows` or `datasets.load_from_disk`.
-
-    Args:
-        path: the file.
-        image_folder: the folder that the paths of images start from.
-        output_dir: folder to write; it appears only when complete.
-        format: "llava" (see `read_llava`) or "grit" (see `read_grit`).
-        progress: show progress bars.
-
-    Returns:
-        the data set, read from `output_dir`.
-
-    Raises:
-        FileExistsError: if `output_dir` exists and is not an empty folder.
-        ValueError: if the format is unknown, or as for `read_llava`.
-    """
-    readers = {"llava": read_llava, "grit": read_grit}
-    if format not in readers:
-        raise ValueError(f"no format {format!r}; choose one of: {', '.join(readers)}")
-    datasets = import_datasets()
-    with new_folder(output_dir) as partial, contextlib.nullcontext() if progress else quiet_datasets(datasets):
-        readers[format](path, image_folder, progress=progress).save_to_disk(partial)
-    return datasets.load_from_disk(os.fspath(output_dir))
+    prepared = prepare_source(source, on_bad_row="skip" if keep_bad else "error")
+    rows = prepared.dataset
+    if missing := set(kept) - ({"id"} | set(source.columns)):
+        raise ValueError(
+            f"{source.path} has no column {', '.join(sorted(missing))}, but the columns {', '.join(['id', *source.columns])}"
+        )
+    if prepared.bad:
+        logger.warning(f"{source.path}: left out {prepared.describe_bad()}.")
+    places = rows.data.table.select(["file", "row"])
+    origins = [
+        pa.StructArray.from_arrays(
+            [*batch.columns, pa.nulls(len(batch), pa.string()), pa.repeat(pa.scalar(keep_bad), len(batch))],
+            ["file", "row", "problem", "skip"],
+        )
+        for batch in places.to_batches()
+    ]
+    fingerprint = Hasher.hash([rows._fingerprint, keep_bad])
+    column = Dataset(pa.table({ORIGIN_COLUMN: pa.chunked_array(origins)}), fingerprint=fingerprint)
+    shown = rows.select_columns(["images", "messages", "grounding", *kept])
+    return concatenate_datasets([shown, column], axis=1)
 
 
 # --- files to data sets ---
@@ -409,80 +379,13 @@ def convert(
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON or JSON-lines file."""
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path} is neither .json nor .jsonl; rename or convert it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); save it in that encoding") from error
-    # Not `splitlines`, which also splits at characters that may stand in a JSON string.
-    lines = enumerate(text.split("\n"), 1) if path.suffix == ".jsonl" else [(None, text)]
-    values = []
-    for number, line in lines:
-        if number is not None and not line.strip():
-            continue
-        try:
-            values.append(json.loads(line, object_pairs_hook=_unique))
-        except (ValueError, RecursionError) as error:
-            where = str(path) if number is None else f"{path}, line {number},"
-            fix = "; a file of one object a line must be named .jsonl" if "Extra data" in str(error) else ""
-            problem = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{where} is not JSON: {problem}{fix}") from error
-    if path.suffix == ".json":
-        values = values[0]
-    if not isinstance(values, list):
-        raise ValueError(
-            f"{path} is not a list of entries; write [{{…}}, {{…}}], or one entry a line in a .jsonl file"
-        )
+    values = [entry for _, entry, _ in read_json(path)]
     if not values:
         raise ValueError(f"{path} has no entries")
     for number, value in enumerate(values):
         if not isinstance(value, dict):
             raise ValueError(f"{path}, entry {number} is not an object; write {{…}}")
     return values
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r:.80} twice")
-    return values
-
-
-def _read(
-    path: str | os.PathLike,
-    image_folder: str | os.PathLike,
-    to_row: Callable[[dict[str, Any], Path], dict[str, Any]],
-    progress: bool,
-    problems: dict[int, str] | None,
-) -> Dataset:
-    """A data set of the rows that `to_row` makes from the entries of a file and the folder of its images."""
-    datasets = import_datasets()
-    from rich.markup import escape
-    from rich.progress import track
-
-    path, image_folder = Path(path), Path(image_folder)
-    entries = _entries(path)
-    if not image_folder.is_dir():
-        raise FileNotFoundError(f"no such folder of images: {image_folder}")
-    rows = []
-    for number, entry in enumerate(
-        track(entries, f"Reading {escape(path.name)}", disable=not progress, transient=True)
-    ):
-        try:
-            row = to_row(entry, image_folder)
-            rows.append(row | {"id": None if row["id"] is None else str(row["id"])})
-        except (ValueError, OSError) as error:
-            if problems is None:
-                raise ValueError(f"{path}, entry {number}: {error}; {_FIX}") from error
-            problems[number] = str(error)
-            rows.append({})
-    features = datasets.Features({**row_features(), "id": datasets.Value("string")})
-    # In memory: with images as paths the rows are small. `from_generator` would write a copy to the cache, and read it
-    # again after the files have changed.
-    return _to_dataset(rows, features, os.fspath(path), problems)
 
 
 def _rows_to_dataset(rows: list[dict[str, Any]], name: str, problems: dict[int, str] | None) -> Dataset:
@@ -554,135 +457,6 @@ def _note_unfit(problems: dict[int, str] | None, name: str, number: int, error: 
             "and `on_bad_row: skip` in a recipe's entry of the data leaves them out"
         ) from error
     problems[number] = f"does not fit the row format: {error}"
-
-
-def _image_file(image_folder: Path, name: Any) -> dict[str, Any]:
-    """An image file in a folder, as `datasets` stores it before it is read.
-
-    The file may come from others, so no name may lead out of the folder: its image would become a part of the data set.
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"the image is {name!r:.200}; write its path in the folder of images")
-    file = image_folder.absolute() / name
-    if not file.is_file():
-        raise ValueError(f"there is no image {file!s:.500}; add it or remove the entry")
-    if not file.resolve().is_relative_to(image_folder.resolve()):
-        raise ValueError(
-            f"the image {name!r:.200} leads out of the folder of images, to {file.resolve()}; copy it into the folder and "
-            "correct the entry, or remove it"
-        )
-    return {"path": str(file), "bytes": None}
-
-
-# --- formats ---
-
-
-def _llava_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
-    images = entry.get("image") or []
-    images = [_image_file(image_folder, name) for name in (images if isinstance(images, list) else [images])]
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('conversations is missing; write a list of {"from": "human", "value": …}')
-    messages = _llava_messages(turns)
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if shown != len(images):
-        raise ValueError(
-            f"conversations has {shown} {_IMAGE}, but `image` has {len(images)}; write {_IMAGE} once for each image"
-        )
-    return {"images": images, "messages": messages, "grounding": [], "id": entry.get("id")}
-
-
-def _llava_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages of LLaVA's `conversations`."""
-    messages: list[dict[str, Any]] = []
-    for i, turn in enumerate(turns):
-        value = turn.get("value") if isinstance(turn, dict) else None
-        role = turn.get("from") if isinstance(turn, dict) else None
-        if not isinstance(value, str) or role not in tuple(_LLAVA_ROLES):
-            raise ValueError(
-                f'conversations[{i}] must be {{"from": …, "value": …}}: one of {", ".join(_LLAVA_ROLES)}, and a text'
-            )
-        messages.append({"role": _LLAVA_ROLES[role], "content": _llava_content(value)})
-    return messages
-
-
-def _llava_content(value: str) -> list[dict[str, Any]]:
-    """Content parts of a text with `<image>` in it, without the line breaks next to an image."""
-    content: list[dict[str, Any]] = []
-    texts = value.split(_IMAGE)
-    for i, text in enumerate(texts):
-        if i > 0:
-            content.append({"type": "image", "text": None})
-            text = text.lstrip("\n")
-        if i < len(texts) - 1:
-            text = text.rstrip("\n")
-        if text:
-            content.append({"type": "text", "text": text})
-    return content
-
-
-def _grit_row(entry: dict[str, Any], image_folder: Path) -> dict[str, Any]:
-    caption, phrases = entry.get("caption"), entry.get("ref_exps")
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError("caption is missing; add it or remove the entry")
-    if not isinstance(phrases, list):
-        raise ValueError("ref_exps is missing; write a list of [start, end, x0, y0, x1, y1, score]")
-    image = _image_file(image_folder, entry.get("image") or entry.get("file_name") or f"{entry.get('key')}.jpg")
-    size = _upright_size(image["path"])
-    grounding = []
-    for i, phrase in enumerate(phrases):
-        try:
-            grounding.append(_grit_phrase(phrase, caption, size))
-        except ValueError as error:
-            raise ValueError(f"ref_exps[{i}] {error}") from error
-    messages = [
-        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": DESCRIBE}]},
-        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
-    ]
-    return {"images": [image], "messages": messages, "grounding": grounding, "id": entry.get("key")}
-
-
-def _grit_phrase(phrase: Any, caption: str, size: tuple[int, int]) -> dict[str, Any]:
-    """The entry of `grounding` for an entry of `ref_exps`, whose offsets may be floats."""
-    numbers = phrase if isinstance(phrase, list) else []
-    if len(numbers) not in (6, 7) or not all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers):
-        raise ValueError(f"is {phrase!r}; write [start, end, x0, y0, x1, y1, score]")
-    start, end, *box = numbers[:6]
-    if not (start == int(start) and end == int(end) and 0 <= start < end <= len(caption)):
-        raise ValueError(
-            f"has the span {start} to {end}, but the caption has {len(caption)} characters; correct the span"
-        )
-    start, end = int(start), int(end)
-    text = caption[start:end]
-    if not text.strip():
-        raise ValueError(f"has the span {start} to {end}, where the caption is blank; correct the span")
-    x0, y0, x1, y1 = (min(max(part, 0.0), 1.0) for part in box)
-    if max(-min(box), max(box) - 1) > _BOX_TOLERANCE or x0 >= x1 or y0 >= y1:
-        raise ValueError(f"has the box {box}; write x0 < x1 and y0 < y1, relative to the image's sides, from 0 to 1")
-    return {
-        "message": 1,
-        "start": start + len(text) - len(text.lstrip()),
-        "end": end - len(text) + len(text.rstrip()),
-        "image": 0,
-        "box": [x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1]],
-        "mask": None,
-        "score": None,
-    }
-
-
-def _upright_size(path: str) -> tuple[int, int]:
-    """Width and height of an upright image file. Only its header is read: decoding all of GRIT would take hours."""
-    from PIL import ExifTags, Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except Exception as error:  # decoders of damaged files raise almost anything
-        raise ValueError(
-            f"{path} is not a readable image ({type(error).__name__}); replace it or remove the entry"
-        ) from error
-    return (height, width) if turned else (width, height)
 
 
 # --- data sets to rows ---
@@ -799,7 +573,7 @@ def convert_messages(conversation: Any, format: str, num_images: int) -> list[di
 def _messages(conversation: Any, format: str) -> list[dict[str, Any]]:
     """Messages of one conversation."""
     if format == "llava":
-        return _llava_messages(conversation)
+        return llava_messages(conversation)
     if format == "cauldron":
         return [{"role": role, "content": turn[role]} for turn in conversation for role in ("user", "assistant")]
     return conversation

@@ -2,6 +2,7 @@
 """`agevlm scenes`, `agevlm masks`, `agevlm data check`, `agevlm data convert`."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -152,16 +153,12 @@ def masks(
 
 
 def check(
-    path: Annotated[
-        str, typer.Argument(help="Data: folder, .json, .jsonl or .parquet file, or Hub id; or a recipe, a .yaml file.")
-    ],
+    path: Annotated[str, typer.Argument(help="Data: folder, file, address or Hub id; or a recipe, a .yaml file.")],
     split: Annotated[str | None, typer.Option(help="The split, if there are several.")] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub that has several.")] = None,
-    format: Annotated[
-        Literal["rows", "llava", "grit", "cauldron"], typer.Option(help="The format, as in a recipe.")
-    ] = "rows",
+    format: Annotated[str, typer.Option(help="The format, as in a recipe.")] = "rows",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images of a .json or .jsonl file of format llava or grit.")
+        str | None, typer.Option(help="Folder or archive of a published data set's images, or its address.")
     ] = None,
     model: Annotated[
         str | None,
@@ -195,8 +192,8 @@ def check(
             from ..processing.collator import AgeVlmDataCollator
 
             collator = AgeVlmDataCollator(load_processor(model), grid=(1, 1), allow_urls=allow_urls)
-        given = {"name": name, "split": split, "format": format, "images": None if images is None else str(images)}
-        parts = [(DataPart(path, **given), collator)]  # type: ignore[arg-type]
+        given = {"name": name, "split": split, "format": format, "images": images}
+        parts = [(DataPart(path, **given), collator)]
     checked = [(part.path, check_part(part, collator=check, allow_urls=allow_urls)) for part, check in parts]
     if report is not None:
         reports = [{"path": name, **asdict(result)} for name, result in checked]
@@ -269,20 +266,35 @@ def _print_report(checked: "Report", title: str | None, report: Path | None) -> 
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help=".json or .jsonl file.")],
-    format: Annotated[
-        Literal["llava", "grit"], typer.Option(help="llava: conversations; grit: captions with boxes (Kosmos-2).")
-    ],
-    images: Annotated[Path, typer.Option(help="Folder that the paths of images start from.")],
+    path: Annotated[str, typer.Argument(help="File or folder of the annotations, or its address.")],
+    format: Annotated[str, typer.Option(help="The format that the data set is published in, as in a recipe.")],
     out: Annotated[Path, typer.Option(help="Folder for the data set; must not exist yet.")],
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder or archive of the images, or its address; by default beside the annotations."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The split, where the format has several.")] = None,
+    num_proc: Annotated[
+        int | None, typer.Option(help="Number of processes; by default one for each processor.")
+    ] = None,
+    on_bad_row: Annotated[
+        Literal["error", "skip"], typer.Option(help="Stop at the first bad entry, or leave them out and count them.")
+    ] = "error",
 ) -> None:
-    """Convert a LLaVA or GRIT file to a data set that holds its images."""
+    """Convert a published data set to rows that hold their images. Stopped, the same command resumes."""
     import pyarrow.compute as pc
 
-    from ..data import readers
+    from ..data.download import local
+    from ..data.formats import open_source
+    from ..data.prepared import convert_source
+    from ..files import check_new_folder
 
-    rows = readers.convert(file, images, out, format=format)
+    check_new_folder(out)  # before anything is downloaded
+    source = open_source(format, local(path), None if images is None else local(images), split)
+    converted = convert_source(source, out, on_bad_row=on_bad_row, num_proc=num_proc or os.cpu_count())
+    rows = converted.dataset
     num_images, num_phrases = (
         pc.sum(pc.list_value_length(rows.data.column(name))).as_py() for name in ("images", "grounding")
     )
-    say_saved(out, f"{len(rows)} rows, {num_images} images, {num_phrases} grounded phrases.")
+    left_out = f" Left out: {converted.describe_bad()}." if converted.bad else ""
+    say_saved(out, f"{len(rows)} rows, {num_images} images, {num_phrases} grounded phrases.{left_out}")
