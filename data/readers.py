@@ -348,11 +348,11 @@ def read_json_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _source_rows(source: Source, kept: Collection[str], keep_bad: bool) -> Dataset:
     """The rows of a published data set, with their origins. All columns but the origins' flags stay on disk."""
+    prepared = prepare_source(source, on_bad_row="skip" if keep_bad else "error")
     import pyarrow as pa
     from datasets import Dataset, concatenate_datasets
     from datasets.fingerprint import Hasher
 
-    prepared = prepare_source(source, on_bad_row="skip" if keep_bad else "error")
     rows = prepared.dataset
     if missing := set(kept) - ({"id"} | set(source.columns)):
         raise ValueError(

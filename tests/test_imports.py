@@ -125,7 +125,7 @@ def test_the_package_is_read_completely():
         assert module in FILES
     assert "agevlm.data.readers" in edges()["agevlm.data.mixture"]
     assert "agevlm.processing.image_processing_agevlm" in edges()["agevlm.data.scene_builder"]  # inside a function
-    assert public_names("agevlm.data")["read_llava"] == "agevlm.data.readers"
+    assert public_names("agevlm.data")["read_dataset"] == "agevlm.data.readers"
     assert {folder(module) for module in FILES} <= {*ORDER, "hub_cards"}
 
 
@@ -235,8 +235,9 @@ def test_reading_a_llava_file_imports_neither_scene_builder_nor_trainer(tmp_path
     turns = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "4"}]
     (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
     loaded = loaded_modules(
-        "from agevlm.data import read_llava;"
-        f"rows = read_llava({str(tmp_path / 'llava.json')!r}, {str(tmp_path)!r}, progress=False);"
+        "import datasets; from agevlm.data import read_dataset;"
+        f"datasets.config.HF_DATASETS_CACHE = {str(tmp_path)!r};"
+        f"rows = read_dataset({str(tmp_path / 'llava.json')!r}, 'llava');"
         "assert rows[0]['messages'][1]['content'][0]['text'] == '4'"
     )
     assert "agevlm.data.readers" in loaded

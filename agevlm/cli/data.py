@@ -291,7 +291,9 @@ def convert(
 
     check_new_folder(out)  # before anything is downloaded
     source = open_source(format, local(path), None if images is None else local(images), split)
-    converted = convert_source(source, out, on_bad_row=on_bad_row, num_proc=num_proc or os.cpu_count())
+    converted = convert_source(
+        source, out, on_bad_row=on_bad_row, num_proc=os.cpu_count() if num_proc is None else num_proc
+    )
     rows = converted.dataset
     num_images, num_phrases = (
         pc.sum(pc.list_value_length(rows.data.column(name))).as_py() for name in ("images", "grounding")

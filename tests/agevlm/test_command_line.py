@@ -400,7 +400,7 @@ LAST_STEP = {
     "attention": "agevlm.evaluation.attention.Attention.draw",
     "similarity": "agevlm.evaluation.similarity.measure_similarity",
     "data check --report": "agevlm.data.check.check_row",
-    "data convert": "agevlm.data.readers._llava_row",
+    "data convert": "agevlm.data.formats.llava._row",
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",

@@ -12,13 +12,15 @@ import pytest
 from command_line import check_refused, run
 from datasets import Dataset, Features, Image, List, Value
 from grounded_rows import BoxTeacher
-from row_cases import GRIT, LLAVA, encoded, good_row, json_row, rle, text_part, to_dataset, turns, write
+from row_cases import LLAVA, encoded, good_row, json_row, read_source, rle, text_part, to_dataset, write
 from tiny_training import tiny_processor
 from web_server import serve
 
 from agevlm.data import DataPart, add_masks, compute_features, read_mixture
 from agevlm.data.check import check_dataset, check_part, check_row
-from agevlm.data.readers import convert, read_dataset, read_grit, read_llava, read_rows, stored_images
+from agevlm.data.formats import open_source
+from agevlm.data.prepared import convert_source
+from agevlm.data.readers import read_dataset, read_rows, stored_images
 from agevlm.evaluation.benchmark_data import read_table
 from agevlm.processing import image_processing_agevlm
 from agevlm.processing.collator import AgeVlmDataCollator
@@ -44,17 +46,15 @@ def secret(tmp_path, images):
 @pytest.mark.parametrize("name", ["{secret}", "../secret/a.png", "sub/../../secret/a.png", "link.png", "linked/a.png"])
 def test_converted_data_stay_in_the_folder_of_images(name, tmp_path, images, secret, monkeypatch, capsys):
     name = name.format(secret=secret)
-    llava = write(tmp_path / "llava.json", [LLAVA[0] | {"image": name}])
-    grit = write(tmp_path / "grit.json", [GRIT[0] | {"image": name}])
-    for file, kind in ((llava, "llava"), (grit, "grit")):
-        check_refused(
-            monkeypatch, capsys, tmp_path, "leads out of the folder of images", "data", "convert", file, "--format", kind,
-            "--images", images, "--out", tmp_path / "out",
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=f"{kind}.json, entry 0: .* leads out of the folder"):
-            read_mixture([DataPart(str(file), format=kind, images=str(images))])
-        report = check_part(DataPart(str(file), format=kind, images=str(images)), progress=False)
-        assert report.bad_rows == 1
+    file = write(tmp_path / "llava.json", [LLAVA[0] | {"image": name}])
+    check_refused(
+        monkeypatch, capsys, tmp_path, "leads out of the folder of images", "data", "convert", file, "--format", "llava",
+        "--images", images, "--out", tmp_path / "out",
+    )  # fmt: skip
+    part = DataPart(str(file), format="llava", images=str(images))
+    with pytest.raises(ValueError, match=r"llava\.json, entry 0: .* leads out of the folder"):
+        read_mixture([part])
+    assert check_part(part, progress=False).bad_rows == 1
 
 
 def test_what_stays_in_the_folder_is_converted(tmp_path, images, secret):
@@ -62,8 +62,8 @@ def test_what_stays_in_the_folder_is_converted(tmp_path, images, secret):
     path = write(tmp_path / "llava.json", [LLAVA[0] | {"image": name} for name in names])
     (tmp_path / "other").symlink_to(images)
     for folder in (images, tmp_path / "other"):
-        assert len(read_llava(path, folder, progress=False)) == 3
-    convert(path, images, tmp_path / "out", format="llava", progress=False)
+        assert len(read_source("llava", path, folder)) == 3
+    convert_source(open_source("llava", path, images), tmp_path / "out", progress=False)
     assert [row["images"][0].size for row in read_rows(tmp_path / "out")] == [(20, 10), (40, 30), (40, 30)]
 
 
@@ -261,57 +261,38 @@ LLAVA_LINE = json.dumps(LLAVA[0])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", DEEP, "a.json is not JSON: nested too deeply"),
+        ("a.json", DEEP, "a.json, line 1, is not JSON: nested too deeply"),
         ("a.jsonl", LLAVA_LINE + '\n{"a": ' + DEEP, "a.jsonl, line 2, is not JSON: nested too deeply"),
-        ("a.json", '[{"id": 1, "id": 2}]', "a.json is not JSON: an object has the key 'id' twice"),
+        ("a.json", '[{"id": 1, "id": 2}]', "a.json, line 1, is not JSON: an object has the key 'id' twice"),
         (
             "a.jsonl",
             f'{LLAVA_LINE}\n{{"x": {{"y": 1, "y": 1}}}}',
             "line 2, is not JSON: an object has the key 'y' twice",
         ),
-        ("a.json", '[{"id": ' + "9" * 5000 + "}]", "a.json is not JSON: Exceeds the limit"),
+        ("a.json", '[{"id": ' + "9" * 5000 + "}]", "a.json, line 1, is not JSON: Exceeds the limit"),
         ("a.json", json.dumps(LLAVA).encode("utf-16"), "a.json is not UTF-8"),
         ("a.jsonl", LLAVA_LINE.encode("utf-32"), "a.jsonl is not UTF-8"),
-        ("a.json", "", "a.json is not JSON"),
+        ("a.json", "", "a.json has no entries"),
         ("a.jsonl", "\n \r\n", "a.jsonl has no entries"),
         ("a.json", "[NaN]", "entry 0 is not an object"),
-        ("a.json", "null", "is not a list of entries"),
+        ("a.json", "null", "entry 0 is not an object"),
     ],
 )
 def test_files_that_cannot_be_read(name, content, message, tmp_path, images, monkeypatch, capsys):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for read in (lambda path: read_llava(path, images), lambda path: read_grit(path, images), read_rows):
-        with pytest.raises(ValueError, match=message):
-            read(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / name)
+    message_of_all = message if "JSON" in message or "UTF" in message else "entry 0: conversations|has no rows"
+    with pytest.raises(ValueError, match=message_of_all):
+        read_source("llava", tmp_path / name, images)
     check_refused(monkeypatch, capsys, tmp_path, message, "data", "check", tmp_path / name)
 
 
-def test_line_ends_and_marks_of_windows(tmp_path, images):
-    path = tmp_path / "llava.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(entry).encode() for entry in LLAVA) + b"\r\n")
-    assert len(read_llava(path, images, progress=False)) == len(LLAVA)
-
-
-def test_nan_in_boxes_and_paths_with_nul(tmp_path, images):
-    for changes, message in (
-        ({"ref_exps": [[0, 5, float("nan"), 0, 1, 1]]}, r"ref_exps\[0\] is"),
-        ({"ref_exps": [[0, 5, 0, 0, 1, float("inf")]]}, r"ref_exps\[0\] is"),
-        ({"image": "a\0.png"}, "there is no image"),
-        ({"image": "x" * 5000}, "there is no image|too long"),
-        ({"image": {"path": "a.png"}}, "the image is"),
-    ):
+def test_names_of_images_that_no_file_has(tmp_path, images):
+    for name, message in (("a\0.png", "there is no image"), ("x" * 5000, "there is no image"), ({"path": "a.png"}, "the image is")):  # fmt: skip
+        path = write(tmp_path / "llava.json", [LLAVA[0] | {"image": name}])
         with pytest.raises(ValueError, match=f"entry 0: .*({message})"):
-            read_grit(write(tmp_path / "grit.json", [GRIT[0] | changes]), images, progress=False)
-
-
-def test_half_a_character_is_named_with_its_row(tmp_path, images):
-    broken = {"conversations": turns("What is this?", "A \ud800 dog.")}
-    path = tmp_path / "llava.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*LLAVA, broken, LLAVA[0]])))
-    with pytest.raises(ValueError, match=r"row 4: .*surrogates"):
-        read_llava(path, images, progress=False)
-    report = check_part(DataPart(str(path), format="llava", images=str(images)), progress=False)
-    assert [problem.row for problem in report.problems] == [4]
+            read_source("llava", path, images)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from row_cases import GRIT, LLAVA, encoded, good_row, rle
+from row_cases import LLAVA, encoded, good_row, rle, to_dataset
 from tiny_training import tiny_processor
 
 from agevlm.data.check import check_dataset, check_row
-from agevlm.data.readers import read_dataset, read_grit, read_json_rows, read_llava, read_rows
+from agevlm.data.formats import open_source
+from agevlm.data.prepared import read_pieces
+from agevlm.data.readers import read_dataset, read_json_rows, read_rows
 from agevlm.processing.collator import AgeVlmDataCollator, render_conversation
 from agevlm.processing.rows import ORIGIN_COLUMN, message_text, place_images
 
@@ -105,6 +107,10 @@ def test_any_json_is_rows_or_a_value_error(folder, entries, by_line):
     path = folder / ("any.jsonl" if by_line else "any.json")
     entries = entries if isinstance(entries, list) or not by_line else [entries]
     path.write_text("\n".join(map(json.dumps, entries)) if by_line else json.dumps(entries))
+    while not isinstance(entries, list) or (by_line and len(entries) == 1 and isinstance(entries[0], list)):
+        entries = (
+            entries[0] if isinstance(entries, list) else [entries]
+        )  # the content says what a file is, not its name
     dataset = rows_or_none(read_rows, path)
     assert dataset is None or len(dataset) == len(entries)
     with contextlib.suppress(ValueError):
@@ -117,13 +123,19 @@ def test_any_json_is_rows_or_a_value_error(folder, entries, by_line):
             )
 
 
-@given(st.lists(damaged(LLAVA[0]) | damaged(GRIT[0] | {"image": "a.png"}) | JSON, min_size=1, max_size=3))
-def test_any_llava_or_grit_is_rows_or_a_value_error(folder, entries):
+@given(st.lists(damaged(LLAVA[0]) | JSON, min_size=1, max_size=3))
+def test_any_llava_is_rows_and_bad_entries(folder, entries):
     path = folder / "other.json"
     path.write_text(json.dumps(entries))
-    for read in (read_llava, read_grit):
-        rows = rows_or_none(read, path, folder, progress=False)
-        assert rows is None or len(rows) == len(entries)
+    with tempfile.TemporaryDirectory() as work:
+        source = open_source("llava", path, folder)
+        found = list(read_pieces(source, source.pieces(Path(work)), Path(work)))
+    rows = [row for row in found if isinstance(row, dict)]
+    assert [row["row"] if isinstance(row, dict) else row.row for row in found] == list(range(len(entries)))
+    bare = [{name: row[name] for name in ("images", "messages", "grounding")} for row in rows]
+    assert not rows or len(to_dataset(bare)) == len(rows)
+    for row in rows:
+        assert check_row(row) == []
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.sampled_from([".json", ".jsonl", ".parquet"]))
