@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flickr30k Entities (Plummer et al., 2015, arXiv 1505.04870): five captions an image, whose phrases are tied to boxes.
 
-The layout is that of https://github.com/BryanPlummer/flickr30k_entities with its `annotations.zip` unpacked:
+The layout is that of https://github.com/BryanPlummer/flickr30k_entities. `Sentences` and `Annotations` are in its `annotations.zip`, which need
+not be unpacked:
 
     Sentences/36979.txt     a sentence a line: [/EN#1/people A group] of [/EN#2/people/other friends] stands in [/EN#0/notvisual line] .
     Annotations/36979.xml   <size>, and <object>s that name their chains: with a <bndbox>, or with <scene> and <nobndbox> where there is none
@@ -14,11 +15,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ...files import new_folder
 from .building import DESCRIBE, check_size, conversation, image_file, phrase_entry, pixel_box
 from .source import BadEntry, BadEntryError, Piece, Source, cut
 
@@ -36,7 +40,7 @@ class Flickr30k(Source):
     well show what they name.
 
     Args:
-        path: the folder with `Sentences`, `Annotations` and the lists of the splits.
+        path: the folder with `annotations.zip`, or `Sentences` and `Annotations`, and the lists of the splits.
         images: the folder of the photographs: `36979.jpg`.
         split: `train`, `val`, `test`, or another list `SPLIT.txt` in the folder.
     """
@@ -45,13 +49,12 @@ class Flickr30k(Source):
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         super().__init__(path, images, split)
-        self._sentences, self._annotations = self.path / "Sentences", self.path / "Annotations"
-        for folder in (self._sentences, self._annotations):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"There is no folder {folder}. Get Flickr30k Entities with `git clone "
-                    "https://github.com/BryanPlummer/flickr30k_entities`, and unpack annotations.zip in it."
-                )
+        self._archive = None if (self.path / "Sentences").is_dir() else self.path / "annotations.zip"
+        if self._archive is not None and not self._archive.is_file():
+            raise FileNotFoundError(
+                f"There is neither {self._archive} nor a folder Sentences beside it. Get Flickr30k Entities with `git clone "
+                "https://github.com/BryanPlummer/flickr30k_entities`, and name its folder as `path`."
+            )
         lists = sorted(file.stem for file in self.path.glob("*.txt"))
         if split not in lists:
             raise ValueError(
@@ -67,18 +70,28 @@ class Flickr30k(Source):
 
     def files(self) -> Sequence[Path]:
         files = [self._list, self.path / "UNRELATED_CAPTIONS"]
-        for _, name in self._listed():
-            files += [self._sentences / f"{name}.txt", self._annotations / f"{name}.xml"]
+        if self._archive is not None:
+            files.append(self._archive)
+        else:
+            for _, name in self._listed():
+                files += [self.path / "Sentences" / f"{name}.txt", self.path / "Annotations" / f"{name}.xml"]
         return [file for file in files if file.is_file()]
 
     def pieces(self, work: Path) -> list[Piece]:
+        place = self._annotations(work)
+        if self._archive is not None and not place.is_dir():
+            try:
+                with new_folder(place) as partial, zipfile.ZipFile(self._archive) as archive:
+                    archive.extractall(partial)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ValueError(f"{self._archive} cannot be unpacked ({error}); get it again") from error
         return cut(self._list.name, max((number + 1 for number, _ in self._listed()), default=0), _IMAGES_A_PIECE)
 
     def read(self, piece: Piece, work: Path) -> Iterator[dict[str, Any] | BadEntry]:
         unrelated = self._unrelated()
         for number, name in self._listed(piece.start, piece.end):
             try:
-                image, size, boxes, sentences = self._read_image(name)
+                image, size, boxes, sentences = self._read_image(self._annotations(work), name)
             except BadEntryError as error:
                 yield BadEntry(self._list.name, number, error.kind, f"image {name}: {error}")
                 continue
@@ -109,6 +122,10 @@ class Flickr30k(Source):
                     "row": row,
                 }
 
+    def _annotations(self, work: Path) -> Path:
+        """The folder of `Sentences` and `Annotations`."""
+        return self.path if self._archive is None else work / "annotations"
+
     def _listed(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, str]]:
         """The images of the split, by the numbers of their lines."""
         with open(self._list, encoding="utf-8", errors="replace") as lines:
@@ -124,7 +141,7 @@ class Flickr30k(Source):
         return {tuple(line.split()) for line in lines}
 
     def _read_image(
-        self, name: str
+        self, place: Path, name: str
     ) -> tuple[dict[str, Any], tuple[int, int], dict[str, list[ElementTree.Element]], list[str]]:
         """An image, its size, the elements of the boxes by chain, and its sentences.
 
@@ -133,10 +150,10 @@ class Flickr30k(Source):
         """
         if Path(name).name != name:
             raise BadEntryError("not a name of an image", "is not the name of an image; correct the list of the split")
-        sentences = _read_text(self._sentences / f"{name}.txt", "sentences").split("\n")
-        root = _read_xml(self._annotations / f"{name}.xml")
-        width, height = (root.findtext(f"size/{side}") or "" for side in ("width", "height"))
-        if not (width.strip().isdecimal() and height.strip().isdecimal()):
+        sentences = _read_text(place / "Sentences" / f"{name}.txt", "sentences").split("\n")
+        root = _read_xml(place / "Annotations" / f"{name}.xml")
+        width, height = ((root.findtext(f"size/{side}") or "").strip() for side in ("width", "height"))
+        if not all(re.fullmatch(r"\d{1,9}", side) for side in (width, height)):
             raise BadEntryError(
                 "no size", f"its annotation has the size {width!r} x {height!r}; write the image's width and height"
             )
@@ -153,10 +170,10 @@ def _read_text(file: Path, kind: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadEntryError(f"missing {kind}", f"there is no {file}; unpack annotations.zip again") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise BadEntryError(f"missing {kind}", f"there is no {file}; get annotations.zip again") from None
+    except (OSError, ValueError) as error:
         raise BadEntryError(
-            f"unreadable {kind}", f"{file} cannot be read ({error}); unpack annotations.zip again"
+            f"unreadable {kind}", f"{file} cannot be read ({error}); get annotations.zip again"
         ) from error
 
 
@@ -173,7 +190,7 @@ def _read_xml(file: Path) -> ElementTree.Element:
         return ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise BadEntryError(
-            "unreadable annotation", f"{file} is not XML ({error}); unpack annotations.zip again"
+            "unreadable annotation", f"{file} is not XML ({error}); get annotations.zip again"
         ) from error
 
 

@@ -3,7 +3,9 @@
 
 import itertools
 import re
+import shutil
 import time
+import zipfile
 
 import pytest
 from hypothesis import given
@@ -131,6 +133,24 @@ def test_splits_are_the_lists(folders, tmp_path):
         assert files == names | {split, "UNRELATED_CAPTIONS"}
 
 
+def test_the_archive_of_the_annotations_is_read_as_it_is(folders, tmp_path):
+    path, images = folders
+    rows = read(folders, tmp_path)
+    shutil.make_archive(str(path / "annotations"), "zip", path, "Sentences")
+    with zipfile.ZipFile(path / "annotations.zip", "a") as archive:
+        for file in (path / "Annotations").iterdir():
+            archive.write(file, f"Annotations/{file.name}")
+    for name in ("Sentences", "Annotations"):
+        shutil.rmtree(path / name)
+    assert read(folders, tmp_path / "work") == rows
+    assert path / "annotations.zip" in Flickr30k(path, images, "train").files()
+    whole = (path / "annotations.zip").read_bytes()
+    (path / "annotations.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"annotations\.zip cannot be unpacked"):
+        Flickr30k(path, images, "train").pieces(tmp_path / "other work")
+    assert not (tmp_path / "other work" / "annotations").exists()
+
+
 def test_captions_about_something_else_are_left_out(folders, tmp_path):
     rows = read(folders, tmp_path)
     with open(folders[0] / "UNRELATED_CAPTIONS", "a") as unrelated:
@@ -167,6 +187,7 @@ BAD = {
     ),
     "UTF-16": (ANNOTATION, lambda text: (LAUGHS + text).encode("utf-16"), "unreadable annotation", 5),
     "no size": (ANNOTATION, first(r"<size>.*</size>", ""), "no size", 5),
+    "an endless size": (ANNOTATION, first(r"<width>\d+<", f"<width>{'9' * 5000}<"), "no size", 5),
     "a word as size": (ANNOTATION, first(r"<width>\d+<", "<width>wide<"), "no size", 5),
     "another size": (ANNOTATION, first(r"<width>\d+<", "<width>640<"), "image of another size", 5),
     "no image": ("../flickr30k-images/{}.jpg", None, "missing image", 5),
