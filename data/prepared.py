@@ -317,6 +317,8 @@ def _join(job: _Job, pieces: list[Piece], folder: Path, settings: dict[str, Any]
                         bad[entry.kind, entry.phrase] += 1
                         first = entry if first is None and entry.kind != NOT_DOWNLOADED else first
                         listed.write(line)
+        # `datasets` puts no columns beside a table that has an empty part.
+        files = [file for file in files if len(Dataset.from_file(os.fspath(file)))]
         if job.on_bad_row == "error" and first is not None:  # of an earlier run, which skipped it
             raise bad_entry_error(job.source, first)
         with quiet_datasets(import_datasets()):

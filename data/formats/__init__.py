@@ -16,6 +16,8 @@ SOURCES = {
     "visual_genome": "visual_genome:VisualGenome",
     "grand": "grand:Grand",
     "grand_f": "grand_f:GrandF",
+    "coco": "coco:Coco",
+    "coco_questions": "coco:CocoQuestions",
 }
 """By the name of a format its module and class."""
 
