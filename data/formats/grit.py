@@ -17,8 +17,9 @@ img2dataset downloads the images ([`agevlm.data.formats.img2dataset`]). With `--
 holds the columns too, and is all that is needed. Otherwise GRIT's rows find their images by their addresses.
 
 `ref_exps` are grounded, as in Kosmos-2: an expression says which object is meant, where a chunk ("a man") fits others in the image
-that have no box. Kosmos-2 drops expressions that are part of longer ones, since its text marks cannot be nested; spans can, so they are kept. The
-confidence is dropped, because `score` belongs to a mask. A phrase of several objects has an entry for each; training joins their masks.
+that have no box. The paper leaves out expressions within longer ones; the published rows have them, and they stay, since each has its own
+box. The confidence is dropped, because `score` belongs to a mask. A phrase of several objects has an entry for each; training joins
+their masks.
 """
 
 from __future__ import annotations

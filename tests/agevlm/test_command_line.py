@@ -29,6 +29,8 @@ from command_line import run
 from evaluation_cases import cv_rows, picture, pope_rows, write_lines
 from fake_hub import fake_hub
 from grounded_rows import make_dataset, make_row, photograph
+from published_grit import grit_row, jpeg, write_grit
+from published_grit import picture as grit_picture
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from tiny_laboratory import tiny_checkpoint, tiny_scenes
@@ -57,6 +59,7 @@ COMMANDS = {
     "data check --model": "data check {rows.json} --model {model}",
     "data check --report": "data check {rows.json} --report {out}.json",
     "data convert": "data convert {llava.json} --format llava --images {images} --out {out}",
+    "data convert --format grit": "data convert {grit.parquet} --format grit --images {downloaded} --out {out}",
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
@@ -94,6 +97,9 @@ def world(tmp_path_factory):
     (folder / "llava.json").write_text(json.dumps([{"id": 1, "image": "image.png", "conversations": turns}]))
     messages = [{"role": "user", "content": "Cat?"}, {"role": "assistant", "content": "No."}]
     (folder / "rows.json").write_text(json.dumps([{"images": ["images/image.png"], "messages": messages}]))
+    grit, downloaded = write_grit(folder / "grit", [grit_row(0)], [jpeg(grit_picture(0))], saved=False)
+    shutil.move(grit / "coyo_0_snappy.parquet", folder / "grit.parquet")
+    downloaded.rename(folder / "downloaded")
     write_lines(folder / "pope.json", pope_rows("random"))
     write_lines(folder / "cv.jsonl", [{**row, "filename": "image.png"} for row in cv_rows()])
     return folder
@@ -244,6 +250,8 @@ FAULTS: dict[str, list[Callable[[Path], Any]]] = {
     "image": [missing, empty, truncated, text, bomb],
     "images": [missing, text, none_of_its_images],
     "pictures": [missing, empty, text],
+    "table": [missing, empty, truncated, text],
+    "shards": [missing, empty, text, in_file("00000.tar", missing), in_file("00000.tar", no_bytes)],
     "sam": [missing, empty, truncated, text, other_weights, exploit],
     "recipe": [missing, empty, truncated, text, binary, nested, number],
 }  # fmt: skip
@@ -252,6 +260,7 @@ KINDS = {
     "text": "text", "vision": "vision", "model": "model", "rows": "dataset", "boxes": "dataset", "scenes": "splits", "sam": "sam",
     "recipe": "recipe", "image": "image", "images": "images", "cutouts": "pictures", "backgrounds": "pictures",
     "rows.json": "json", "llava.json": "json", "pope.json": "json", "cv.jsonl": "json",
+    "grit.parquet": "table", "downloaded": "shards",
 }  # fmt: skip
 
 
@@ -401,6 +410,7 @@ LAST_STEP = {
     "similarity": "agevlm.evaluation.similarity.measure_similarity",
     "data check --report": "agevlm.data.check.check_row",
     "data convert": "agevlm.data.formats.llava._row",
+    "data convert --format grit": "agevlm.data.formats.grit._row",
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
@@ -520,6 +530,7 @@ def test_names_that_look_like_markup(name, command, world, tmp_path):
         ("train", "recipe", ""),
         ("data check", "rows.json", ""),
         ("data convert", "llava.json", ""),
+        ("data convert --format grit", "downloaded", "00000.tar"),
         ("eval pope", "pope.json", ""),
     ],
 )
