@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -186,12 +186,13 @@ def line_of(text: Any) -> str:
 
 
 def answer_of_lines(
-    request: str, lines: Sequence[tuple[str, list[float] | None, dict[str, Any] | None]]
+    request: str, lines: Iterable[tuple[str, Iterable[tuple[list[float] | None, dict[str, Any] | None]]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The `messages` and `grounding` of a row whose answer has a line for each object: its text, box and mask."""
-    text = "\n".join(line for line, _, _ in lines)
-    grounding, start = [], 0
-    for line, box, mask in lines:
-        grounding.append(phrase_entry(text, start, start + len(line), message=1, box=box, mask=mask))
-        start += len(line) + 1
+    """The `messages` and `grounding` of a row whose answer has lines: the text of each, and box and mask of each object that it names."""
+    text, spans = "", []
+    for line, objects in lines:
+        start = len(text) + 1 if text else 0
+        text = f"{text}\n{line}" if text else line
+        spans += [(start, len(text), box, mask) for box, mask in objects]
+    grounding = [phrase_entry(text, start, end, message=1, box=box, mask=mask) for start, end, box, mask in spans]
     return {"messages": conversation(request, text), "grounding": grounding}

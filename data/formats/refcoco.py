@@ -38,7 +38,7 @@ _IMAGES_A_PIECE = 500
 class RefCoco(Source):
     """The objects of an image with all of their expressions, as one answer of a line each, in which a line is grounded in its object.
 
-    An image with more than [`LINES`][agevlm.data.formats.building.LINES] lines has several rows. An expression that an object has more than once stands there once.
+    An image with more than [`LINES`][agevlm.data.formats.building.LINES] lines has several rows. An expression stands in an image once, with all objects that have it.
 
     Args:
         path: a parquet file, or a folder with files `SPLIT-….parquet` in it or in its folder `data`.
@@ -76,7 +76,7 @@ class RefCoco(Source):
             except BadEntryError as error:
                 yield BadEntry(file, row, error.kind, f"image {objects[0]['image_id']}: {error}")
                 continue
-            lines: dict[tuple[int, str], tuple[str, list[float], dict[str, Any]]] = {}
+            lines: dict[str, dict[Any, tuple[list[float], dict[str, Any]]]] = {}  # the objects of each, by number
             bad: list[BadEntry] = []
             for found in objects:
                 try:
@@ -91,9 +91,9 @@ class RefCoco(Source):
                         reason = f"its expression {error}"
                         bad.append(BadEntry(found["file"], found["row"], error.kind, reason, phrase=True))
                         continue
-                    lines.setdefault((number, line), (line, box, mask))
+                    lines.setdefault(line, {})[number] = box, mask
             yield from bad if lines else (replace(entry, phrase=False) for entry in bad)
-            answers = list(lines.values())
+            answers = [(line, named.values()) for line, named in lines.items()]
             for start in range(0, len(answers), LINES):
                 answer = answer_of_lines(REFER, answers[start : start + LINES])
                 yield {"images": [image], **answer, "id": f"{key}#{start // LINES}", "file": file, "row": row}

@@ -94,7 +94,7 @@ class VisualGenome(Source):
             for row in range(rows):
                 yield {
                     "images": [image],
-                    **_answer(lines[row::rows]),
+                    **answer_of_lines(REGIONS, lines[row::rows]),
                     "id": f"{key}#{row}",
                     "file": piece.file,
                     "row": number,
@@ -149,21 +149,13 @@ def _region(region: Any, key: Any, size: tuple[int, int]) -> tuple[str, list[flo
     return line_of(region.get("phrase")), xywh_box([region.get(side) for side in ("x", "y", "width", "height")], size)
 
 
-def _lines(regions: list[tuple[str, list[float]]]) -> list[tuple[str, list[list[float]]]]:
-    """The lines of an image and the boxes of each, both from the largest to the smallest."""
-    lines: dict[str, tuple[str, list[list[float]]]] = {}
+def _lines(regions: list[tuple[str, list[float]]]) -> list[tuple[str, list[tuple[list[float], None]]]]:
+    """The lines of an image and the boxes of each, both from the largest to the smallest; there are no masks."""
+    lines: dict[str, tuple[str, list[tuple[list[float], None]]]] = {}
     for text, box in sorted(
         regions, key=lambda region: -(region[1][2] - region[1][0]) * (region[1][3] - region[1][1])
     ):
         _, boxes = lines.setdefault(text.rstrip(" .,;:!").casefold(), (text, []))
-        if box not in boxes:
-            boxes.append(box)
+        if (box, None) not in boxes:
+            boxes.append((box, None))
     return list(lines.values())
-
-
-def _answer(lines: list[tuple[str, list[list[float]]]]) -> dict[str, Any]:
-    answer = answer_of_lines(REGIONS, [(text, None, None) for text, _ in lines])
-    grounding = [
-        {**entry, "box": box} for entry, (_, boxes) in zip(answer["grounding"], lines, strict=True) for box in boxes
-    ]
-    return {**answer, "grounding": grounding}
