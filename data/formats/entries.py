@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import sqlite3
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,9 @@ class Entries:
         self._index = sqlite3.connect(
             f"{place.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
         )
+        weakref.finalize(
+            self, self._index.close
+        )  # a connection refers to itself, and would keep its 2 MB until garbage is collected
         self._tables = {name: f"entries{number}" for name, number in self._index.execute("SELECT * FROM names")}
 
     def count(self, table: str) -> int:

@@ -2,6 +2,7 @@
 """Large JSON files as tables: every entry, in order, by number and by key, with little memory."""
 
 import json
+import sqlite3
 import tracemalloc
 
 import pytest
@@ -133,3 +134,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
     small = peak(20_000)  # several chunks
     assert peak(60_000) < small * 1.5
+
+
+def test_the_index_is_closed_with_its_entries(tmp_path):
+    entries = indexed(tmp_path, "[{}, {}]", {"": None})
+    connection, rows = entries._index, entries.slice("")
+    del entries
+    assert len(list(rows)) == 2  # it stays open for those who still read
+    del rows
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
