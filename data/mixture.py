@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..processing.rows import ORIGIN_COLUMN
 from .readers import read_dataset, stored_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .streaming import Pieces, RowStream
 
 GROUP_COLUMN = "sampling_group"
 """Column of a weighted mixture: the number of a row's group, a part or a value of a part."""
@@ -39,6 +41,8 @@ class DataPart:
             0.3}}`. Rows with other values are left out.
         on_bad_row: `error`, or `skip`: a row that cannot be trained on, such as one with a damaged image, is left out before
             training starts, see [`skip_bad_rows`]. All rows are then read once.
+        streaming: read the data while they train, and write no copy of them, see [`agevlm.data.streaming`]. All parts are then
+            one stream. Bad rows are left out on the way, and `rows` are the first behind a buffer.
     """
 
     path: str
@@ -50,15 +54,35 @@ class DataPart:
     weight: float | None = None
     weight_by: dict[str, dict[Any, float]] | None = None
     on_bad_row: Literal["error", "skip"] = "error"
+    streaming: bool = False
 
 
-def read_mixture(parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool = False) -> Dataset:
+@overload
+def read_mixture(
+    parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool = False, in_memory: Literal[True]
+) -> Dataset: ...
+@overload
+def read_mixture(
+    parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool = False, in_memory: bool = False
+) -> Dataset | RowStream: ...
+def read_mixture(
+    parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool = False, in_memory: bool = False
+) -> Dataset | RowStream:
     """The parts, one after another, with the columns `messages`, `grounding`, `images` or `image`, and the rows' origins.
 
     Only conversations are ever converted; images stay as they are stored, and are decoded when a batch needs them.
     Where parts have weights, each row has its group and the group's weight in two more columns, from which
     [`~agevlm.trainer.sampling.SamplingMixin`] makes batches. Bad rows of parts that skip them are there until
     [`skip_bad_rows`].
+
+    Args:
+        parts: of the mixture.
+        seed: of the choice of `rows`.
+        allow_urls: as for [`~agevlm.data.readers.read_dataset`].
+        in_memory: read the rows of parts with `streaming` into memory, which requires `rows`.
+
+    Returns:
+        a data set, or a stream where a part has `streaming` and is not read into memory.
 
     Raises:
         OSError: if a part is missing.
@@ -70,11 +94,66 @@ def read_mixture(parts: Sequence[DataPart], seed: int = 0, *, allow_urls: bool =
     weighted = any(part.weight is not None or part.weight_by is not None for part in parts)
     if weighted and len(parts) > 1 and (without := [part.path for part in parts if part.weight is None]):
         raise ValueError(f"{', '.join(without)} has no weight: give a `weight` to every part of the data, or to none.")
+    for part in parts:
+        if part.rows is not None and part.rows < 1:
+            raise ValueError(f"{part.path}: rows must be at least 1, got {part.rows}.")
+        if part.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"{part.path}: on_bad_row is error or skip, got {part.on_bad_row!r}.")
+    if not in_memory and any(part.streaming for part in parts):
+        return _read_stream(parts, seed, weighted, allow_urls)
     datasets, groups = [], 0
     for part in parts:
         datasets.append(_read_part(part, seed, groups if weighted else None, allow_urls))
         groups += len(_value_weights(part)[1])
     return import_datasets().concatenate_datasets(datasets)
+
+
+def _read_stream(parts: Sequence[DataPart], seed: int, weighted: bool, allow_urls: bool) -> RowStream:
+    from .streaming import FirstRows, RowStream, TablePieces
+
+    pieces: list[Pieces] = []
+    weights: list[float] = []
+    for part in parts:
+        if part.streaming:
+            opened = open_part(part, allow_urls=allow_urls)
+            pieces.append(opened if part.rows is None else FirstRows(opened, part.rows, seed))
+            weights += _value_weights(part)[1].values()
+            continue
+        dataset = stored_images(_read_part(part, seed, 0 if weighted else None, allow_urls))
+        if not weighted:
+            pieces.append(TablePieces(dataset))
+            continue
+        groups = dataset[GROUP_COLUMN][:]
+        for group, weight in sorted(dict(zip(groups, dataset[WEIGHT_COLUMN][:], strict=True)).items()):
+            chosen = [row for row, other in enumerate(groups) if other == group]
+            pieces.append(TablePieces(dataset.select(chosen)))
+            weights.append(weight)
+    return RowStream(pieces, weights if weighted else None)
+
+
+def open_part(part: DataPart, *, allow_urls: bool = False) -> Pieces:
+    """All rows of a part with `streaming`.
+
+    Raises:
+        OSError: if there are no such data.
+        ValueError: if they cannot be streamed.
+    """
+    from .streaming import open_pieces
+
+    if part.weight_by is not None:
+        raise ValueError(
+            f"{part.path}: weight_by looks at all rows before training, and `streaming` reads them on the way: leave one of "
+            "the two out, or make a data set of the rows of each value."
+        )
+    return open_pieces(
+        part.path,
+        part.format,
+        name=part.name,
+        split=part.split,
+        images=part.images,
+        skip=part.on_bad_row == "skip",
+        allow_urls=allow_urls,
+    )
 
 
 def skip_bad_rows(
@@ -143,22 +222,25 @@ def _is_at(origins: Any, entry: dict[str, Any]) -> bool:
 
 def _read_part(part: DataPart, seed: int, first_group: int | None, allow_urls: bool) -> Dataset:
     """A part; of a weighted mixture with the columns of its groups, which are numbered from `first_group` on."""
-    if part.rows is not None and part.rows < 1:
-        raise ValueError(f"{part.path}: rows must be at least 1, got {part.rows}.")
     column, weights = _value_weights(part)
     columns = [] if column is None else [column]
-    if part.on_bad_row not in ("error", "skip"):
-        raise ValueError(f"{part.path}: on_bad_row is error or skip, got {part.on_bad_row!r}.")
-    dataset = read_dataset(
-        part.path,
-        part.format,
-        name=part.name,
-        split=part.split,
-        images=part.images,
-        columns=columns,
-        keep_bad=part.on_bad_row == "skip",
-        allow_urls=allow_urls,
-    )
+    if part.streaming:
+        from .streaming import first_rows
+
+        if part.rows is None:
+            raise ValueError(f"{part.path}: an evaluation reads the same rows each time: say how many as `rows`.")
+        dataset = first_rows(open_part(part, allow_urls=allow_urls), part.rows, seed)
+    else:
+        dataset = read_dataset(
+            part.path,
+            part.format,
+            name=part.name,
+            split=part.split,
+            images=part.images,
+            columns=columns,
+            keep_bad=part.on_bad_row == "skip",
+            allow_urls=allow_urls,
+        )
     if first_group is not None:
         from datasets import Dataset, concatenate_datasets
 

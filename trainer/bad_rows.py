@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.mixture import DataPart, read_mixture, skip_bad_rows
+from ..data.streaming import RowStream
 from ..data.verdicts import find_verdicts
 from ..files import new_file
 from ..processing.collator import AgeVlmDataCollator
@@ -88,7 +89,7 @@ def skip_in_stage(
     args: AgeVlmTrainingArguments,
     resume: bool = False,
 ) -> dict[str, list[dict[str, Any]]] | None:
-    """Leaves bad rows out of a stage's data sets; see [`~agevlm.data.mixture.skip_bad_rows`].
+    """Leaves bad rows out of a stage's data sets; see [`~agevlm.data.mixture.skip_bad_rows`]. A stream leaves them out on the way.
 
     Args:
         data: the parts of each of `datasets`.
@@ -114,7 +115,9 @@ def skip_in_stage(
         raise ValueError(f"{file} is damaged: delete it, and the rows are looked at again.")
     collator, skipped = row_collator(processor, args), {}
     for name, dataset in datasets.items():
-        if dataset is not None:
+        if isinstance(dataset, RowStream):
+            dataset.find_problem = collator.find_problem
+        elif dataset is not None:
             bad = known[name] if name in known else _find_kept(data[name], dataset, collator, args)
             datasets[name], skipped[name] = skip_bad_rows(dataset, collator.find_problem, bad)
     return skipped
@@ -126,6 +129,9 @@ def _find_kept(
     """The bad rows of a mixture, if `agevlm data prepare` has looked at all of its rows."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
+
+    if any(part.streaming for part in parts):  # of an evaluation: they have just been read
+        return None
 
     def find() -> list[dict[str, Any]] | None:
         bad, start, origins = [], 0, mixture.select_columns(ORIGIN_COLUMN)
@@ -165,3 +171,11 @@ def write_skipped(skipped: dict[str, list[dict[str, Any]]], folder: str | Path) 
         partial.write_text(json.dumps(skipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     say(f"Skipped bad rows: {number}, listed in {file}")
     return number
+
+
+def say_left_out(left_out: dict[str, Any]) -> int:
+    """Says which rows of a stream were left out on the way, as [`~agevlm.trainer.sampling.SamplingMixin.left_out`] counts them; returns
+    their number."""
+    for kind, found in left_out.items():
+        say(f"Left out on the way: {found['rows']} rows, {kind}; the first: {found['first']}")
+    return sum(found["rows"] for found in left_out.values())

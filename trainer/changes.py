@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from ..data.mixture import WEIGHT_COLUMN
+from ..data.streaming import RowStream
 from ..processing.rows import ORIGIN_COLUMN
 from ..resume import FIX, changed, describe, digest
 from .arguments import AgeVlmTrainingArguments
@@ -65,7 +66,8 @@ def stage_settings(
     settings["processor"] = _processor_settings(processor)
     for name, dataset in datasets.items():
         if dataset is not None:
-            settings[name] = {"rows": len(dataset), "sample": sample_digest(dataset)}
+            rows = dataset.rows if isinstance(dataset, RowStream) else len(dataset)
+            settings[name] = {"rows": rows, "sample": sample_digest(dataset)}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -78,10 +80,13 @@ def _processor_settings(processor: Any) -> dict[str, Any]:
     return {**settings, "chat_template": digest([getattr(processor, "chat_template", None)])}
 
 
-def _step(args: AgeVlmTrainingArguments, dataset: Dataset) -> dict[str, int]:
-    """What decides which rows train together in a step, however the devices share them."""
+def _step(args: AgeVlmTrainingArguments, dataset: Dataset | RowStream) -> dict[str, int]:
+    """What decides which rows train together in a step, however the devices share them. They read a stream in shares."""
     size, batches, devices = _STEP[0], _STEP[1], "devices"
     values = {size: args.train_batch_size, batches: args.gradient_accumulation_steps, devices: args.world_size}
+
+    if isinstance(dataset, RowStream):
+        return values | {"dataloader_num_workers": args.dataloader_num_workers}
 
     def times(*names: str) -> dict[str, int]:
         product = 1
@@ -98,11 +103,15 @@ def _step(args: AgeVlmTrainingArguments, dataset: Dataset) -> dict[str, int]:
     return times(size, batches, devices)
 
 
-def sample_digest(dataset: Dataset) -> str:
-    """A digest of up to a hundred rows, evenly spread, with the contents of their images, wherever they lie."""
-    number = min(len(dataset), _SAMPLED_ROWS)
-    chosen = [i * (len(dataset) - 1) // max(1, number - 1) for i in range(number)]
-    rows = dataset.with_format("arrow").select(chosen)[:].to_pylist()
+def sample_digest(dataset: Dataset | RowStream) -> str:
+    """A digest of up to a hundred rows, evenly spread, with the contents of their images, wherever they lie. Of a stream it is
+    the first rows of some pieces."""
+    if isinstance(dataset, RowStream):
+        rows = [row for part in dataset.parts for row in part.sample()]
+    else:
+        number = min(len(dataset), _SAMPLED_ROWS)
+        chosen = [i * (len(dataset) - 1) // max(1, number - 1) for i in range(number)]
+        rows = dataset.with_format("arrow").select(chosen)[:].to_pylist()
     return digest(_content({**row, ORIGIN_COLUMN: None}) for row in rows)
 
 

@@ -161,6 +161,12 @@ def _check_stage(recipe: Recipe, where: str) -> Recipe:
             raise ValueError(f"The recipe has no {'training' if name == 'output_dir' else where}.{name}.")
     if not recipe.data:
         raise ValueError("The recipe has no data: `data` is a list with at least one entry.")
+    streamed = [part.path for part in (*recipe.data, *recipe.eval_data) if part.streaming]
+    if recipe.features is not None and streamed:
+        raise ValueError(
+            f"`features` are computed for all images before training, and {', '.join(streamed)} is read on the way (`streaming: "
+            "true`): leave one of the two out."
+        )
     for name, folder in (("training.output_dir", recipe.training["output_dir"]), ("features", recipe.features)):
         for path in (Path(folder), *Path(folder).parents) if folder is not None else ():
             if path.exists() and not path.is_dir():
@@ -366,12 +372,14 @@ def train(
         raise ImportError("Training needs accelerate and datasets: pip install 'agevlm[train]'.")
 
     from ..data.features import FeatureStore
+    from ..data.streaming import RowStream
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-    from .bad_rows import skip_in_stage, write_skipped
+    from .bad_rows import say_left_out, skip_in_stage, write_skipped
     from .changes import KeepRecipe, check_begun, check_finished, stage_settings
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
     from .guards import GuardsMixin
+    from .sampling import SamplingMixin, check_stream
     from .stages import base_model
     from .trainer import AgeVlmTrainer
 
@@ -399,6 +407,10 @@ def train(
     processor = processor or load_processor(recipe.model)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
+    streams = [data["train_dataset"] if isinstance(data["train_dataset"], RowStream) else None for data in mixtures]
+    for stream, args in zip(streams, every_args, strict=True):
+        if stream is not None:
+            check_stream(args, stream.rows)
     skipped = [
         skip_in_stage(stage.parts(), data, processor, args, resume)
         for stage, data, args in zip(stages, mixtures, every_args, strict=True)
@@ -416,6 +428,10 @@ def train(
             check_finished(folders[number], settings[number])
     checkpoint = last_checkpoint(folders[first]) if resume and not finished[first] else None
     trainer_class, changes = trainer_class or AgeVlmTrainer, []
+    if any(streams) and not issubclass(trainer_class, SamplingMixin):
+        raise ValueError(
+            f"{trainer_class.__name__} cannot read a stream (`streaming: true`): it has no SamplingMixin."
+        )
     if checkpoint is not None:
         changes = check_begun(checkpoint, settings[first], every_args[first], accept_changes)
         if changes and not issubclass(trainer_class, GuardsMixin):
@@ -438,14 +454,19 @@ def train(
                 restore_float32(trainer.model, source)
             if not finished[number]:
                 counts = {}
-                if (left_out := skipped[number]) is not None and trainer.is_world_process_zero():
-                    counts["skipped_rows"] = write_skipped(left_out, folders[number])
+                if (bad := skipped[number]) is not None and trainer.is_world_process_zero():
+                    counts["skipped_rows"] = write_skipped(bad, folders[number])
                 keep = KeepRecipe(settings[number], changes if number == first else [])
                 trainer.add_callback(keep)
                 result = trainer.train(resume_from_checkpoint=checkpoint if number == first else None)
+                left_out = None if streams[number] is None else trainer.left_out()
                 if trainer.is_world_process_zero():
                     name = recipe.stages[number].name if recipe.stages else stage.training["stage"]
-                    _report(trainer, stage, keep.kept, f"Stage {name}", {**result.metrics, **counts})
+                    kept = keep.kept
+                    if left_out is not None:
+                        counts["skipped_rows"] = counts.get("skipped_rows", 0) + say_left_out(left_out)
+                        kept = {**kept, "left_out": left_out}
+                    _report(trainer, stage, kept, f"Stage {name}", {**result.metrics, **counts})
                     if recipe.stages:
                         _report_all(recipe, folders[: number + 1])
                 save_model(trainer)  # at the end, because a stage with a model is finished
@@ -507,12 +528,15 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     Raises:
         ValueError: if the data, or those of an evaluation, have no rows.
     """
+    from ..data.streaming import RowStream
+
     found: dict[str, Any] = {"train_dataset": None, "eval_dataset": None}
     for name, parts in stage.parts().items():
         if not parts:
             continue
-        found[name] = read_mixture(parts, seed, allow_urls=stage.training.get("allow_urls", False))
-        if not len(found[name]):
+        allow_urls = stage.training.get("allow_urls", False)
+        found[name] = read_mixture(parts, seed, allow_urls=allow_urls, in_memory=name == "eval_dataset")
+        if not isinstance(found[name], RowStream) and not len(found[name]):
             raise ValueError(f"The data have no rows: {', '.join(part.path for part in parts)}.")
     return found
 
@@ -565,11 +589,17 @@ def _report(trainer: Trainer, stage: Recipe, kept: dict[str, Any], title: str, m
     """Writes `training.json` and `training.png` of a stage, and prints a summary."""
     from rich.table import Table
 
+    from ..data.streaming import RowStream
+
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     _write(folder, {"recipe": dataclasses.asdict(stage), **kept}, metrics, history)
     summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_row("steps", f"{trainer.state.global_step}")
-    summary.add_row("epochs", f"{trainer.state.epoch:.2f}")
+    if isinstance(trainer.train_dataset, RowStream):
+        step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+        summary.add_row("rows", f"{trainer.state.global_step * step}")
+    else:
+        summary.add_row("epochs", f"{trainer.state.epoch:.2f}")
     summary.add_row("time", f"{metrics['train_runtime'] / 60:.1f} min")
     for name in (*CURVES, *(f"eval_{name}" for name in CURVES)):
         if values := [entry[name] for entry in history if name in entry]:

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows train together: batches by number of tokens and by weights, which depend on the data and the seed alone."""
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data.mixture import GROUP_COLUMN, WEIGHT_COLUMN
+from ..data.streaming import LEFT_OUT, RowStream, add_left_out
 from ..processing.rows import ORIGIN_COLUMN, message_text
 from .stages import AnyTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .arguments import AgeVlmTrainingArguments
 
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
 
@@ -139,11 +146,70 @@ class _SetEpoch(TrainerCallback):
         self.batches.set_epoch(int(state.epoch))
 
 
+class _SkipTrained(TrainerCallback):
+    """Says to a stream how many batches were trained before the run was resumed. Transformers takes and drops as many, without
+    rows here, so that no image of theirs is decoded."""
+
+    def __init__(self, stream: RowStream):
+        self.stream = stream
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trained = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+        self.stream.skip_batches = trained
+
+
+class _StreamCollator:
+    """Makes batches of a stream's rows, with the numbers of rows that were left out on the way. Batches without rows are empty."""
+
+    def __init__(self, collator: Callable[[list], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: list) -> dict[str, Any]:
+        if rows[0] is None:
+            return {}
+        left_out: dict[str, list] = {}
+        for row in rows:
+            add_left_out(left_out, row[ORIGIN_COLUMN].get(LEFT_OUT, {}))
+        batch = self.collator(rows)
+        return {**batch, LEFT_OUT: left_out} if left_out else batch
+
+
+def check_stream(args: "AgeVlmTrainingArguments", rows: int | None = None) -> None:
+    """
+    Args:
+        args: of a training on a stream.
+        rows: of an epoch, where that is known.
+
+    Raises:
+        ValueError: if the training needs what a stream does not have.
+    """
+    if args.max_steps <= 0:
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = (
+            ""
+            if rows is None
+            else f" ({math.ceil(rows * args.num_train_epochs / step)} for {args.num_train_epochs:g} epochs)"
+        )
+        raise ValueError(f"A stream (`streaming: true`) has no end: set training.max_steps{steps}.")
+    if args.tokens_per_batch is not None:
+        raise ValueError(
+            "tokens_per_batch needs the length of every row before training, and a stream (`streaming: true`) is read on the way: "
+            "set training.per_device_train_batch_size in its place."
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy} needs all rows before training, and a stream (`streaming: "
+            "true`) is read on the way: leave it out."
+        )
+
+
 class SamplingMixin(AnyTrainer):
     """Batches by number of tokens (`args.tokens_per_batch`) and by the weights of a mixture, for any trainer.
 
     [`~agevlm.data.mixture.read_mixture`] writes the weights into columns of the data set. Without
     either, batches are Transformers' own. The same data, seed and tokenizer give the same batches to any model.
+
+    Of a stream ([`~agevlm.data.streaming.RowStream`]) each process and worker reads its share.
 
     Raises:
         ValueError: if the data has no length, or `train_sampling_strategy` asks for something else.
@@ -164,12 +230,51 @@ class SamplingMixin(AnyTrainer):
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def get_train_dataloader(self):
+        if isinstance(self.train_dataset, RowStream):
+            return self._stream_dataloader(self.train_dataset)
         tokens = self.args.tokens_per_batch
         if tokens is not None and not hasattr(self.train_dataset, "column_names"):
             raise ValueError(
                 f"tokens_per_batch needs a `datasets.Dataset`, got {type(self.train_dataset).__name__}: leave it out."
             )
         return super().get_train_dataloader()
+
+    def _stream_dataloader(self, stream: RowStream):
+        args = self.args
+        check_stream(args)
+        # By default, accelerate would read in the first process and send parts of its batches to the others.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        loader = super().get_train_dataloader()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if isinstance(shard := loader.dataset, IterableDatasetShard):
+            stream.begin(seed, self._train_batch_size, shard.num_processes, shard.process_index)
+        else:
+            stream.begin(seed, self._train_batch_size)
+        self._left_out: dict[str, list] = {}
+        self.remove_callback(_SkipTrained)
+        self.add_callback(_SkipTrained(stream))
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        streamed = description == "training" and isinstance(self.train_dataset, RowStream)
+        return _StreamCollator(collator) if streamed else collator
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        if isinstance(self.train_dataset, RowStream):
+            epoch_iterator = map(self._count_left_out, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _count_left_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        add_left_out(self._left_out, batch.pop(LEFT_OUT, {}))
+        return batch
+
+    def left_out(self) -> dict[str, Any]:
+        """The rows of a stream that were left out, of all processes: by kind their number, and the first."""
+        found: dict[str, list] = {}
+        for part in gather_object([self._left_out]):
+            add_left_out(found, part)
+        return {kind: {"rows": number, "first": first} for kind, (number, first) in sorted(found.items())}
 
     def _get_train_sampler(self, train_dataset=None):
         # The argument `train_dataset` lacks the columns that the model has no use for.
