@@ -244,7 +244,11 @@ class SamplingMixin(AnyTrainer):
         check_stream(args)
         # By default, accelerate would read in the first process and send parts of its batches to the others.
         self.accelerator.dataloader_config.dispatch_batches = False
-        loader = super().get_train_dataloader()
+        collator, self.data_collator = self.data_collator, _StreamCollator(self.data_collator)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(shard := loader.dataset, IterableDatasetShard):
             stream.begin(seed, self._train_batch_size, shard.num_processes, shard.process_index)
@@ -254,11 +258,6 @@ class SamplingMixin(AnyTrainer):
         self.remove_callback(_SkipTrained)
         self.add_callback(_SkipTrained(stream))
         return loader
-
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        collator = super()._get_collator_with_removed_columns(data_collator, description)
-        streamed = description == "training" and isinstance(self.train_dataset, RowStream)
-        return _StreamCollator(collator) if streamed else collator
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         if isinstance(self.train_dataset, RowStream):
