@@ -2,6 +2,7 @@
 """Training in separate processes: two that share the work, one that is killed, one whose disk is full."""
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ CHECKPOINTING = {
 # No stage: all parameters of the model train, as under plain trainers.
 EVERYTHING = {**CHECKPOINTING, "stage": None}
 SHARDED = {**EVERYTHING, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+STREAM = {**CHECKPOINTING, "stream": True, "train_sampling_strategy": "random", "max_steps": 8, "save_steps": 5}
 MUON = {"stage": "guide", "optim": "muon", "optim_args": "adamw_lr_scale=0.1", "adam_epsilon": 1e-3}
 DIVERGED = {**CHECKPOINTING, "save_steps": 1, "max_steps": 5, "poison": [4, 1]}
 STOPPED = ("diverged", "unlabeled")
@@ -59,6 +61,8 @@ CASES = {
         "everything": {"stage": None, "ddp_find_unused_parameters": False},
         "tokens": {"stage": "guide", "tokens_per_batch": 90, "train_sampling_strategy": "random"},
         "muon": MUON,
+        "stream": STREAM,
+        "stream resumed": {**STREAM, "resume": "stream/checkpoint-5"},
         "diverged": DIVERGED,
         "unlabeled": {"stage": "guide", "max_length": 6, "max_steps": 2},
     },
@@ -127,7 +131,12 @@ def losses(result: dict) -> dict[int, dict]:
 
 @pytest.mark.parametrize(
     ("launched", "case"),
-    [(kind, case) for kind in CASES for case in CASES[kind] if "resumed" not in case and case not in STOPPED],
+    [
+        (kind, case)
+        for kind in CASES
+        for case in CASES[kind]
+        if "resumed" not in case and case not in (*STOPPED, "stream")  # of which each process reads a share of its own
+    ],
     indirect=["launched"],
 )
 def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, monkeypatch):
@@ -161,6 +170,7 @@ def test_two_processes_log_and_learn_what_one_does(launched, case, tmp_path, mon
     ("launched", "case", "resumed"),
     [
         ("ddp", "checkpointing", "resumed"),
+        ("ddp", "stream", "stream resumed"),
         ("fsdp", "checkpointing", "resumed"),
         ("fsdp", "everything", "everything resumed"),
     ],
@@ -174,6 +184,17 @@ def test_two_processes_resume_from_a_checkpoint(launched, case, resumed):
     assert losses(resumed) == losses(whole)
     for name, weights in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], weights), name
+
+
+@pytest.mark.parametrize("launched", ["ddp"], indirect=True)
+def test_two_processes_divide_the_rows_of_a_stream(launched):
+    _, folder = launched
+    first, second = (torch.load(folder / f"stream-{i}.pt")["batches"] for i in range(2))
+    assert all(len(batch) == 2 for batch in (*first, *second))
+    # Of seven groups of four rows the first process reads four in an epoch.
+    rows = [list(itertools.chain(*batches))[:number] for batches, number in ((first, 16), (second, 12))]
+    assert sorted([*rows[0], *rows[1]]) == list(range(28))
+    assert rows[0] != sorted(rows[0])
 
 
 def test_all_processes_stop_at_the_step_that_one_of_them_sees(launched):
