@@ -21,10 +21,9 @@ import fsspec.asyn
 import torch.utils.data
 
 from ..processing.rows import ORIGIN_COLUMN, import_datasets, row_features
-from .formats import SOURCES, open_source
 from .formats.source import NOT_DOWNLOADED, BadEntry, Piece, Source
 from .prepared import prepared_folder, read_pieces
-from .readers import CONVERSATIONS, check_images, convert_messages, from_hub, read_saved, url_problem
+from .readers import CONVERSATIONS, check_images, convert_messages, find_source, from_hub, read_saved, url_problem
 
 if TYPE_CHECKING:
     import datasets
@@ -230,20 +229,18 @@ def open_pieces(
         ImportError: if `datasets` is not installed.
     """
     datasets, place = import_datasets(), Path(path)
-    if format in SOURCES and (format not in CONVERSATIONS or place.suffix in (".json", ".jsonl")):
-        return SourcePieces(open_source(format, path, images, split), skip)
-    if images is not None:
-        raise ValueError(f"{path}: `images` goes with published files, such as a .json file of the format llava.")
-    if place.suffix in (".json", ".jsonl") and place.is_file():
+    if (source := find_source(path, format, images, split)) is not None:
+        return SourcePieces(source, skip)
+    if place.suffix in (".json", ".jsonl"):
         raise ValueError(f"{path}: a file of rows in JSON is read as a whole; leave `streaming` out of this part.")
     if name is not None and split is None:
         raise ValueError(f"{path}: `name` requires `split`; add it")
     found: Any
     if place.is_dir() and any((place / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = read_saved(path)
-    elif place.suffix == ".parquet" and place.is_file():
-        # Its groups of rows are pieces.
-        found = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True).reshard()
+    elif place.suffix == ".parquet" and (place.is_file() or "://" in path):
+        found = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
+        found = found.reshard() if place.is_file() else found  # its groups of rows are pieces
     else:
         found = from_hub(path, *([] if name is None else [name]), streaming=True)
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
