@@ -165,7 +165,7 @@ def phrase_entry(
 
 def conversation(*texts: str) -> list[dict[str, Any]]:
     """The messages of a conversation about one image: the user's first text, behind the image, the assistant's, and so on."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
         for i, text in enumerate(texts)
     ]

@@ -76,22 +76,23 @@ class RefCoco(Source):
             except BadEntryError as error:
                 yield BadEntry(file, row, error.kind, f"image {objects[0]['image_id']}: {error}")
                 continue
-            lines: dict[str, dict[Any, tuple[list[float], dict[str, Any]]]] = {}  # the objects of each, by number
+            lines: dict[str, dict[str, tuple[list[float], dict[str, Any]]]] = {}  # the objects of each, by mask
             bad: list[BadEntry] = []
             for found in objects:
                 try:
-                    box, mask, number = _object(found, size)
+                    box, mask = _object(found, size)
                 except BadEntryError as error:
                     bad.append(BadEntry(found["file"], found["row"], error.kind, f"its object {error}", phrase=True))
                     continue
-                for sentence in found["sentences"] or ({},):
+                sentences: list[dict[str, Any] | None] = found["sentences"] or [None]
+                for sentence in sentences:
                     try:
                         line = line_of((sentence or {}).get("sent"))
                     except BadEntryError as error:
                         reason = f"its expression {error}"
                         bad.append(BadEntry(found["file"], found["row"], error.kind, reason, phrase=True))
                         continue
-                    lines.setdefault(line, {})[number] = box, mask
+                    lines.setdefault(line, {})[mask["counts"]] = box, mask
             yield from bad if lines else (replace(entry, phrase=False) for entry in bad)
             answers = [(line, named.values()) for line, named in lines.items()]
             for start in range(0, len(answers), LINES):
@@ -189,8 +190,8 @@ def _parsed(entry: dict[str, Any], column: str, key: str) -> dict[str, Any]:
     return value
 
 
-def _object(entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], dict[str, Any], Any]:
-    """The box, mask and number of an entry's object.
+def _object(entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], dict[str, Any]]:
+    """The box and the mask of an entry's object.
 
     Raises:
         BadEntryError: if the box or the mask cannot be read, or nothing of them lies in the image.
@@ -201,4 +202,4 @@ def _object(entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], 
         raise BadEntryError(
             "empty mask", "has a segmentation without a pixel in the image; correct it or remove the entry"
         )
-    return xywh_box(annotation.get("bbox"), size), mask, annotation.get("id")
+    return xywh_box(annotation.get("bbox"), size), mask

@@ -115,6 +115,15 @@ def test_an_expression_stands_there_once_with_all_objects_that_have_it(folders, 
     assert [problem for problem in check_row(row) if problem.severity == "error"] == []
 
 
+def test_numbers_of_objects_do_not_matter(folders, train, tmp_path):
+    rows = read(folders, tmp_path / "work")
+    entries = read_entries(train)
+    for entry in entries:
+        annotated(id=[{}])(entry)
+    write_entries(train, entries)
+    assert read(folders, tmp_path / "again") == rows
+
+
 def test_images_may_have_their_names_of_2017(folders, tmp_path):
     rows = read(folders, tmp_path / "work")
     for file in folders[1].iterdir():
