@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from datasets import Features
 
 
+# Of the images of a batch of rows.
+_BATCH_BYTES = 64_000_000
+
+
 @contextlib.contextmanager
 def unfinished_work(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     """The hidden folder of work on `output_dir`, which a next run with the same settings continues.
@@ -49,12 +53,24 @@ def unfinished_work(output_dir: Path, settings: Mapping[str, Any]) -> Iterator[P
 
 
 def write_piece(file: Path, features: Features, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows as an Arrow file, which appears when it is whole. A few rows are in memory at a time."""
+    """Writes rows as an Arrow file, which appears when it is whole.
+
+    A thousand rows are in memory at a time, or fewer with large images. Each such batch of a data set takes some 30 KB of memory
+    where the data set is opened, so that the hundred rows that `datasets` writes at a time would be gigabytes for millions of rows.
+    """
     from datasets.arrow_writer import ArrowWriter
 
-    with new_file(file) as partial, ArrowWriter(path=str(partial), features=features) as writer:
+    size = 0
+    with (
+        new_file(file) as partial,
+        ArrowWriter(path=str(partial), features=features, writer_batch_size=1000) as writer,
+    ):
         for row in rows:
             writer.write(row)
+            size += sum(len(image["bytes"] or b"") for image in row.get("images", ()))
+            if size > _BATCH_BYTES:
+                writer.write_examples_on_file()
+                size = 0
         writer.finalize()
 
 

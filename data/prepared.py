@@ -52,7 +52,7 @@ class Prepared:
     def describe_bad(self) -> str:
         """What was left out, for people: numbers by kind, and where each is listed."""
         counts = [
-            f"{number} {what} ({', '.join(f'{kind} {count}' for kind, count in kinds.items())})"
+            f"{number} {what} ({', '.join(f'{kind} {count}' for kind, count in sorted(kinds.items()))})"
             for what, kinds in (
                 ("entries", {kind: count for (kind, phrase), count in self.bad.items() if not phrase}),
                 ("phrases", {kind: count for (kind, phrase), count in self.bad.items() if phrase}),
