@@ -150,7 +150,7 @@ class Shard:
         try:
             with tarfile.open(self.place, "r:") as archive:
                 for member in archive:
-                    archive.members = []  # `tarfile` keeps all that it has read
+                    archive.members = []  # type: ignore[attr-defined]  # it keeps all that it has read
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if member.isfile() and member.offset_data + member.size <= length:
                         yield member.name, member.offset_data, member.size
