@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from documents import PAGES, ROOT, blocks, name_of
 from PIL import Image, ImageDraw
+from row_cases import LLAVA, write
 from tiny_models import IMAGE_SIZE, tiny_llama, tiny_vision
 from tiny_training import dataset, tiny_processor, tiny_trainable
 from transformers import AutoImageProcessor, ConvNextImageProcessor
@@ -49,6 +50,9 @@ def parts(tmp_path_factory):
     for name in ("demo_output/example.png", "street.jpg"):
         Image.fromarray(noise).save(folder / name)
     dataset(8).save_to_disk(folder / "my_data")
+    (folder / "photographs").mkdir()
+    Image.fromarray(noise).save(folder / "photographs" / "a.png")
+    write(folder / "llava.json", [{**LLAVA[0], "image": "a.png"}])
     (folder / "my_recipe.yaml").write_text(RECIPE, encoding="utf-8")
 
     (folder / "cutouts").mkdir()
