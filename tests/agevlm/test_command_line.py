@@ -29,8 +29,10 @@ from command_line import run
 from evaluation_cases import cv_rows, picture, pope_rows, write_lines
 from fake_hub import fake_hub
 from grounded_rows import make_dataset, make_row, photograph
+from published_flickr30k import write_flickr30k
 from published_grit import grit_row, jpeg, write_grit
 from published_grit import picture as grit_picture
+from published_refcoco import write_refcoco
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from tiny_laboratory import tiny_checkpoint, tiny_scenes
@@ -60,6 +62,8 @@ COMMANDS = {
     "data check --report": "data check {rows.json} --report {out}.json",
     "data convert": "data convert {llava.json} --format llava --images {images} --out {out}",
     "data convert --format grit": "data convert {grit.parquet} --format grit --images {downloaded} --out {out}",
+    "data convert --format flickr30k": "data convert {flickr30k} --format flickr30k --images {photographs} --split train --out {out}",
+    "data convert --format refcoco": "data convert {refcoco.parquet} --format refcoco --images {train2014} --out {out}",
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
@@ -100,6 +104,13 @@ def world(tmp_path_factory):
     grit, downloaded = write_grit(folder / "grit", [grit_row(0)], [jpeg(grit_picture(0))], saved=False)
     shutil.move(grit / "coyo_0_snappy.parquet", folder / "grit.parquet")
     downloaded.rename(folder / "downloaded")
+    entities, photographs = write_flickr30k(folder, train=1, val=0, test=0)
+    (folder / "flickr30k").mkdir()
+    shutil.make_archive(str(folder / "flickr30k" / "annotations"), "zip", entities)
+    shutil.copy(entities / "train.txt", folder / "flickr30k")
+    photographs.rename(folder / "photographs")
+    refcoco, _ = write_refcoco(folder, train=1, other=0)
+    shutil.copy(next((refcoco / "data").glob("train-*")), folder / "refcoco.parquet")
     write_lines(folder / "pope.json", pope_rows("random"))
     write_lines(folder / "cv.jsonl", [{**row, "filename": "image.png"} for row in cv_rows()])
     return folder
@@ -252,6 +263,8 @@ FAULTS: dict[str, list[Callable[[Path], Any]]] = {
     "pictures": [missing, empty, text],
     "table": [missing, empty, truncated, text],
     "shards": [missing, empty, text, in_file("00000.tar", missing), in_file("00000.tar", no_bytes)],
+    "entities": [missing, empty, text, in_file("annotations.zip", truncated), in_file("annotations.zip", no_bytes),
+                 in_file("train.txt", missing), in_file("train.txt", binary)],
     "sam": [missing, empty, truncated, text, other_weights, exploit],
     "recipe": [missing, empty, truncated, text, binary, nested, number],
 }  # fmt: skip
@@ -260,7 +273,8 @@ KINDS = {
     "text": "text", "vision": "vision", "model": "model", "rows": "dataset", "boxes": "dataset", "scenes": "splits", "sam": "sam",
     "recipe": "recipe", "image": "image", "images": "images", "cutouts": "pictures", "backgrounds": "pictures",
     "rows.json": "json", "llava.json": "json", "pope.json": "json", "cv.jsonl": "json",
-    "grit.parquet": "table", "downloaded": "shards",
+    "grit.parquet": "table", "downloaded": "shards", "flickr30k": "entities", "photographs": "images",
+    "refcoco.parquet": "table", "train2014": "images",
 }  # fmt: skip
 
 
@@ -411,6 +425,8 @@ LAST_STEP = {
     "data check --report": "agevlm.data.check.check_row",
     "data convert": "agevlm.data.formats.llava._row",
     "data convert --format grit": "agevlm.data.formats.grit._row",
+    "data convert --format flickr30k": "agevlm.data.formats.flickr30k._read_sentence",
+    "data convert --format refcoco": "agevlm.data.formats.refcoco._object",
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
@@ -531,6 +547,7 @@ def test_names_that_look_like_markup(name, command, world, tmp_path):
         ("data check", "rows.json", ""),
         ("data convert", "llava.json", ""),
         ("data convert --format grit", "downloaded", "00000.tar"),
+        ("data convert --format flickr30k", "flickr30k", "annotations.zip"),
         ("eval pope", "pope.json", ""),
     ],
 )
