@@ -236,7 +236,8 @@ class CategoryWords:
         words = [text[start:end].lower() for start, end in places]
         # Whether a word goes on where the one before ends: with a space, a hyphen or an apostrophe between them.
         joined = [False] + [text[a:b].strip() in ("", "-", "'", "’") for (_, a), (b, _) in itertools.pairwise(places)]
-        matches, i = [], 0
+        matches: list[_Match] = []
+        i = 0
         while i < len(words):
             longest = range(min(self._longest, len(words) - i), 0, -1)
             match = next(filter(None, (self._match(words, joined, i, i + length) for length in longest)), None)

@@ -249,7 +249,8 @@ class _Image:
     def region(self, category: str) -> _Region:
         """All instances of a category, crowds included."""
         if category not in self._regions:
-            masks, problems = [], []
+            masks: list[dict[str, Any]] = []
+            problems: list[BadEntry] = []
             for number, instance in self.instances[category]:
                 try:
                     masks.append(segmentation_to_rle(instance.get("segmentation"), self.height, self.width))
