@@ -3,6 +3,8 @@ from .build import from_parts as from_parts
 from .build import load_timm as load_timm
 from .data.check import check_dataset as check_dataset
 from .data.masks import add_masks as add_masks
+from .data.phrases import add_phrases as add_phrases
+from .data.phrases import find_phrases as find_phrases
 from .data.readers import read_rows as read_rows
 from .data.scene_builder import build_scenes as build_scenes
 from .data.teachers import MaskTeacher as MaskTeacher

@@ -11,6 +11,9 @@ from .masks import add_masks as add_masks
 from .mixture import DataPart as DataPart
 from .mixture import read_mixture as read_mixture
 from .mixture import skip_bad_rows as skip_bad_rows
+from .phrases import SpacyChunker as SpacyChunker
+from .phrases import add_phrases as add_phrases
+from .phrases import find_phrases as find_phrases
 from .prepared import Prepared as Prepared
 from .prepared import convert_source as convert_source
 from .prepared import prepare_source as prepare_source

@@ -67,7 +67,7 @@ def add_masks(
     Raises:
         FileExistsError: if `output_dir` exists and is not an empty folder, or its unfinished work is of another data set or
             other settings, or another process is at it.
-        ValueError: if a column is missing, a number is out of range, a row's image is a URL or cannot be read, a phrase or a box is
+        ValueError: if a column is missing, no row has a phrase, a number is out of range, a row's image is a URL or cannot be read, a phrase or a box is
             invalid, or the teacher accepts no entry at all.
         ImportError: if `accelerate`, `datasets` or `pycocotools` is not installed.
     """
@@ -86,6 +86,8 @@ def add_masks(
     splits = dict(dataset) if isinstance(dataset, datasets.DatasetDict) else {"": dataset}
     splits = {split: check_images(part.with_format(None), split or "the data set") for split, part in splits.items()}
     features = {split: _result_features(part, split) for split, part in splits.items()}
+    if not any(map(_has_phrases, splits.values())):
+        raise ValueError(f"the data set has no phrase that a mask could be made of; {_NO_PHRASES}")
     state = process_state()
     output_dir = Path(output_dir).absolute()
     # All that the result depends on. The batch size is not part of it, so a run out of memory can resume with a smaller one.
@@ -146,6 +148,16 @@ def add_masks(
     return datasets.load_from_disk(output_dir), outcomes
 
 
+_NO_PHRASES = "`agevlm data phrases` adds phrases to captions and conversations"
+
+
+def _has_phrases(part: Dataset) -> bool:
+    import pyarrow.compute as pc
+
+    stored = part.with_format("arrow").select_columns("grounding").iter(10_000)
+    return any(pc.sum(pc.list_value_length(batch["grounding"])).as_py() for batch in stored)
+
+
 def _advancing(batches: Iterator[list[dict[str, Any]]], bar: Progress, task: TaskID) -> Iterator[dict[str, Any]]:
     """The rows of batches, which advance a progress bar."""
     for rows in batches:
@@ -154,7 +166,7 @@ def _advancing(batches: Iterator[list[dict[str, Any]]], bar: Progress, task: Tas
 
 
 def replace_grounding(part: Dataset, results: Sequence[Dataset], fingerprint: str) -> Dataset:
-    """Replaces the column `grounding` of a data set by that of others. Nothing is read into memory.
+    """Replaces or adds the column `grounding` of a data set by that of others. Nothing is read into memory.
 
     Args:
         part: the data set.
@@ -167,8 +179,9 @@ def replace_grounding(part: Dataset, results: Sequence[Dataset], fingerprint: st
     if not results:
         return part
     grounding = datasets.concatenate_datasets(results).select_columns("grounding")
-    whole = datasets.concatenate_datasets([part.remove_columns("grounding"), grounding], axis=1)
-    whole = whole.select_columns(part.column_names)
+    others = part.select_columns([name for name in part.column_names if name != "grounding"])
+    whole = datasets.concatenate_datasets([others, grounding], axis=1)
+    whole = whole.select_columns(list(dict.fromkeys([*part.column_names, "grounding"])))
     return datasets.Dataset(whole.data, whole.info, part.split, whole._indices, fingerprint)
 
 
@@ -182,7 +195,10 @@ def _result_features(part: Dataset, split: str) -> Features:
 
     texts = {"messages"} if "messages" in part.column_names else {"prompt", "chosen"}
     if missing := {"images", "grounding", *texts} - set(part.column_names):
-        raise ValueError(f"the data set{split and f' ({split})'} lacks the column(s) {', '.join(sorted(missing))}")
+        fix = f"; {_NO_PHRASES}" if missing == {"grounding"} else ""
+        raise ValueError(
+            f"the data set{split and f' ({split})'} lacks the column(s) {', '.join(sorted(missing))}{fix}"
+        )
     entry = getattr(part.features["grounding"], "feature", None)
     if not isinstance(entry, dict):
         raise ValueError(f"grounding must be a list of entries, but is {part.features['grounding']}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`agevlm scenes`, `agevlm masks`, `agevlm data check`, `agevlm data convert`."""
+"""`agevlm scenes`, `agevlm masks`, `agevlm data check`, `agevlm data convert`, `agevlm data phrases`."""
 
 import json
 import os
@@ -300,3 +300,48 @@ def convert(
     )
     left_out = f" Left out: {converted.describe_bad()}." if converted.bad else ""
     say_saved(out, f"{len(rows)} rows, {num_images} images, {num_phrases} grounded phrases.{left_out}")
+
+
+def phrases(
+    dataset: Annotated[Path, typer.Argument(help="Data set with images: a folder that `save_to_disk` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data set with phrases; must not exist yet.")],
+    chunker: Annotated[
+        Literal["rules", "spacy"], typer.Option(help="rules: English, without a model; spacy: a model of spaCy.")
+    ] = "rules",
+    spacy_model: Annotated[
+        str, typer.Option(help="Name or folder of the model for --chunker spacy.")
+    ] = "en_core_web_sm",
+    roles: Annotated[Literal["all", "user", "assistant"], typer.Option(help="Whose texts get phrases.")] = "all",
+    max_phrases: Annotated[int | None, typer.Option(help="Most new phrases of a row; by default all.")] = None,
+    num_proc: Annotated[int | None, typer.Option(help="Processes that share the work; by default one.")] = None,
+    preview: Annotated[int, typer.Option(help="Number of texts to print with their phrases in brackets.")] = 5,
+) -> None:
+    """Add the phrases of captions and conversations to a data set, for `agevlm masks` with sam3 or grounded-sam."""
+    import datasets
+
+    from ..data.phrases import SpacyChunker, add_phrases, find_phrases, preview_phrases
+    from ..data.readers import read_saved
+    from ..files import check_new_folder
+
+    check_new_folder(out)  # before a model is loaded
+    rows = read_saved(dataset)
+    attribution = dataset / "ATTRIBUTION.md"
+    labeled, counts = add_phrases(
+        rows,
+        find_phrases if chunker == "rules" else SpacyChunker(spacy_model),
+        out,
+        roles=("user", "assistant") if roles == "all" else (roles,),
+        max_phrases=max_phrases,
+        num_proc=num_proc,
+        attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+    )
+    for text in preview_phrases(
+        next(iter(labeled.values())) if isinstance(labeled, datasets.DatasetDict) else labeled, preview
+    ):
+        say(text)
+    say_saved(
+        out,
+        f"{counts['phrases']} new phrases in {counts['labeled']} of {counts['rows']} rows, {counts['kept']} were there. "
+        f"Without new ones: {counts['text_only']} rows without an image, {counts['several_images']} with several (which one a "
+        f"phrase names is unknown), {counts['invalid']} invalid (see `agevlm data check`).",
+    )

@@ -64,6 +64,7 @@ COMMANDS = {
     "data convert --format grit": "data convert {grit.parquet} --format grit --images {downloaded} --out {out}",
     "data convert --format flickr30k": "data convert {flickr30k} --format flickr30k --images {photographs} --split train --out {out}",
     "data convert --format refcoco": "data convert {refcoco.parquet} --format refcoco --images {train2014} --out {out}",
+    "data phrases": "data phrases {captions} --out {out}",
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
@@ -86,6 +87,7 @@ def world(tmp_path_factory):
     (folder / "made" / "exact").rename(folder / "scenes")
     shutil.copytree(folder / "scenes" / "train", folder / "rows")
     make_dataset([make_row(photograph(0, (30, 40)), ("a dog", [2, 3, 20, 30], None))]).save_to_disk(folder / "boxes")
+    make_dataset([make_row(photograph(0, (30, 40)), text="A dog on the grass.")]).save_to_disk(folder / "captions")
     tiny_checkpoint(folder / "model")
     tokenizer = tiny_tokenizer()
     for part in (tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id), tokenizer):
@@ -270,7 +272,7 @@ FAULTS: dict[str, list[Callable[[Path], Any]]] = {
 }  # fmt: skip
 FILES = ("sam", "recipe", "image")
 KINDS = {
-    "text": "text", "vision": "vision", "model": "model", "rows": "dataset", "boxes": "dataset", "scenes": "splits", "sam": "sam",
+    "text": "text", "vision": "vision", "model": "model", "rows": "dataset", "boxes": "dataset", "captions": "dataset", "scenes": "splits", "sam": "sam",
     "recipe": "recipe", "image": "image", "images": "images", "cutouts": "pictures", "backgrounds": "pictures",
     "rows.json": "json", "llava.json": "json", "pope.json": "json", "cv.jsonl": "json",
     "grit.parquet": "table", "downloaded": "shards", "flickr30k": "entities", "photographs": "images",
@@ -374,6 +376,8 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
         ("build", ["--image-token", "[/b]"], "'[/b]'"),
         ("scenes", ["--classes", "[/b]"], "[/b]"),
         ("masks", ["--min-score", "nan"], "min_score"),
+        ("data phrases", ["--max-phrases", "0"], "max_phrases"),
+        ("data phrases", ["--num-proc", "-1"], "num_proc"),
         ("train", ["training.stage=[/b]"], "/b"),
         ("train", ["training.max_steps=1e99"], "max_steps"),
         ("train", ["training.gradient_accumulation_steps=0"], "gradient_accumulation_steps"),
@@ -427,6 +431,7 @@ LAST_STEP = {
     "data convert --format grit": "agevlm.data.formats.grit._row",
     "data convert --format flickr30k": "agevlm.data.formats.flickr30k._read_sentence",
     "data convert --format refcoco": "agevlm.data.formats.refcoco._object",
+    "data phrases": "agevlm.data.phrases.replace_grounding",
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
