@@ -255,9 +255,13 @@ def name_full_disk(target: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-        if str(error).startswith("Could not") or not any(reason in str(error) for reason in full):
+        chain: list[BaseException] = [error]  # libraries raise other errors while they close what they could not write
+        while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None and earlier not in chain:
+            chain.append(earlier)
+        reason = next((reason for part in chain for reason in full if reason in str(part)), None)
+        if reason is None or str(error).startswith("Could not"):
             raise
-        raise OSError(f"Could not write {target}: {error}. Make room, or choose a folder on another disk.") from error
+        raise OSError(f"Could not write {target}: {reason}. Make room, or choose a folder on another disk.") from error
 
 
 def resolve_package_file(name: str | os.PathLike) -> str:
