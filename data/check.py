@@ -193,7 +193,7 @@ def _numbered(
 
 
 def _check(
-    rows: Iterable[tuple[int | BadEntry, dict[str, Any], dict[str, Any]]],
+    rows: Iterable[tuple[int | BadEntry, Any, Any]],
     total: int | None,
     collator: AgeVlmDataCollator | None,
     allow_urls: bool,
@@ -206,7 +206,8 @@ def _check(
     """
     from rich.progress import track
 
-    report, last_bad = Report(), None
+    report = Report()
+    last_bad: tuple[str, int] | None = None
     for number, row, trained_row in track(rows, "Checking", total=total, disable=not progress, transient=True):
         if isinstance(number, BadEntry):
             bad, severe = number, number.kind != NOT_DOWNLOADED

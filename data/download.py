@@ -167,8 +167,8 @@ def _unpacked(address: str) -> Path:
         with new_folder(place) as partial, Console(stderr=True).status(f"Unpacking {archive.name}"):
             try:
                 if zipfile.is_zipfile(archive):
-                    with zipfile.ZipFile(archive) as opened:
-                        opened.extractall(partial)
+                    with zipfile.ZipFile(archive) as zipped:
+                        zipped.extractall(partial)
                 elif tarfile.is_tarfile(archive):
                     with tarfile.open(archive) as opened:
                         opened.extractall(partial, filter="data")

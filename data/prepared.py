@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -261,7 +261,9 @@ class _Job:
             write_piece(self.file(piece), source_features(self.source), rows)
         return counts[0], counts[1]
 
-    def _rows(self, piece: Piece, counts: list[int], stopped: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    def _rows(
+        self, piece: Piece, counts: list[int], stopped: Callable[[], bool]
+    ) -> Generator[dict[str, Any], None, None]:
         # The list of bad entries is whole before the rows are, so that a piece that is there has both.
         with new_file(bad_file(self.file(piece))) as partial, open(partial, "w", encoding="utf-8") as listed:
             for found in read_pieces(self.source, [piece], self.work / "help"):
@@ -308,7 +310,7 @@ def _join(job: _Job, pieces: list[Piece], folder: Path, settings: dict[str, Any]
     features, files = source_features(job.source), [job.file(piece) for piece in pieces]
     with new_folder(folder) as partial:
         bad: Counter[tuple[str, bool]] = Counter()
-        first = None
+        first: BadEntry | None = None
         with open(partial / BAD_FILE, "w", encoding="utf-8") as listed:
             for file in files:
                 with open(bad_file(file), encoding="utf-8") as lines:

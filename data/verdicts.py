@@ -126,9 +126,8 @@ def _look_at_piece(
     places: Sequence[int],
     stopped: Callable[[], bool],
 ) -> int:
-    from datasets import Features, Value
-
     import torch
+    from datasets import Features, Value
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the processes are as many as processors

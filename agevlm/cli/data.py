@@ -192,8 +192,7 @@ def check(
             from ..processing.collator import AgeVlmDataCollator
 
             collator = AgeVlmDataCollator(load_processor(model), grid=(1, 1), allow_urls=allow_urls)
-        given = {"name": name, "split": split, "format": format, "images": images}
-        parts = [(DataPart(path, **given), collator)]
+        parts = [(DataPart(path, name=name, split=split, format=format, images=images), collator)]
     checked = [(part.path, check_part(part, collator=check, allow_urls=allow_urls)) for part, check in parts]
     if report is not None:
         reports = [{"path": name, **asdict(result)} for name, result in checked]
