@@ -58,6 +58,43 @@ def local(address: str | os.PathLike) -> str:
     return os.fspath(_fetched(address))
 
 
+def is_local(address: str | os.PathLike) -> bool:
+    """Whether [`local`] has nothing to download or to unpack."""
+    address = os.fspath(address)
+    if address.startswith("zip://"):
+        archive = address.partition("::")[2]
+        return is_local(archive) and _unpacked_place(archive).is_dir()
+    if "://" not in address:
+        return True
+    if urlsplit(address).path.endswith(_ARCHIVES):
+        return _unpacked_place(address).is_dir()
+    if not address.startswith("hf://"):
+        return (_place(address) / _file_name(address)).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    parts = _HUB.fullmatch(address.rstrip("/"))
+    if parts is None or parts["inner"] is None:
+        return False
+    file = try_to_load_from_cache(parts["repo"], parts["inner"], revision=parts["revision"], repo_type="dataset")
+    return isinstance(file, str)
+
+
+def _file_name(address: str) -> str:
+    return Path(unquote(urlsplit(address).path)).name or "download"
+
+
+def _unpacked_place(address: str) -> Path:
+    """The folder for what is in an archive at an address or a path."""
+    is_path = "://" not in address
+    stat = _fetched(address).stat() if is_path else None
+    folder = _place(
+        "unpacked",
+        os.path.abspath(address) if is_path else address,
+        *((stat.st_size, stat.st_mtime_ns) if stat else ()),
+    )
+    return folder / _file_name(address).split(".")[0]
+
+
 def _place(*key: str | int) -> Path:
     """The folder of the cache for one download or archive."""
     folder = Path(import_datasets().config.HF_DATASETS_CACHE) / "agevlm" / "downloads" / digest(key)
@@ -117,7 +154,7 @@ def _from_web(address: str) -> Path:
     from huggingface_hub.file_download import http_get
 
     folder = _place(address)
-    file = folder / (Path(unquote(urlsplit(address).path)).name or "download")
+    file = folder / _file_name(address)
     partial = folder / "incomplete"
     with FileLock(folder / "lock"):
         if file.is_file():
@@ -152,15 +189,8 @@ def _unpacked(address: str) -> Path:
     from filelock import FileLock
     from rich.console import Console
 
-    is_path = "://" not in address
-    stat = _fetched(address).stat() if is_path else None
-    folder = _place(
-        "unpacked",
-        os.path.abspath(address) if is_path else address,
-        *((stat.st_size, stat.st_mtime_ns) if stat else ()),
-    )
-    place = folder / Path(unquote(urlsplit(address).path)).name.split(".")[0]
-    with FileLock(folder / "lock"):
+    place = _unpacked_place(address)
+    with FileLock(place.with_name("lock")):
         if place.is_dir():
             return place
         archive = _fetched(address)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..hub import ask_hub, unreachable
 from ..processing.rows import ORIGIN_COLUMN, import_datasets, place_images, row_features
-from .download import local
+from .download import is_local, local
 from .formats import SOURCES, open_source
 from .formats.entries import read_json
 from .formats.llava import llava_messages
-from .prepared import prepare_source
+from .prepared import find_prepared, prepare_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -57,6 +57,20 @@ def find_source(
             f"llava; got format {format} and images {images}"
         )
     return None
+
+
+def missing_work(
+    path: str | os.PathLike, format: str, images: str | os.PathLike | None = None, split: str | None = None
+) -> str | None:
+    """What must be done before a recipe's part can be read, for people; None if nothing is known of.
+
+    Raises:
+        OSError, ValueError: as [`find_source`].
+    """
+    if missing := [os.fspath(address) for address in (path, images) if address is not None and not is_local(address)]:
+        return f"Downloading {', '.join(missing)}"
+    source = find_source(path, format, images, split)
+    return None if source is None or find_prepared(source) is not None else f"Converting {path} (format {format})"
 
 
 def read_dataset(

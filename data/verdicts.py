@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ _COLUMNS = {
     "guidance_problem": "string",
     "tokens": "int32",
     "first_learned": "int32",
-    "images": "int32",
+    "num_images": "int32",
     "phrases": "int32",
     "masks": "int32",
     "dropped": "int32",
@@ -52,7 +53,7 @@ class Verdicts:
             - `problem`: what keeps it from training without guidance, and `guidance_problem`: with it; null if nothing does;
             - `tokens`: of its text, cut to `max_length`, and `first_learned`: the place of the first that is learned, `tokens` if
               none is;
-            - `images`, `phrases`, `masks`: their numbers;
+            - `num_images`, `phrases`, `masks`: their numbers;
             - `dropped`: phrases with masks that guidance would drop (truncated, before their image, or a doubtful mask).
     """
 
@@ -163,7 +164,7 @@ def look_at_row(row: dict[str, Any], collator: AgeVlmDataCollator) -> dict[str, 
         "masks": sum(entry.get("mask") is not None for entry in entries),
         "tokens": 0,
         "first_learned": 0,
-        "images": 0,
+        "num_images": 0,
         "dropped": 0,
     }
     if batch is not None:
@@ -172,7 +173,7 @@ def look_at_row(row: dict[str, Any], collator: AgeVlmDataCollator) -> dict[str, 
         found |= {
             "tokens": tokens,
             "first_learned": int(learned[0]) if len(learned) else tokens,
-            "images": len(batch["pixel_values"]) if "pixel_values" in batch else 0,
+            "num_images": len(batch["pixel_values"]) if "pixel_values" in batch else 0,
             "dropped": int(batch.get("num_dropped_phrases", [0])[0]),
         }
     return found
@@ -204,8 +205,10 @@ def _processor_digest(processor: AgeVlmProcessor) -> str:
     images = processor.image_processor.to_dict()
     for name in ("auto_map", "image_processor_type", "processor_class"):
         images.pop(name, None)
-    texts = [processor.chat_template, processor.image_token, processor.sanitize_chats]
-    return digest([processor.tokenizer.backend_tokenizer.to_str(), images, *texts])
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):  # of its last call
+        tokenizer.pop(name, None)
+    return digest([tokenizer, images, processor.chat_template, processor.image_token, processor.sanitize_chats])
 
 
 def _known(folder: Path) -> pa.Table:

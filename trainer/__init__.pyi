@@ -1,5 +1,8 @@
 from .arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
 from .checkpoints import CheckpointsMixin as CheckpointsMixin
+from .estimate import BatchShape as BatchShape
+from .estimate import StepCost as StepCost
+from .estimate import estimate_step as estimate_step
 from .guards import GuardsMixin as GuardsMixin
 from .guidance import GuidanceMixin as GuidanceMixin
 from .guidance import visual_grid as visual_grid
@@ -14,6 +17,8 @@ from .losses import pointing_hits as pointing_hits
 from .optimizer import Muon as Muon
 from .optimizer import OptimizerMixin as OptimizerMixin
 from .parser import parse_script as parse_script
+from .prepare import prepare_recipe as prepare_recipe
+from .prepare_report import PrepareReport as PrepareReport
 from .recipe import Recipe as Recipe
 from .recipe import Stage as Stage
 from .recipe import cache_features as cache_features

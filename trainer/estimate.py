@@ -73,6 +73,7 @@ class StepCost:
         activations: most bytes that are alive beside these at any time: what backward needs, the logits, and intermediate
             results. Without what the allocator and the kernels of a GPU keep for themselves.
         buckets: bytes of DDP's buckets, which hold the gradients once more on several devices.
+        visual_tokens: of an image.
     """
 
     flops: int
@@ -81,6 +82,7 @@ class StepCost:
     optimizer: int = 0
     activations: int = 0
     buckets: int = 0
+    visual_tokens: int = 0
 
     @property
     def memory(self) -> int:
@@ -154,6 +156,8 @@ def estimate_step(
             parameter.grad = torch.empty_like(parameter)
             cost.gradients += parameter.grad.nbytes
         cost.buckets = cost.gradients if devices > 1 else 0
+        with torch.no_grad():
+            cost.visual_tokens = model.model.get_vision_tokens(torch.empty(1, 3, *image_size))[0].shape[1]
         inputs = _inputs(model, batch, image_size, stored_features)
         half = torch.bfloat16 if args.bf16 or args.fp16 else None
         live = _LiveBytes()

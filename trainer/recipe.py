@@ -62,6 +62,10 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "agevlm"
 
+DDP_TIMEOUT = 24 * 3600
+"""Seconds that a process waits for another, where a recipe does not set `ddp_timeout`: the first may convert data for hours. A
+process that ends is noticed at once by what has launched it; one that hangs is noticed after this time."""
+
 
 @dataclass
 class ModelArgs:
@@ -216,6 +220,7 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
         # Asked for by name, because Transformers takes bf16 without a GPU for a mistake otherwise.
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": recipe.model_args.dtype == "bfloat16" and not recipe.training.get("fp16"),
+        "ddp_timeout": DDP_TIMEOUT,
         **recipe.training,
     }
     try:
@@ -264,7 +269,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 
     check_model(recipe.model)
-    recipe = replace(recipe, model_args=_resolve_model_args(recipe))
+    recipe = replace(recipe, model_args=resolve_model_args(recipe))
     return _load(AgeVlmForConditionalGeneration, recipe.model, recipe), load_processor(recipe.model)
 
 
@@ -273,7 +278,7 @@ def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe:
     return load_pretrained(model_class, source, **given)
 
 
-def _resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:
+def resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:
     """The same for all stages: a given model's own type and attention, and what `auto` and `fastest` stand for."""
     from transformers import PreTrainedConfig
 
@@ -389,7 +394,7 @@ def train(
     recipe = load_recipe(recipe, overrides)
     if model is None:
         check_model(recipe.model)
-    recipe = replace(recipe, model_args=_resolve_model_args(recipe, model))
+    recipe = replace(recipe, model_args=resolve_model_args(recipe, model))
     stages = recipe.split()
     every_args = [training_arguments(stage) for stage in stages]
     folders = [Path(args.output_dir) for args in every_args]
@@ -401,11 +406,13 @@ def train(
         config = base_model(model).config
     stores: dict[str, FeatureStore] = {}
     for stage, args in zip(stages, every_args, strict=True):
-        _check_fit(stage, args, config)
+        check_fit(stage, args, config)
         if stage.features is not None and stage.features not in stores:
             stores[stage.features] = FeatureStore(stage.features)
     processor = processor or load_processor(recipe.model)
     with every_args[0].main_process_first(desc="reading data"):  # the others find its conversions in the cache
+        if every_args[0].process_index == 0:
+            _say_what_is_missing([part for stage in stages for parts in stage.parts().values() for part in parts])
         mixtures = [_read_data(stage, args.seed) for stage, args in zip(stages, every_args, strict=True)]
     streams = [data["train_dataset"] if isinstance(data["train_dataset"], RowStream) else None for data in mixtures]
     for stream, args in zip(streams, every_args, strict=True):
@@ -436,7 +443,7 @@ def train(
         changes = check_begun(checkpoint, settings[first], every_args[first], accept_changes)
         if changes and not issubclass(trainer_class, GuardsMixin):
             raise ValueError(f"{trainer_class.__name__} would keep the checkpoint's settings: it has no GuardsMixin.")
-    with _folders([Path(recipe.training["output_dir"]), *folders[first:]]):
+    with made_folders([Path(recipe.training["output_dir"]), *folders[first:]]):
         for number in range(first, len(stages)):
             stage, dataset = stages[number], mixtures[number]
             source = recipe.model if number == 0 else folders[number - (not finished[number])]
@@ -523,6 +530,19 @@ def cache_features(
     return found
 
 
+def _say_what_is_missing(parts: Sequence[DataPart]) -> None:
+    """Says which parts are about to be downloaded and converted."""
+    from ..data.readers import missing_work
+
+    prepared = [part for part in parts if not part.streaming]
+    work = [missing_work(part.path, part.format, part.images, part.split) for part in prepared]
+    lines = list(dict.fromkeys(line for line in work if line is not None))
+    for line in lines:
+        say(line)
+    if lines:
+        say("All processes wait for that. `agevlm data prepare RECIPE` does it before training, in several processes.")
+
+
 def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     """
     Raises:
@@ -541,7 +561,7 @@ def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:
     return found
 
 
-def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> None:
+def check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedConfig) -> None:
     """
     Raises:
         ValueError: if the model lacks one of the guided layers, or a tower with features trains.
@@ -559,7 +579,7 @@ def _check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedC
 
 
 @contextlib.contextmanager
-def _folders(folders: Sequence[Path]) -> Iterator[None]:
+def made_folders(folders: Sequence[Path]) -> Iterator[None]:
     """Makes the folders of a run and its stages, and removes those that a failure leaves empty.
 
     Raises:

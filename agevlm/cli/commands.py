@@ -45,8 +45,8 @@ for command in (
 ):
     app.command()(command)
 
-data_app = typer.Typer(help="Check and convert grounding data, and find its phrases.", no_args_is_help=True)
-for data_command in (data.check, data.convert, data.phrases):
+data_app = typer.Typer(help="Check, convert and prepare grounding data, and find its phrases.", no_args_is_help=True)
+for data_command in (data.check, data.convert, data.phrases, data.prepare):
     data_app.command()(data_command)
 app.add_typer(data_app, name="data")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`agevlm scenes`, `agevlm masks`, `agevlm data check`, `agevlm data convert`, `agevlm data phrases`."""
+"""`agevlm scenes`, `agevlm masks` and the commands of `agevlm data`."""
 
 import json
 import os
@@ -344,3 +344,54 @@ def phrases(
         f"Without new ones: {counts['text_only']} rows without an image, {counts['several_images']} with several (which one a "
         f"phrase names is unknown), {counts['invalid']} invalid (see `agevlm data check`).",
     )
+
+
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, such as those in examples/recipes.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace values, as for `agevlm train`."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="AGE-VLM whose processor and configuration to prepare with: for a later stage, whose own model does not exist yet, "
+            "that of the first. The recipe's own by default."
+        ),
+    ] = None,
+    num_proc: Annotated[
+        int | None, typer.Option(help="Number of processes; by default one for each processor.", min=1)
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file to write, with a readable .md beside it; by default prepared.json in training.output_dir.",
+            callback=check_folder,
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that will train.", min=1)] = 1,
+    gpu_tflops: Annotated[
+        float | None,
+        typer.Option(help="Peak of one of them in TFLOPs a second; by default that of an H100 in bfloat16."),
+    ] = None,
+    utilization: Annotated[
+        float | None, typer.Option(help="Share of the peak that training reaches, above 0 and up to 1.")
+    ] = None,
+) -> None:
+    """Download, convert and check all data of a recipe, and say what training will take. Stopped, it resumes. Exit code 1: bad rows."""
+    from ..trainer.estimate import GPU_TFLOPS, UTILIZATION
+    from ..trainer.prepare import prepare_recipe
+
+    prepared = prepare_recipe(
+        recipe,
+        overrides or (),
+        model=model,
+        num_proc=num_proc,
+        report=report,
+        gpus=gpus,
+        gpu_tflops=GPU_TFLOPS if gpu_tflops is None else gpu_tflops,
+        utilization=UTILIZATION if utilization is None else utilization,
+    )
+    prepared.print()
+    if prepared.bad_rows:
+        raise typer.Exit(1)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import datasets
 import huggingface_hub
 import pytest
 import segment_anything
@@ -65,6 +66,7 @@ COMMANDS = {
     "data convert --format flickr30k": "data convert {flickr30k} --format flickr30k --images {photographs} --split train --out {out}",
     "data convert --format refcoco": "data convert {refcoco.parquet} --format refcoco --images {train2014} --out {out}",
     "data phrases": "data phrases {captions} --out {out}",
+    "data prepare": "data prepare {recipe} model={model} data.0.path={rows} training.output_dir={out} --num-proc 1",
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
@@ -298,10 +300,12 @@ SKIPPED = {
         "attention",
         "similarity",
         "data check --report",
+        "data prepare",
         "eval pope",
         "eval cv-bench",
         "eval scenes",
     },
+    "rows": {"data prepare"},
     "rows.json": {"data check --model"},
 }
 
@@ -332,9 +336,10 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, world, tmp_path):
-    """Runs a command in an empty folder, and gives its exit code and what it has printed."""
+def command(monkeypatch, capsys, world, tmp_path, tmp_path_factory):
+    """Runs a command in an empty folder, with an empty cache of data, and gives its exit code and what it has printed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     fake_hub(monkeypatch, down=True)
     monkeypatch.setitem(segment_anything.sam_model_registry, "tiny", build_tiny_sam)
 
@@ -414,8 +419,9 @@ def test_a_question_in_another_encoding(monkeypatch, capsys, world):
 # --- the output ---
 
 OUTPUTS = [command for command in COMMANDS if "{out}" in COMMANDS[command]]
-# `features` adds to its folder.
-FOLDERS = [command for command in OUTPUTS if "{out}." not in COMMANDS[command] and command != "features"]
+# These add to their folder.
+ADDING = ("features", "data prepare")
+FOLDERS = [command for command in OUTPUTS if "{out}." not in COMMANDS[command] and command not in ADDING]
 # Each command's last step before its output is written.
 LAST_STEP = {
     "build": "agevlm.build.from_parts",
@@ -432,6 +438,7 @@ LAST_STEP = {
     "data convert --format flickr30k": "agevlm.data.formats.flickr30k._read_sentence",
     "data convert --format refcoco": "agevlm.data.formats.refcoco._object",
     "data phrases": "agevlm.data.phrases.replace_grounding",
+    "data prepare": "agevlm.trainer.prepare.estimate_step",
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
@@ -512,7 +519,7 @@ def test_a_full_disk(name, command, tmp_path, monkeypatch):
         code, printed = command(name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-    check_message(code, printed, "out")
+    check_message(code, printed, "verdicts" if name == "data prepare" else "out")  # which go to the cache
     assert without_kept(tree(tmp_path), name) == before
 
 
