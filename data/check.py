@@ -26,7 +26,7 @@ from ..processing.rows import (
 )
 from .download import local
 from .formats.source import NOT_DOWNLOADED, BadEntry
-from .mixture import DataPart
+from .mixture import DataPart, open_part
 from .prepared import read_pieces
 from .readers import find_source, read_dataset, read_json_rows, read_rows, stored_images
 
@@ -165,6 +165,11 @@ def check_part(
             found = read_pieces(source, source.pieces(Path(work)), Path(work))
             rows = ((entry if isinstance(entry, BadEntry) else entry["row"], entry, entry) for entry in found)
             return _check(rows, None, collator, allow_urls, progress)
+    if part.streaming:
+        pieces = open_part(part, allow_urls=allow_urls)
+        streamed = itertools.chain.from_iterable(map(pieces.read, range(pieces.count)))
+        rows = ((number, row, row) for number, row in enumerate(streamed))
+        return _check(rows, pieces.rows, collator, allow_urls, progress)
     options: Any = {"keep_bad": True, "allow_urls": allow_urls, "name": part.name, "split": part.split}
     if part.format != "rows" or part.name is not None:
         dataset = read_dataset(part.path, part.format, **options)

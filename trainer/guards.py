@@ -178,6 +178,12 @@ class GuardsMixin(AnyTrainer):
         self.state.compute_steps(self.args, max_steps)  # when to log, save and evaluate is not the checkpoint's
         return found
 
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was stopped behind its last step has only to save its model: Transformers would train another step.
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with _reading(resume_from_checkpoint, "weights"):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)

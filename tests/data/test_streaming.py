@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,7 @@ from accelerate.data_loader import IterableDatasetShard
 from generated_source import GeneratedSource, write_generated
 from grounded_rows import make_dataset, make_row, photograph
 
-from agevlm.data import DataPart, read_mixture, streaming
+from agevlm.data import DataPart, check_part, read_mixture, streaming
 from agevlm.data.readers import read_dataset, stored_images
 from agevlm.data.streaming import LEFT_OUT, SHUFFLE_BUFFER, FirstRows, RowStream, SourcePieces, open_pieces
 from agevlm.processing.rows import ORIGIN_COLUMN, mask_to_rle, row_features
@@ -269,6 +270,15 @@ def test_rows_of_a_data_set_that_are_not_of_the_format_are_named(tmp_path):
     assert "message 0 is not" in origins[1]["problem"]
     allowed = open_pieces(str(tmp_path / "bad.parquet"), "rows", allow_urls=True)
     assert next(allowed.read(0))[ORIGIN_COLUMN]["problem"] is None
+
+
+@pytest.mark.parametrize("name", ["parquet", "cauldron", "llava file"])
+def test_a_check_streams_and_finds_the_same(name, places):
+    given = part(places, name)
+    found, expected = (check_part(replace(given, streaming=on), progress=False) for on in (True, False))
+    assert found == expected
+    assert found.rows == 23
+    assert found.phrases_with_mask == (23 if name == "parquet" else 0)
 
 
 def test_what_cannot_be_streamed_is_named(places, tmp_path):

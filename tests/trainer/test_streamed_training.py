@@ -92,6 +92,17 @@ def test_a_resumed_run_is_that_of_an_undisturbed_one(folder, tmp_path, seen):
         assert {name: log[name] for name in kept} == {name: other[name] for name in kept}
 
 
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_run_that_was_stopped_behind_its_last_step_only_saves_its_model(streaming, folder, tmp_path):
+    options = [f"data.0.streaming={streaming}", "training.max_steps=2", "training.lr_scheduler_type=constant"]
+    agevlm.train(folder / "recipe.yaml", [*options, f"training.output_dir={tmp_path / 'whole'}"])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    options.append(f"training.output_dir={tmp_path / 'resumed'}")
+    assert agevlm.train(folder / "recipe.yaml", options, resume=True).state.global_step == 2
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], tensor), name
+
+
 def test_workers_are_a_part_of_the_settings_and_resume_as_well(folder, tmp_path, monkeypatch, capsys):
     options = ["training.dataloader_num_workers=2", "training.max_steps=3", "training.save_steps=2"]
     agevlm.train(folder / "recipe.yaml", [*options, f"training.output_dir={tmp_path / 'whole'}"])
