@@ -168,8 +168,8 @@ def check_part(
     if part.streaming:
         pieces = open_part(part, allow_urls=allow_urls)
         streamed = itertools.chain.from_iterable(map(pieces.read, range(pieces.count)))
-        rows = ((number, row, row) for number, row in enumerate(streamed))
-        return _check(rows, pieces.rows, collator, allow_urls, progress)
+        numbered = ((number, row, row) for number, row in enumerate(streamed))
+        return _check(numbered, pieces.rows, collator, allow_urls, progress)
     options: Any = {"keep_bad": True, "allow_urls": allow_urls, "name": part.name, "split": part.split}
     if part.format != "rows" or part.name is not None:
         dataset = read_dataset(part.path, part.format, **options)

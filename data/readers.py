@@ -244,10 +244,13 @@ def check_images(
     return dataset
 
 
-def url_problem(path: str | None) -> str | None:
-    """What is wrong with an image at this path where URLs are not allowed; None if it is a file."""
-    if not re.match(_URL, path or ""):
-        return None
+def is_url(path: str | None) -> bool:
+    """Whether `datasets` would fetch an image at this path."""
+    return re.match(_URL, path or "") is not None
+
+
+def url_problem(path: str) -> str:
+    """What is wrong with an image at a URL where none is allowed."""
     return (
         f"its image {path!r:.200} is a URL, and images at URLs in data are not fetched: download them, or allow it "
         "(`--allow-urls`, `training.allow_urls=true` of a recipe)"

@@ -23,7 +23,16 @@ import torch.utils.data
 from ..processing.rows import ORIGIN_COLUMN, import_datasets, row_features
 from .formats.source import NOT_DOWNLOADED, BadEntry, Piece, Source
 from .prepared import prepared_folder, read_pieces
-from .readers import CONVERSATIONS, check_images, convert_messages, find_source, from_hub, read_saved, url_problem
+from .readers import (
+    CONVERSATIONS,
+    check_images,
+    convert_messages,
+    find_source,
+    from_hub,
+    is_url,
+    read_saved,
+    url_problem,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -91,18 +100,24 @@ class SourcePieces(Pieces):
         self.work.mkdir(parents=True, exist_ok=True)
         self.pieces: list[Piece] = source.pieces(self.work)
         self.count = len(self.pieces)
-        ends = [piece.end for piece in self.pieces]
-        self.rows = None if None in ends else sum(piece.end - piece.start for piece in self.pieces)  # type: ignore[operator]
+        numbers = [None if piece.end is None else piece.end - piece.start for piece in self.pieces]
+        self.rows = None if None in numbers else sum(filter(None, numbers))
 
     def read(self, piece):
         for found in read_pieces(self.source, [self.pieces[piece]], self.work):
-            origin = {"file": found.file, "row": found.row} if isinstance(found, BadEntry) else found
-            origin = {"file": origin["file"], "row": origin["row"], "problem": None, "skip": self.skip}
             if isinstance(found, BadEntry):
-                origin |= {"problem": found.reason, "kind": found.kind}
-                origin["skip"] |= found.kind == NOT_DOWNLOADED
-                found = _NO_ROW
-            yield {name: found[name] for name in _NO_ROW} | {ORIGIN_COLUMN: origin}
+                skip = self.skip or found.kind == NOT_DOWNLOADED
+                origin = {
+                    "file": found.file,
+                    "row": found.row,
+                    "problem": found.reason,
+                    "skip": skip,
+                    "kind": found.kind,
+                }
+                yield _NO_ROW | {ORIGIN_COLUMN: origin}
+            else:
+                origin = {"file": found["file"], "row": found["row"], "problem": None, "skip": self.skip}
+                yield {name: found[name] for name in _NO_ROW} | {ORIGIN_COLUMN: origin}
 
 
 class StreamedPieces(Pieces):
@@ -196,8 +211,8 @@ class Convert:
             if not all(isinstance(image, dict) and image.keys() == {"bytes", "path"} for image in images):
                 raise ValueError(f"its images are not stored as images, but as {images!r:.200}; convert the data set")
             for image in images:
-                if not self.allow_urls and image["bytes"] is None and (problem := url_problem(image["path"])):
-                    raise ValueError(problem)
+                if not self.allow_urls and image["bytes"] is None and is_url(image["path"]):
+                    raise ValueError(url_problem(image["path"]))
             messages = convert_messages(row[CONVERSATIONS[self.format]], self.format, len(images))
             made = {"images": images, "messages": messages, "grounding": row.get("grounding") or []}
         except (ValueError, TypeError) as error:

@@ -12,12 +12,14 @@
         format: llava
         split: train
         rows: 100000
+        streaming: true                          # read while it trains, see `agevlm.data.streaming`; requires max_steps
         weight: 9
     eval_data: []                                # of the same form; may be left out
     features: my_features                        # of `agevlm features`, where the tower is frozen; may be left out
     training:                                    # arguments of AgeVlmTrainingArguments
       output_dir: outputs/age-vlm-1b/3_guide
       stage: guide
+      max_steps: 10000
       learning_rate: 1e-4
 
 A recipe may have several stages, which run in order. Their settings replace the settings above:

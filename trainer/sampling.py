@@ -244,7 +244,8 @@ class SamplingMixin(AnyTrainer):
         check_stream(args)
         # By default, accelerate would read in the first process and send parts of its batches to the others.
         self.accelerator.dataloader_config.dispatch_batches = False
-        collator, self.data_collator = self.data_collator, _StreamCollator(self.data_collator)
+        collator: Any = self.data_collator
+        self.data_collator = _StreamCollator(collator)
         try:
             loader = super().get_train_dataloader()
         finally:
