@@ -180,9 +180,10 @@ class GuardsMixin(AnyTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         # A run that was stopped behind its last step has only to save its model: Transformers would train another step.
-        if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with _reading(resume_from_checkpoint, "weights"):

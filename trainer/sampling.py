@@ -215,6 +215,8 @@ class SamplingMixin(AnyTrainer):
         ValueError: if the data has no length, or `train_sampling_strategy` asks for something else.
     """
 
+    data_collator: Any
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = [
