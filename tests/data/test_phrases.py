@@ -2,6 +2,7 @@
 """Phrases of texts: how many are right, what has none, which texts of a data set get them, and the way to masks."""
 
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -185,7 +186,13 @@ def test_noun_chunks_are_treated_as_those_of_the_rules(spacy):
         assert phrases(text, chunker) == []
 
 
-def test_spacy_in_processes(spacy, tmp_path):
+@pytest.fixture
+def same_environment(monkeypatch):
+    """`datasets` replaces `os.environ` by a copy where it starts processes, and others keep the old one."""
+    monkeypatch.setattr(os, "environ", os.environ)
+
+
+def test_spacy_in_processes(spacy, same_environment, tmp_path):
     dataset = make_dataset([make_row(photograph(i, (20, 20)), text=f"See the dog{'s' * i}, then") for i in range(4)])
     output, counts = add_phrases(dataset, SpacyChunker(), tmp_path / "out", num_proc=2, progress=False)
     assert counts["phrases"] == 4
@@ -327,7 +334,7 @@ def test_columns_of_all_kinds(tmp_path):
     assert output[1]["grounding"] == [entry, entry | {"start": 2, "end": 11, "kind": None}]
 
 
-def test_two_processes_do_as_one(tmp_path):
+def test_two_processes_do_as_one(same_environment, tmp_path):
     texts = [
         f"A {color} {thing} beside the bus." for color in ("red", "tan") for thing in ("dog", "cat", "car", "toy")
     ]
