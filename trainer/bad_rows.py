@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def read_part(part: DataPart, args: AgeVlmTrainingArguments) -> PartRows:
 
 
 def skip_in_stage(
-    data: dict[str, Sequence[DataPart]],
+    data: Mapping[str, Sequence[DataPart]],
     datasets: dict[str, Any],
     processor: Any,
     args: AgeVlmTrainingArguments,

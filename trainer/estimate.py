@@ -142,7 +142,7 @@ def estimate_step(
         ValueError: if the stage does not fit the model.
     """
     model = _shapes_of(config, dtype)
-    freeze(model, args.stage)
+    freeze(model, args.stage or ())
     if args.activation_checkpointing:
         model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
     with FakeTensorMode():

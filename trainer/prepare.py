@@ -222,8 +222,10 @@ class _Work:
         key = repr((part.path, part.format, part.images, part.split))
         if key not in self._sources:
             source = find_source(part.path, part.format, part.images, part.split)
-            self._sources[key] = source and prepare_source(
-                source, on_bad_row="skip", num_proc=self.num_proc, progress=self.progress
+            self._sources[key] = (
+                None
+                if source is None
+                else prepare_source(source, on_bad_row="skip", num_proc=self.num_proc, progress=self.progress)
             )
         return self._sources[key]
 
