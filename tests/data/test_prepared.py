@@ -15,8 +15,8 @@ from pathlib import Path
 import datasets
 import engine_source
 import pytest
-from filelock import FileLock
 from engine_source import NOT_DOWNLOADED, read_rows, wanted_row, write_source
+from filelock import FileLock
 
 from agevlm.data.prepared import convert_source, find_prepared, prepare_source, prepared_folder
 
