@@ -71,8 +71,8 @@ class Prepared:
 
 def prepared_folder(source: Source) -> Path:
     """Where the cache has the rows of a source. Other files, and files of another size or time, have another folder."""
-    settings = _settings(source)
-    return Path(import_datasets().config.HF_DATASETS_CACHE) / "agevlm" / f"{source.format}-{digest([settings])}"
+    key = digest([_settings(source), _image_folders(source)])
+    return Path(import_datasets().config.HF_DATASETS_CACHE) / "agevlm" / f"{source.format}-{key}"
 
 
 def find_prepared(source: Source) -> Prepared | None:
@@ -186,23 +186,31 @@ def _is_unicode(row: dict[str, Any]) -> bool:
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    """All that the rows depend on. Of images in folders, it is the times of the folders: looking at each would take minutes."""
-    places = [source.path if source.images is None else source.images]
-    if places[0].is_dir():
-        with os.scandir(places[0]) as entries:
-            places += sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    """All that finished pieces depend on. Images that were added are not in it, or nobody could add one that an error names and go on."""
     stats = [(os.fspath(file.absolute()), file.stat()) for file in sorted(source.files())]
+    size = sum(stat.st_size for _, stat in stats)
+    times = digest([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)
     return {
         "format": source.format,
         "path": os.fspath(source.path),
         "images": None if source.images is None else os.fspath(source.images),
         "split": source.split,
-        "files": digest([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats),
-        "folders": digest(
-            [os.fspath(place.absolute()), place.stat().st_mtime_ns] for place in places if place.is_dir()
-        ),
+        "files": f"{len(stats)} of {size} bytes, {times}",
         "version": importlib.metadata.version("agevlm"),
     }
+
+
+def _image_folders(source: Source) -> str:
+    """A digest of the times of the folder of images, its folders and theirs (LLaVA has `coco/train2017`): looking at each image would
+    take minutes."""
+    found = level = [source.folder] if source.folder.is_dir() else []
+    for _ in range(2):
+        inner = []
+        for place in level:
+            with os.scandir(place) as entries:
+                inner += sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and entry.is_dir())
+        found, level = found + inner, inner
+    return digest([os.fspath(place.absolute()), place.stat().st_mtime_ns] for place in found)
 
 
 def _load(folder: Path) -> Prepared | None:
@@ -332,11 +340,16 @@ def _join(job: _Job, pieces: list[Piece], folder: Path, settings: dict[str, Any]
             except OSError:  # of file systems without links
                 shutil.copyfile(file, partial / name)
         state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
-        state |= {"_data_files": [{"filename": name} for name in names], "_fingerprint": digest([settings, names])}
+        fingerprint = digest([settings, _image_folders(job.source), names])
+        state |= {"_data_files": [{"filename": name} for name in names], "_fingerprint": fingerprint}
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         if not files or not len(Prepared(partial, bad, first).dataset):
             shutil.rmtree(job.work)
-            reason = "" if first is None else f": all of its {bad.total()} entries are bad; the first: {first.reason}"
+            reason = (
+                "; correct the path"
+                if first is None
+                else f": all of its {bad.total()} entries are bad; the first: {first.reason}"
+            )
             raise ValueError(f"{job.source.path} has no rows of the format {job.source.format}{reason}")
         counts = {
             "bad": [[kind, phrase, number] for (kind, phrase), number in sorted(bad.items())],

@@ -31,7 +31,10 @@ def image_file(folder: Path, name: Any) -> dict[str, Any]:
         raise BadEntryError("missing image", f"the image is {name!r:.200}; write its path in the folder of images")
     file = folder.absolute() / name
     if not os.path.isfile(file):  # False also for names that no file can have
-        raise BadEntryError("missing image", f"there is no image {file!s:.500}; add it or remove the entry")
+        raise BadEntryError(
+            "missing image",
+            f"there is no image {file!s:.500}; add it, correct the folder of images, or remove the entry",
+        )
     if not file.resolve().is_relative_to(folder.resolve()):
         raise BadEntryError(
             "image outside its folder",

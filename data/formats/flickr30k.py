@@ -66,7 +66,6 @@ class Flickr30k(Source):
             raise FileNotFoundError(
                 f"There is no folder of images {images}. Give the folder of Flickr30k's photographs (flickr30k-images) as `images`."
             )
-        self.folder = Path(images)
 
     def files(self) -> Sequence[Path]:
         files = [self._list, self.path / "UNRELATED_CAPTIONS"]

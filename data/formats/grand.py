@@ -63,12 +63,11 @@ class Grand(Source):
                 f"There is no folder of images {images}. Give the folder of SA-1B's archives, sa_000000.tar and so on, as `images`; their "
                 "addresses are at https://ai.meta.com/datasets/segment-anything-downloads/."
             )
-        self._images = Path(images)
 
     @cached_property
     def _files(self) -> list[Path]:
         folders = [self.path, *(Path(file.path) for file in _scan(self.path) if file.is_dir())]
-        return [*sorted(folders), *sorted(Path(file.path) for file in _scan(self._images) if _is_archive(file))]
+        return [*sorted(folders), *sorted(Path(file.path) for file in _scan(self.folder) if _is_archive(file))]
 
     def files(self) -> Sequence[Path]:
         """The folders of the JSON files, which may be millions, and the archives of images."""
@@ -83,8 +82,8 @@ class Grand(Source):
         for file in _scan(self.path):
             if file.name.endswith(".json"):
                 yield _indexed("annotations", file=os.path.relpath(file.path, self.path))
-        for file in _scan(self._images):
-            place = os.path.relpath(file.path, self._images)
+        for file in _scan(self.folder):
+            place = os.path.relpath(file.path, self.folder)
             if file.name.endswith(".jpg"):
                 yield _indexed("images", name=file.name, file=place)
             elif _is_archive(file):
@@ -138,11 +137,11 @@ class Grand(Source):
         if not found:
             raise BadEntryError(
                 "missing image",
-                f"there is no image {name!r:.200} in {self._images}; add its archive or remove the entry",
+                f"there is no image {name!r:.200} in {self.folder}; add its archive or remove the entry",
             )
         if "start" not in found[0]:
-            return image_file(self._images, found[0]["file"])
-        with open(self._images / found[0]["file"], "rb") as archive:
+            return image_file(self.folder, found[0]["file"])
+        with open(self.folder / found[0]["file"], "rb") as archive:
             archive.seek(found[0]["start"])
             return {"path": name, "bytes": archive.read(found[0]["size"])}
 

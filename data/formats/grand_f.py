@@ -48,7 +48,6 @@ class GrandF(Source):
                 f"There is no folder of images {images}. Give that of GranDf_HA_images (its address is in docs/datasets.md of "
                 "https://github.com/mbzuai-oryx/groundingLMM), or COCO's train2017, as `images`."
             )
-        self._images = Path(images)
 
     def files(self) -> Sequence[Path]:
         return [self.path]
@@ -62,7 +61,7 @@ class GrandF(Source):
             try:
                 text = caption_text(entry).strip('"').strip()
                 groundings = _groundings(entry)
-                image = image_file(self._images, entry.get("file_name"))
+                image = image_file(self.folder, entry.get("file_name"))
                 size = upright_size(image)
             except BadEntryError as error:
                 yield BadEntry(piece.file, number, error.kind, str(error))

@@ -63,31 +63,30 @@ class Grit(Source):
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         super().__init__(path, images, split)
-        self._output = self.path if self.images is None else self.images
         self._tables = [] if self.images is None else _grit_tables(self.path)
-        if not self._output.is_dir() or not (names := shard_names(self._output)):
+        if not self.folder.is_dir() or not (names := shard_names(self.folder)):
             raise FileNotFoundError(
-                f"{self._output} is not a folder of images that img2dataset downloaded, with shards 00000.tar or folders 00000; {_DOWNLOAD}"
+                f"{self.folder} is not a folder of images that img2dataset downloaded, with shards 00000.tar or folders 00000; {_DOWNLOAD}"
             )
         self._shards = names
-        shards = (Shard(self._output, name) for name in names)
+        shards = (Shard(self.folder, name) for name in names)
         columns = next((columns for shard in shards if (columns := shard.columns()) is not None), None)
         if self.images is None and columns is not None and (lacks := _missing(columns, ("caption", "ref_exps"))):
             raise ValueError(
-                f"{self._output} was downloaded without the columns {lacks}; download with `--caption_col caption` and "
+                f"{self.folder} was downloaded without the columns {lacks}; download with `--caption_col caption` and "
                 "`--save_additional_columns`, or give the folder of GRIT's parquet files as `path` and this one as `images`"
             )
         if split is not None:
             raise ValueError(f"{self.path}: GRIT has no split {split!r}; leave the split out")
 
     def files(self) -> Sequence[Path]:
-        shards = (self._output / f"{name}{suffix}" for name in self._shards for suffix in (".parquet", ".tar"))
+        shards = (self.folder / f"{name}{suffix}" for name in self._shards for suffix in (".parquet", ".tar"))
         return [*self._tables, *(file for file in shards if file.is_file())]
 
     def pieces(self, work: Path) -> list[Piece]:
         if self.images is None:
-            return [Piece(name, Shard(self._output, name).place.name) for name in self._shards]
-        index_entries(_addresses(self._output, self._shards), work / "addresses.sqlite", {"": "url"})
+            return [Piece(name, Shard(self.folder, name).place.name) for name in self._shards]
+        index_entries(_addresses(self.folder, self._shards), work / "addresses.sqlite", {"": "url"})
         pieces = []
         for table in self._tables:
             number = _count(table)
@@ -99,14 +98,14 @@ class Grit(Source):
 
     def read(self, piece: Piece, work: Path) -> Iterator[dict[str, Any] | BadEntry]:
         if self.images is None:
-            shard = Shard(self._output, piece.name)
+            shard = Shard(self.folder, piece.name)
             for file, number, entry in shard.entries((*_COLUMNS, *_DOWNLOADED)):
                 yield from _read_entry(file, number, entry, functools.partial(_image_of_sample, shard))
             yield from (BadEntry(piece.file, 0, fault.kind, str(fault)) for fault in shard.faults)
             return
         addresses = Entries(work / "addresses.sqlite")
         # Images are in the order of the rows, but for neighbors, so that hardly any shard is opened twice.
-        shard_of = functools.lru_cache(4)(functools.partial(Shard, self._output))
+        shard_of = functools.lru_cache(4)(functools.partial(Shard, self.folder))
         for number, entry in read_table(
             Path(piece.extra["path"]), (*_COLUMNS, "width", "height"), piece.start, piece.end
         ):

@@ -33,7 +33,8 @@ class Llava(Source):
         super().__init__(path, images, split)
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}; name the .json or .jsonl file of the conversations")
-        self.folder = self.path.parent if self.images is None else self.images
+        if self.images is None:
+            self.folder = self.path.parent
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {self.folder}; unpack the images there")
         if split is not None:

@@ -56,7 +56,6 @@ class RefCoco(Source):
                 f"There is no folder of images {images}. Give COCO's folder train2014 or train2017 as `images`; it is in "
                 "http://images.cocodataset.org/zips/train2014.zip."
             )
-        self.folder = Path(images)
 
     def files(self) -> Sequence[Path]:
         return self._files

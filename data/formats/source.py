@@ -91,6 +91,8 @@ class Source(abc.ABC):
         self.path = Path(path)
         self.images = None if images is None else Path(images)
         self.split = split
+        self.folder = self.path if self.images is None else self.images
+        """The folder that the names of images start from. Where images are added, rows are made again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Other processes open the same files: what this source has open, such as an index, stays here."""

@@ -55,10 +55,11 @@ class VisualGenome(Source):
                     f"There is no {file}. Get https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset/{file.name}.zip "
                     "and unpack it there."
                 )
-        self._images = self._regions.parent if self.images is None else self.images
-        if not self._images.is_dir():
+        if self.images is None:
+            self.folder = self._regions.parent
+        if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"There is no folder of images {self._images}. Unpack both https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip "
+                f"There is no folder of images {self.folder}. Unpack both https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip "
                 "and images2.zip there."
             )
 
@@ -115,7 +116,7 @@ class VisualGenome(Source):
                 "no image data", f"{self._sizes.name} has no image {key}; take both files from the same version"
             )
         names = [os.path.join(folder, f"{key}.jpg") for folder in _FOLDERS]
-        image = image_file(self._images, next((name for name in names if (self._images / name).is_file()), names[0]))
+        image = image_file(self.folder, next((name for name in names if (self.folder / name).is_file()), names[0]))
         return image, check_size(image, data[0].get("width"), data[0].get("height"))
 
 

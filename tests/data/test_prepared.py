@@ -101,6 +101,23 @@ def test_work_of_other_data_is_not_continued(tmp_path):
             convert_source(changed, tmp_path / "other", progress=False, **value)
 
 
+def test_an_added_image_does_not_stop_work_that_goes_on(tmp_path, monkeypatch):
+    # The output may lie among the images, and the error of a missing one says to add it.
+    log = tmp_path / "log"
+    monkeypatch.setenv("GENERATED_LOG", str(log))
+    path = write_source(tmp_path / "a.json", 40, bad={"35": "missing image"}).path
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    with pytest.raises(ValueError, match="entry 35"):
+        convert_source(engine_source.Generated(path, photographs), photographs / "out", progress=False)
+    (photographs / "35.jpg").touch()
+    log.unlink()
+    skipped = {"on_bad_row": "skip", "progress": False}
+    converted = convert_source(engine_source.Generated(path, photographs), photographs / "out", **skipped)
+    assert read_rows(converted.dataset) == wanted(set(range(40)) - {35})
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["z30"]
+
+
 RUN = """
 import sys, datasets
 from pathlib import Path

@@ -204,3 +204,15 @@ def test_mistakes_of_the_command(arguments, message, monkeypatch, capsys, tmp_pa
     write(tmp_path / "in.json", LLAVA)
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     check_refused(monkeypatch, capsys, tmp_path, message, "data", "convert", *arguments)
+
+
+@pytest.mark.parametrize("place", ["", "gqa", "coco/train2017"])
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_are_made_again_where_images_were_added(tmp_path, images, place, given):
+    folder = tmp_path / "data" / place
+    folder.mkdir(parents=True)
+    path = write(tmp_path / "data/llava.json", [LLAVA[2], changed(image=f"{place}/new.png".strip("/"))])
+    source = open_source("llava", path, path.parent if given else None)
+    assert len(prepare_source(source, progress=False).dataset) == 1
+    (folder / "new.png").write_bytes((images / "a.png").read_bytes())
+    assert len(prepare_source(source, progress=False).dataset) == 2
