@@ -160,7 +160,7 @@ def check_part(
         ValueError: if no rows can be read at all.
         ImportError: if `datasets` is not installed.
     """
-    if (source := find_source(part.path, part.format, part.images, part.split)) is not None:
+    if (source := find_source(part.path, part.format, part.images, part.split, part.name)) is not None:
         with tempfile.TemporaryDirectory() as work:
             found = read_pieces(source, source.pieces(Path(work)), Path(work))
             rows = ((entry if isinstance(entry, BadEntry) else entry["row"], entry, entry) for entry in found)
@@ -219,7 +219,7 @@ def _check(
             report.rows += not bad.phrase
             report.bad_rows += severe and (bad.file, bad.row) != last_bad
             last_bad = (bad.file, bad.row) if severe else last_bad
-            where = f"{bad.file}, {'phrase' if bad.phrase else 'entry'}: {bad.kind}"
+            where = f"{bad.file}, {'phrase' if bad.phrase else 'entry'} ({bad.kind}):"
             report.problems.append(Problem(where, bad.reason, "error" if severe else "note", bad.row))
             continue
         problems = [replace(problem, row=number) for problem in check_row(row, allow_urls=allow_urls)]

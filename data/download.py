@@ -95,11 +95,25 @@ def _unpacked_place(address: str) -> Path:
     return folder / _file_name(address).split(".")[0]
 
 
+def cache_folder(*names: str) -> Path:
+    """A folder in the cache of `datasets`, which is made where it is not there.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = Path(import_datasets().config.HF_DATASETS_CACHE, "agevlm", *names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {folder} cannot be written ({error.strerror}): name a folder that can with HF_DATASETS_CACHE"
+        ) from error
+    return folder
+
+
 def _place(*key: str | int) -> Path:
     """The folder of the cache for one download or archive."""
-    folder = Path(import_datasets().config.HF_DATASETS_CACHE) / "agevlm" / "downloads" / digest(key)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return cache_folder("downloads", digest(key))
 
 
 def _fetched(address: str) -> Path:
@@ -156,6 +170,8 @@ def _from_web(address: str) -> Path:
     folder = _place(address)
     file = folder / _file_name(address)
     partial = folder / "incomplete"
+    if file.is_file():  # asked without the lock as well, which a cache that is only read has not
+        return file
     with FileLock(folder / "lock"):
         if file.is_file():
             return file
@@ -190,6 +206,8 @@ def _unpacked(address: str) -> Path:
     from rich.console import Console
 
     place = _unpacked_place(address)
+    if place.is_dir():
+        return place
     with FileLock(place.with_name("lock")):
         if place.is_dir():
             return place

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..files import new_file, new_folder
 from ..processing.rows import import_datasets, quiet_datasets, row_features
 from ..resume import digest
+from .download import cache_folder
 from .formats.source import NOT_DOWNLOADED, BadEntry, Piece, Source
 from .pieces import StoppedError, run_pieces, unfinished_work, write_piece
 
@@ -103,7 +104,7 @@ def prepare_source(
 
     folder = prepared_folder(source)
     if (found := _load(folder)) is None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache_folder()
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         try:
             lock.acquire(timeout=0)
@@ -207,10 +208,17 @@ def _image_folders(source: Source) -> str:
     for _ in range(2):
         inner = []
         for place in level:
-            with os.scandir(place) as entries:
-                inner += sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and entry.is_dir())
+            with contextlib.suppress(PermissionError), os.scandir(place) as entries:  # of `lost+found`
+                inner += sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and _is_folder(entry))
         found, level = found + inner, inner
     return digest([os.fspath(place.absolute()), place.stat().st_mtime_ns] for place in found)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link to itself
+        return False
 
 
 def _load(folder: Path) -> Prepared | None:

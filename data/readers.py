@@ -36,7 +36,11 @@ _URL = r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)"
 
 
 def find_source(
-    path: str | os.PathLike, format: str, images: str | os.PathLike | None = None, split: str | None = None
+    path: str | os.PathLike,
+    format: str,
+    images: str | os.PathLike | None = None,
+    split: str | None = None,
+    name: str | None = None,
 ) -> Source | None:
     """The published data set that a recipe's part names, downloaded if it is at an address; None where the part is a data set of rows.
 
@@ -46,6 +50,8 @@ def find_source(
     """
     # Of LLaVA's format there are files, and data sets on the Hub.
     if format in SOURCES and not (format == "llava" and Path(path).suffix not in (".json", ".jsonl")):
+        if name is not None:
+            raise ValueError(f"{path}: the format {format} has no configurations; leave `name` out")
         return open_source(format, local(path), None if images is None else local(images), split)
     if format not in CONVERSATIONS:
         raise ValueError(
@@ -112,9 +118,7 @@ def read_dataset(
         ValueError: if the data are not of this format, the arguments do not fit together, or a column is missing.
         ImportError: if `datasets` is not installed.
     """
-    if (source := find_source(path, format, images, split)) is not None:
-        if name is not None:
-            raise ValueError(f"{path}: the format {format} has no configurations; leave `name` out")
+    if (source := find_source(path, format, images, split, name)) is not None:
         return _source_rows(source, columns, keep_bad)
     path = local(path)
     problems: dict[int, str] | None = {} if keep_bad else None

@@ -244,7 +244,7 @@ def open_pieces(
         ImportError: if `datasets` is not installed.
     """
     datasets, place = import_datasets(), Path(path)
-    if (source := find_source(path, format, images, split)) is not None:
+    if (source := find_source(path, format, images, split, name)) is not None:
         return SourcePieces(source, skip)
     if place.suffix in (".json", ".jsonl"):
         raise ValueError(f"{path}: a file of rows in JSON is read as a whole; leave `streaming` out of this part.")

@@ -221,7 +221,7 @@ class _Work:
         """The rows of a published data set; None of a data set of rows."""
         key = repr((part.path, part.format, part.images, part.split))
         if key not in self._sources:
-            source = find_source(part.path, part.format, part.images, part.split)
+            source = find_source(part.path, part.format, part.images, part.split, part.name)
             self._sources[key] = (
                 None
                 if source is None

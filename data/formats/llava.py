@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .building import image_file
+from .building import image_file, stored_size
 from .entries import Entries, index_json
 from .source import BadEntry, BadEntryError, Piece, Source, cut
 
@@ -60,6 +60,8 @@ class Llava(Source):
 def _row(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     names = entry.get("image") or []
     images = [image_file(folder, name) for name in (names if isinstance(names, list) else [names])]
+    for image in images:
+        stored_size(image)
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadEntryError(

@@ -70,6 +70,22 @@ def test_paths_are_returned_and_archives_on_disk_are_unpacked_again_where_they_c
     assert (tmp_path / "x.zip").is_file()
 
 
+def test_what_is_in_the_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    def refuse(lock, *args, **options):
+        raise PermissionError("read only")
+
+    with serve({"/a.json": b"[1]", "/x.zip": archive(FILES)}) as (port, _):
+        addresses = [f"http://127.0.0.1:{port}/{name}" for name in ("a.json", "x.zip")]
+        found = [local(address) for address in addresses]
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert [local(address) for address in addresses] == found
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(OSError, match="file/agevlm/downloads.* cannot be written .*HF_DATASETS_CACHE"):
+        local(addresses[0])
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_interrupted_download_goes_on(ranges, monkeypatch):
     """The server breaks off, and the user presses Ctrl-C while the library waits to try again. A server need not know ranges."""

@@ -218,3 +218,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, num_proc):
         assert len(find_prepared(source).dataset) == rows
     print(used)
     assert used[100_000] < used[10_000] * 1.15
+
+
+def test_folders_that_cannot_be_looked_into_are_no_hindrance(tmp_path):
+    folder = tmp_path / "photographs"
+    (folder / "lost+found").mkdir(parents=True, mode=0o000)
+    (folder / "loop").symlink_to("loop")
+    path = write_source(tmp_path / "a.json", 3).path
+    assert len(prepare_source(engine_source.Generated(path, folder), progress=False).dataset) == 3

@@ -56,6 +56,7 @@ def changed(**changes):
 BAD = [
     (changed(image="c.png"), "missing image", r"there is no image .*c\.png; add it"),
     (changed(image=3), "missing image", "the image is 3"),
+    (changed(image="broken.jpg"), "broken image", r"broken\.jpg is not a readable image"),
     (changed(image=None), "wrong number of images", "conversations has 1 <image>, but `image` has 0"),
     (changed(image=["a.png"] * 2), "wrong number of images", "conversations has 1 <image>, but `image` has 2"),
     (changed(image="../secret.png"), "image outside its folder", "leads out of the folder"),
@@ -98,7 +99,7 @@ def test_bad_entries_are_left_out_and_counted(tmp_path, images, caplog):
         {"file": str(path), "row": number, "problem": None, "skip": True} for number in range(0, len(entries), 2)
     ]
     assert rows["row_origin"][:] == origins
-    assert f"left out {len(BAD)} entries (half of a character 1, " in caplog.text
+    assert f"left out {len(BAD)} entries (broken image 1, half of a character 1, " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,9 @@ def test_rows_are_made_again_where_images_were_added(tmp_path, images, place, gi
     assert len(prepare_source(source, progress=False).dataset) == 1
     (folder / "new.png").write_bytes((images / "a.png").read_bytes())
     assert len(prepare_source(source, progress=False).dataset) == 2
+
+
+def test_a_configuration_is_refused(tmp_path, images):
+    part = DataPart(str(write(tmp_path / "llava.json", LLAVA)), format="llava", images=str(images), name="1.0")
+    with pytest.raises(ValueError, match="llava has no configurations; leave `name` out"):
+        check_part(part, progress=False)
