@@ -125,7 +125,7 @@ ED_NOUNS = _words(
     "bed beds shed sheds sled sleds seed seeds weed weeds reed bobsled moped steed breed seaweed flatbed"
 )
 ABLE_NOUNS = _words("table vegetable cable stable timetable turntable constable bible")
-LY_NOUNS = _words("fly butterfly dragonfly family jelly belly lily bully trolley ply assembly italy dolly potbelly")
+LY_NOUNS = _words("butterfly dragonfly family jelly belly lily bully trolley ply assembly italy dolly potbelly")
 
 # Nouns that name nothing an image can show a mask of: its parts and places, times, ideas. Singular.
 NOT_VISIBLE = _words("""

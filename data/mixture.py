@@ -177,7 +177,7 @@ def skip_bad_rows(
         mixture.
 
     Raises:
-        ValueError: if no row of a file or of a weighted group is left.
+        ValueError: if no row of a data set or of a weighted group is left.
     """
     import numpy as np
     from accelerate import PartialState
@@ -202,10 +202,11 @@ def skip_bad_rows(
         reasons = dict(sorted(gather_object([entry for entry in problems if entry[1] is not None])))
     skipped = [{**origins[place].as_py(), "place": place, "reason": reason} for place, reason in reasons.items()]
     left = dataset.select(np.setdiff1d(np.arange(len(dataset)), list(reasons)))
-    counts = Counter(origins.field("file").to_pylist())
-    for file, number in Counter(entry["file"] for entry in skipped).items():
-        if number == counts[file]:
-            raise ValueError(f"{file}: all of its {number} rows are bad; the first: {skipped[0]['reason']}")
+    # A published data set of many files, "PATH, FILE" each, may have one whose rows are all bad.
+    counts = Counter(file.partition(", ")[0] for file in origins.field("file").to_pylist())
+    for path, number in Counter(entry["file"].partition(", ")[0] for entry in skipped).items():
+        if number == counts[path]:
+            raise ValueError(f"{path}: all of its {number} rows are bad; the first: {skipped[0]['reason']}")
     if GROUP_COLUMN in dataset.column_names and (gone := set(dataset[GROUP_COLUMN][:]) - set(left[GROUP_COLUMN][:])):
         place = dataset[GROUP_COLUMN][:].index(min(gone))
         raise ValueError(f"All rows of a weighted group are bad; the first: {skipped[0]['file']}, {reasons[place]}")

@@ -89,7 +89,9 @@ def look_at_rows(
     progress: bool = True,
     name: str = "rows",
 ) -> Verdicts:
-    """Looks at the rows that nothing is known about. What is found is kept piece by piece, so that a killed run goes on.
+    """Looks at the rows that nothing is known about, and again at bad ones, whose images may have been replaced since.
+
+    What is found is kept piece by piece, so that a killed run goes on.
 
     Args:
         dataset: the rows themselves, in the order of `numbers`.
@@ -101,13 +103,15 @@ def look_at_rows(
     Raises:
         OSError: if nothing can be written in the cache, or a process was killed.
     """
+    import pyarrow.compute as pc
     from rich.markup import escape
     from rich.progress import Progress
 
     folder = _folder(data, collator)
     folder.mkdir(parents=True, exist_ok=True)
     known = _known(folder)
-    missing = np.flatnonzero(~np.isin(numbers, known["number"].to_numpy()))
+    good = known.filter(pc.is_null(known["guidance_problem"]))["number"].to_numpy()
+    missing = np.flatnonzero(~np.isin(numbers, good))
     pieces = [missing[start : start + _PIECE] for start in range(0, len(missing), _PIECE)]
     make = functools.partial(_look_at_piece, stored_images(dataset), numbers, collator, folder)
     with Progress(disable=not progress, transient=True) as bar:
@@ -212,14 +216,17 @@ def _processor_digest(processor: AgeVlmProcessor) -> str:
 
 
 def _known(folder: Path) -> pa.Table:
+    """The latest entry of each row, by its number."""
     import pyarrow as pa
 
     schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in _COLUMNS.items()])
     tables = []
-    for file in sorted(folder.glob("*.arrow")):
+    for file in sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns):
         with pa.memory_map(str(file)) as opened:
             tables.append(pa.ipc.open_stream(opened).read_all().cast(schema))
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    _, from_end = np.unique(table["number"].to_numpy()[::-1], return_index=True)
+    return table.take(len(table) - 1 - from_end)
 
 
 def _select(known: pa.Table, numbers: np.ndarray) -> Verdicts | None:
@@ -227,8 +234,7 @@ def _select(known: pa.Table, numbers: np.ndarray) -> Verdicts | None:
     if not len(numbers):
         return Verdicts(known.slice(0, 0))
     there = known["number"].to_numpy()
-    order = np.argsort(there, kind="stable")
-    places = np.searchsorted(there, numbers, sorter=order)
-    if not len(there) or (places == len(there)).any() or (there[order[places]] != numbers).any():
+    places = np.searchsorted(there, numbers)
+    if not len(there) or (places == len(there)).any() or (there[places] != numbers).any():
         return None
-    return Verdicts(known.take(order[places]))
+    return Verdicts(known.take(places))

@@ -102,7 +102,7 @@ def skip_in_stage(
         the rows that were left out, by the names of `datasets`; None if no part skips bad rows.
 
     Raises:
-        ValueError: if no row of a file or of a weighted group is left, or the list of the stopped run is damaged.
+        ValueError: if no row of a data set or of a weighted group is left, or the list of the stopped run is damaged.
     """
     from accelerate.utils import broadcast_object_list
 

@@ -106,6 +106,8 @@ def prepare_recipe(
     for stage, args in zip(stages, every_args, strict=True):
         check_fit(stage, args, config)
     file = Path(report if report is not None else os.path.join(recipe.training["output_dir"], REPORT))
+    if file.is_dir():
+        raise ValueError(f"--report {file} is a folder: name a file in it.")
     with made_folders([file.parent]):
         work = _Work(load_processor(recipe.model), num_proc or _processors(), progress)
         names = [stage.name for stage in recipe.stages] or [f"{stages[0].training['stage']}"]
@@ -173,7 +175,6 @@ class _Work:
     def __init__(self, processor: Any, num_proc: int, progress: bool):
         self.processor, self.num_proc, self.progress = processor, num_proc, progress
         self._sources: dict[str, Prepared | None] = {}
-        self._rows: dict[str, tuple[PartRows, bool]] = {}
 
     def prepare(self, part: DataPart, use: str, args: AgeVlmTrainingArguments) -> _Part:
         report = PartReport(part.path, part.format, use)
@@ -188,6 +189,8 @@ class _Work:
         kept = np.array([place for place, problem in enumerate(problems) if problem is None], dtype=np.int64)
         dropped: Counter[str] = Counter()
         skips = part.on_bad_row == "skip"
+        if skips and problems and not len(kept):
+            raise ValueError(f"{part.path}: all of its {len(problems)} rows are bad; the first: {problems[0]}")
         if source is not None:
             for (kind, phrase), number in source.bad.items():
                 if skips or kind == NOT_DOWNLOADED:
@@ -259,6 +262,7 @@ def _kind(problem: str) -> str:
     """What problems that differ in names and numbers have in common."""
     text = re.sub(r" \(images?: .*\)$", "", problem)
     text = re.sub(r"(['\"]).*?\1|\S*/\S*", "…", text)
+    text = re.split(r"[.;] ", text)[0]  # the fix is not part of it
     return re.sub(r"\d+", "N", text)[:120]
 
 

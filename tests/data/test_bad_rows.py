@@ -10,11 +10,12 @@ import torch
 import yaml
 from command_line import run
 from PIL import Image
+from published_grand import write_grand
 from row_cases import LLAVA, changed, encoded, png_header, rle, text_part, turns, write
 from tiny_training import tiny_processor, tiny_trainable
 from training_runs import SETTINGS
 
-from agevlm.data import DataPart, read_mixture
+from agevlm.data import DataPart, read_mixture, skip_bad_rows
 from agevlm.data.check import check_part
 from agevlm.data.readers import read_dataset
 from agevlm.processing.collator import AgeVlmDataCollator
@@ -299,10 +300,21 @@ def test_data_without_good_rows_are_refused(folder, mixed, tmp_path, monkeypatch
         read_mixture([DataPart(str(path), on_bad_row="ignore")])
 
 
+def test_a_file_without_good_rows_is_left_out_where_the_data_set_has_others(tmp_path):
+    """GranD has a file for each image."""
+    path, images = write_grand(tmp_path)
+    mixture = read_mixture([DataPart(str(path), format="grand", images=str(images), on_bad_row="skip")])
+    first = mixture[0]["row_origin"]["file"]
+    bad = [row["file"] == first for row in mixture["row_origin"]]
+    assert 0 < sum(bad) < len(mixture)
+    problems = iter(["its image is damaged" if is_bad else None for is_bad in bad])
+    left, skipped = skip_bad_rows(mixture, lambda row: next(problems))
+    assert len(left) == len(mixture) - sum(bad)
+    assert {row["file"] for row in skipped} == {first}
+
+
 def test_rows_of_parts_that_stop_stay(folder, mixed):
     """Only the parts that say so are looked at."""
-    from agevlm.data import skip_bad_rows
-
     seen = []
 
     def find_problem(row):

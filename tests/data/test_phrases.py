@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,7 @@ def test_texts_without_phrases(text):
         ("a group of people and a group of the people", ["group of people", "group", "people"]),
         ("A lot of dogs, a couple of cats, three kinds of birds", ["dogs", "cats", "birds"]),
         ("A parked car and a broken window near a watch", ["parked car", "broken window", "watch"]),
+        ("Birds fly above the sea.", ["Birds", "sea"]),
         ("A man watches birds. The man's watches. Watch the cat.", ["man", "birds", "man", "watches", "cat"]),
     ],
 )
@@ -147,6 +149,14 @@ def test_spans_of_any_text(text):
         assert text[end - 1].isalpha()
         assert "\n" not in text[start:end]
     assert find_phrases(text) == spans
+
+
+@pytest.mark.parametrize("piece", ["a", "a-", ".", "(", "5,", "x.y"])
+def test_long_words_take_no_long_time(piece):
+    """Base64, rows of dots in tables: quadratic time would be minutes."""
+    start = time.process_time()
+    assert phrases(piece * (200_000 // len(piece)) + "\nA dog.")[-1] == "dog"
+    assert time.process_time() - start < 5
 
 
 @given(*[st.lists(WORDS.filter(lambda word: word != "```"), max_size=12).map(" ".join)] * 2)

@@ -261,3 +261,47 @@ def test_processes_wait_a_day_and_the_first_says_for_what(world, tmp_path, monke
 def test_numbers_that_are_none_are_refused(world, tmp_path, option):
     with pytest.raises(ValueError, match=option.replace("_", "-")):
         do(write(world, tmp_path, GOOD), **{option: 0})
+
+
+def test_a_corrected_image_is_noticed(world, tmp_path, looked):
+    """Prepare names a damaged image; its user writes a whole one under the same name."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copy(world / "llava.json", tmp_path / "llava.json")
+    part = {**LLAVA, "on_bad_row": "skip"}
+    file = write(tmp_path, tmp_path, part)
+    model = f"model={world / 'model'}"
+    assert do(file, model).stages[0].parts[0].rows == 5
+    image, before = tmp_path / "images" / "6.png", len(looked)
+    shutil.copyfile(tmp_path / "images" / "4.png", image)
+    (part,) = do(file, model).stages[0].parts
+    assert part.rows == 6
+    assert sum(part.dropped.values()) == 2
+    assert len(looked) == before + 1
+    do(file, model)
+    assert len(looked) == before + 1
+
+
+def test_a_part_without_a_good_row_is_refused_as_by_training(world, tmp_path, monkeypatch, capsys):
+    entries = json.loads((world / "llava.json").read_text())
+    (tmp_path / "damaged.json").write_text(json.dumps([entries[6]] * 3))
+    part = {**LLAVA, "path": str(tmp_path / "damaged.json"), "on_bad_row": "skip"}
+    file = write(world, tmp_path, part, GOOD, max_steps=1)
+    message = f"{tmp_path / 'damaged.json'}: all of its 3 rows are bad; the first: Cannot read image"
+    for command in (("data", "prepare"), ("train",)):
+        code, printed = run(monkeypatch, capsys, *command, file)
+        assert code == 2
+        assert message in printed
+
+
+def test_what_left_rows_out_is_said_in_short(world, tmp_path):
+    """The kind, and neither names nor the fix."""
+    (part,) = do(write(world, tmp_path, {**LLAVA, "on_bad_row": "skip"})).stages[0].parts
+    (reason,) = set(part.dropped) - {"missing image (entries)"}
+    assert reason.startswith("Cannot read image …: ")
+    assert "Replace" not in reason
+
+
+def test_a_folder_is_no_report(world, tmp_path, looked):
+    with pytest.raises(ValueError, match="is a folder"):
+        do(write(world, tmp_path, GOOD), report=world)
+    assert not looked
