@@ -83,10 +83,10 @@ class RefCoco(Source):
                 except BadEntryError as error:
                     bad.append(BadEntry(found["file"], found["row"], error.kind, f"its object {error}", phrase=True))
                     continue
-                sentences: list[dict[str, Any] | None] = found["sentences"] or [None]
-                for sentence in sentences:
+                sentences = found["sentences"]
+                for sentence in (sentences if isinstance(sentences, list) else []) or [None]:
                     try:
-                        line = line_of((sentence or {}).get("sent"))
+                        line = line_of(sentence.get("sent") if isinstance(sentence, dict) else None)
                     except BadEntryError as error:
                         reason = f"its expression {error}"
                         bad.append(BadEntry(found["file"], found["row"], error.kind, reason, phrase=True))
@@ -104,8 +104,8 @@ class RefCoco(Source):
         Raises:
             BadEntryError: if it is missing, or is not what was annotated.
         """
-        if entry["image_id"] is None:
-            raise BadEntryError("no image", "the entry has no image_id; write it or remove the entry")
+        if type(entry["image_id"]) is not int:
+            raise BadEntryError("no image", "image_id is not a whole number; write it or remove the entry")
         info = _parsed(entry, "raw_image_info", "id")
         name, short = info.get("file_name"), f"{entry['image_id']:012d}.jpg"
         if not os.path.isfile(self.folder / str(name)) and os.path.isfile(self.folder / short):
@@ -162,7 +162,7 @@ def _read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, Any, str]]:
                     )
                 batches = table.iter_batches(batch_size=1000, columns=list(_COLUMNS))
                 for row, entry in enumerate(entry for batch in batches for entry in batch.to_pylist()):
-                    key = f"{file.name} {row}" if entry["image_id"] is None else entry["image_id"]
+                    key = entry["image_id"] if type(entry["image_id"]) is int else f"{file.name} {row}"
                     yield "", {"image_id": key}, json.dumps({**entry, "file": file.name, "row": row})
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file} is not a whole parquet file ({error}); download it again") from error

@@ -82,7 +82,7 @@ def test_what_is_in_the_cache_is_read_where_nothing_can_be_written(tmp_path, mon
 
     (tmp_path / "file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
-    with pytest.raises(OSError, match="file/agevlm/downloads.* cannot be written .*HF_DATASETS_CACHE"):
+    with pytest.raises(OSError, match=r"file/agevlm/downloads.* cannot be written .*HF_DATASETS_CACHE"):
         local(addresses[0])
 
 

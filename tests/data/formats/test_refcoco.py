@@ -245,6 +245,16 @@ def test_each_kind_of_bad_entry_is_named_and_costs_no_other_row(folders, train, 
     assert [problem for problem in check_row(row) if problem.severity == "error"] == []
 
 
+@pytest.mark.parametrize(
+    ("column", "change", "kind"), [("image_id", float, "no image"), ("sentences", json.dumps, "not a text")]
+)
+def test_columns_of_another_type_are_bad_in_each_entry(folders, train, tmp_path, column, change, kind):
+    entries = [entry | {column: change(entry[column])} for entry in read_entries(train)]
+    pq.write_table(pa.Table.from_pylist(entries), train)
+    bad = [found for found in read(folders, tmp_path / "work") if isinstance(found, BadEntry)]
+    assert {entry.row for entry in bad if entry.kind == kind} == set(range(len(entries)))
+
+
 def test_bad_phrases_and_entries_are_counted_or_an_error(folders, train, tmp_path, own_cache):
     rows = read(folders, tmp_path / "work")
     entries = read_entries(train)
