@@ -202,10 +202,9 @@ def _settings(source: Source) -> dict[str, Any]:
 
 
 def _image_folders(source: Source) -> str:
-    """A digest of the times of the folder of images, its folders and theirs (LLaVA has `coco/train2017`): looking at each image would
-    take minutes."""
+    """A digest of the times of the folder of images and the folders in it: looking at each image would take minutes."""
     found = level = [source.folder] if source.folder.is_dir() else []
-    for _ in range(2):
+    for _ in range(source.levels):
         inner = []
         for place in level:
             with contextlib.suppress(PermissionError), os.scandir(place) as entries:  # of `lost+found`

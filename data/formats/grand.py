@@ -47,6 +47,7 @@ class Grand(Source):
     """
 
     format: ClassVar[str] = "grand"
+    levels: ClassVar[int] = 1
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         super().__init__(path, images, split)

@@ -60,6 +60,7 @@ class Grit(Source):
     """
 
     format: ClassVar[str] = "grit"
+    levels: ClassVar[int] = 1
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         super().__init__(path, images, split)

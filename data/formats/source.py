@@ -86,6 +86,8 @@ class Source(abc.ABC):
     format: ClassVar[str]
     columns: ClassVar[dict[str, str]] = {}
     """Further columns of the rows beside those of the row format and `id`, by name the type: `{"kind": "string"}`."""
+    levels: ClassVar[int] = 2
+    """How deep the folders are that images lie in: 2 for `coco/train2017`."""
 
     def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None, split: str | None = None):
         self.path = Path(path)
