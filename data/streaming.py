@@ -158,8 +158,8 @@ class FirstRows(Pieces):
         order = draw.sample(range(self.pieces.count), self.pieces.count)
         left = self._most
         for row in shuffled(itertools.chain.from_iterable(map(self.pieces.read, order)), draw):
-            yield row
             left -= "kind" not in row[ORIGIN_COLUMN]  # bad entries are no rows
+            yield row
             if not left:
                 return
 
@@ -282,7 +282,11 @@ def _parquet_rows(file: Path) -> int:
 
 
 def first_rows(pieces: Pieces, rows: int, seed: int) -> datasets.Dataset:
-    """A data set in memory of the rows that a stream with `rows: …` would have."""
+    """A data set in memory of the rows that a stream with `rows: …` would have.
+
+    Raises:
+        ValueError: if there are none.
+    """
     datasets = import_datasets()
     found = []
     for row in FirstRows(pieces, rows, seed).read(0):
@@ -291,6 +295,8 @@ def first_rows(pieces: Pieces, rows: int, seed: int) -> datasets.Dataset:
             found.append(row)
     origin = {name: datasets.Value(kind) for name, kind in _ORIGIN.items()}
     features = datasets.Features({**row_features(), ORIGIN_COLUMN: origin})
+    if not found:
+        raise ValueError(f"{pieces.path} has no good rows.")
     return datasets.Dataset.from_list(found, features=features)
 
 

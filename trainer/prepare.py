@@ -180,7 +180,7 @@ class _Work:
         report = PartReport(part.path, part.format, use)
         report.downloads = sum(_size(Path(local(a))) for a in (part.path, part.images) if a is not None and "://" in a)
         source = None if part.streaming else self._convert(part)
-        rows = self._sample(part, args) if part.streaming else self._read(part, args)
+        rows = self._sample(part, use, args) if part.streaming else self._read(part, args)
         collator = row_collator(self.processor, args)
         verdicts = look_at_rows(
             rows.dataset, rows.data, rows.numbers, collator, num_proc=self.num_proc, progress=self.progress, name=part.path
@@ -222,7 +222,7 @@ class _Work:
 
     def _convert(self, part: DataPart) -> Prepared | None:
         """The rows of a published data set; None of a data set of rows."""
-        key = repr((part.path, part.format, part.images, part.split))
+        key = repr((part.path, part.format, part.images, part.split, part.name))
         if key not in self._sources:
             source = find_source(part.path, part.format, part.images, part.split, part.name)
             self._sources[key] = (
@@ -232,9 +232,10 @@ class _Work:
             )
         return self._sources[key]
 
-    def _sample(self, part: DataPart, args: AgeVlmTrainingArguments) -> PartRows:
-        """The first rows of a part that is streamed while it trains."""
-        some = dataclasses.replace(part, rows=min(part.rows or _SAMPLE, _SAMPLE), weight=None)
+    def _sample(self, part: DataPart, use: str, args: AgeVlmTrainingArguments) -> PartRows:
+        """The first rows of a part that is streamed while it trains, with those that cannot be read; all rows of an evaluation."""
+        number = part.rows if use == "eval_data" else min(part.rows or _SAMPLE, _SAMPLE)
+        some = dataclasses.replace(part, rows=number, weight=None, on_bad_row="error")
         rows = read_mixture([some], args.seed, allow_urls=args.allow_urls, in_memory=True)
         return PartRows(rows, rows._fingerprint, np.arange(len(rows)))
 

@@ -23,7 +23,7 @@ from grounded_rows import make_dataset, make_row, photograph
 
 from agevlm.data import DataPart, check_part, read_mixture, streaming
 from agevlm.data.readers import read_dataset, stored_images
-from agevlm.data.streaming import LEFT_OUT, SHUFFLE_BUFFER, FirstRows, RowStream, SourcePieces, open_pieces
+from agevlm.data.streaming import LEFT_OUT, SHUFFLE_BUFFER, FirstRows, RowStream, SourcePieces, first_rows, open_pieces
 from agevlm.processing.rows import ORIGIN_COLUMN, mask_to_rle, row_features
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -224,6 +224,14 @@ def test_an_evaluation_has_the_same_rows_in_memory(places):
     assert rows[0]["images"][0].size == (8, 6)
     with pytest.raises(ValueError, match="say how many as `rows`"):
         read_mixture([part(places, "parquet")], in_memory=True)
+
+
+def test_bad_entries_are_none_of_the_rows_of_an_evaluation(tmp_path):
+    write_generated(tmp_path / "some", 60, bad={"missing image": 3})
+    assert len(first_rows(SourcePieces(GeneratedSource(tmp_path / "some"), skip=True), 20, 0)) == 20
+    write_generated(tmp_path / "none", 9, bad={"missing image": 1})
+    with pytest.raises(ValueError, match="none has no good rows"):
+        first_rows(SourcePieces(GeneratedSource(tmp_path / "none"), skip=True), 20, 0)
 
 
 def test_bad_entries_are_left_out_and_counted(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from command_line import run
+from grounded_rows import photograph
 from PIL import Image
 from tiny_training import dataset, tiny_processor, tiny_trainable
 
@@ -38,8 +39,9 @@ def world(tmp_path_factory):
             Image.fromarray(np.full((20, 30, 3), 30 * number, np.uint8)).save(folder / "images" / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Gray {number}."}]
         entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    damaged = folder / "images" / "6.png"
-    damaged.write_bytes(damaged.read_bytes()[:60])
+    damaged = folder / "images" / "6.png"  # a JPEG whose header is whole
+    photograph(0, (64, 64)).save(damaged, "JPEG")
+    damaged.write_bytes(damaged.read_bytes()[:-200])
     (folder / "llava.json").write_text(json.dumps(entries))
     return folder
 
@@ -141,6 +143,17 @@ def test_streamed_parts_are_estimated_from_some_rows(world, tmp_path, monkeypatc
     assert stage.parts[0].text_tokens == pytest.approx(whole.text_tokens, rel=0.15)
     with pytest.raises(ValueError, match="max_steps"):
         do(write(world, tmp_path, {**GOOD, "streaming": True}))
+
+
+def test_bad_rows_of_a_streamed_part_are_counted(world, tmp_path):
+    part = {**LLAVA, "streaming": True}
+    (found,) = do(write(world, tmp_path, {**part, "on_bad_row": "skip"}, max_steps=3)).stages[0].parts
+    assert (found.rows, found.sampled, sum(found.dropped.values())) == (5, 8, 3)
+    (found,) = do(write(world, tmp_path, part, max_steps=3)).stages[0].parts
+    assert sorted(entry["row"] for entry in found.bad) == [2, 5, 6]
+    with pytest.raises(ValueError, match="say how many as `rows`"):  # as training
+        file = write(world, tmp_path, GOOD, eval_strategy="steps", eval_steps=1)
+        do(file, f"eval_data=[{{path: {world / 'rows'}, streaming: true}}]")
 
 
 def test_no_row_is_looked_at_twice(world, tmp_path, looked):
