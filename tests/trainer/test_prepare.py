@@ -151,8 +151,8 @@ def test_bad_rows_of_a_streamed_part_are_counted(world, tmp_path):
     assert (found.rows, found.sampled, sum(found.dropped.values())) == (5, 8, 3)
     (found,) = do(write(world, tmp_path, part, max_steps=3)).stages[0].parts
     assert sorted(entry["row"] for entry in found.bad) == [2, 5, 6]
+    file = write(world, tmp_path, GOOD, eval_strategy="steps", eval_steps=1)
     with pytest.raises(ValueError, match="say how many as `rows`"):  # as training
-        file = write(world, tmp_path, GOOD, eval_strategy="steps", eval_steps=1)
         do(file, f"eval_data=[{{path: {world / 'rows'}, streaming: true}}]")
 
 
