@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import sqlite3
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -75,6 +76,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_OF_NUMBERS = re.compile(r"[-+.eE0-9]*")
+
+
 class _Stream:
     """A JSON text that is read as far as it is needed: values are decoded one by one by the standard library."""
 
@@ -118,7 +122,8 @@ class _Stream:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # else the next digit of a number may come
+                # Else the rest of a number may come: of 1.5 the decoder takes the 1 where the text ends behind the point.
+                if _OF_NUMBERS.match(self.text, end).end() < len(self.text) or not self._more():
                     text, self.at = self.text[self.at : end], end
                     return value, text
             except json.JSONDecodeError as error:

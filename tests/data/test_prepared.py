@@ -119,8 +119,9 @@ def test_an_added_image_does_not_stop_work_that_goes_on(tmp_path, monkeypatch):
 
 
 RUN = """
-import sys, datasets
+import signal, sys, datasets
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 if __name__ == "__main__":
     sys.path.insert(0, {fixtures!r})
     datasets.config.HF_DATASETS_CACHE = Path({cache!r})

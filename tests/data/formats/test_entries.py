@@ -6,7 +6,7 @@ import sqlite3
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agevlm.data.formats import entries as module
@@ -61,6 +61,8 @@ VALUES = st.recursive(
 )
 
 
+@example([0.0, -1.5e-300, 12], 1, True)  # numbers that are cut behind each of their characters
+@example([[0.0, 1e22], 3], 1, False)
 @given(st.lists(VALUES, max_size=5), st.integers(1, 9), st.booleans())
 def test_any_values_in_any_chunks(tmp_path_factory, values, chunk, lines):
     text = "".join(json.dumps(value) + "\n" for value in values) if lines else json.dumps(values, ensure_ascii=False)
