@@ -46,6 +46,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -213,6 +214,7 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
         ValueError: for a name or a value that they do not know.
     """
     import torch
+    from accelerate import PartialState
     from transformers import get_scheduler
 
     from .arguments import AgeVlmTrainingArguments
@@ -226,6 +228,9 @@ def training_arguments(recipe: Recipe) -> AgeVlmTrainingArguments:
         **recipe.training,
     }
     try:
+        if settings["use_cpu"]:  # where Transformers leaves the timeout out
+            timeout = timedelta(seconds=settings["ddp_timeout"])
+            PartialState(cpu=True, backend=settings.get("ddp_backend"), timeout=timeout)
         args = AgeVlmTrainingArguments(**settings)
         args.get_process_log_level()
         get_scheduler(

@@ -3,11 +3,14 @@
 
 import json
 import shutil
+import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from command_line import run
 from grounded_rows import photograph
 from PIL import Image
@@ -254,6 +257,25 @@ def test_no_gpu_is_used(world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     args = prepare._cpu_arguments(recipe.load_recipe(write(world, tmp_path, GOOD, tf32=True)))
     assert args.device.type == "cpu"
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, 24 * 3600), ({"ddp_timeout": 77}, 77)], ids=["default", "given"])
+def test_the_processes_group_has_the_timeout(given, seconds, world, tmp_path, monkeypatch):
+    """On the CPU too, where Transformers does not hand it on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, str(value))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        recipe.training_arguments(recipe.load_recipe(write(world, tmp_path, GOOD, **given)))
+        backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=seconds)
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_processes_wait_a_day_and_the_first_says_for_what(world, tmp_path, monkeypatch, capsys):
