@@ -66,7 +66,11 @@ def find_source(
 
 
 def missing_work(
-    path: str | os.PathLike, format: str, images: str | os.PathLike | None = None, split: str | None = None
+    path: str | os.PathLike,
+    format: str,
+    images: str | os.PathLike | None = None,
+    split: str | None = None,
+    name: str | None = None,
 ) -> str | None:
     """What must be done before a recipe's part can be read, for people; None if nothing is known of.
 
@@ -75,8 +79,21 @@ def missing_work(
     """
     if missing := [os.fspath(address) for address in (path, images) if address is not None and not is_local(address)]:
         return f"Downloading {', '.join(missing)}"
-    source = find_source(path, format, images, split)
-    return None if source is None or find_prepared(source) is not None else f"Converting {path} (format {format})"
+    source = find_source(path, format, images, split, name)
+    if source is not None:
+        return None if find_prepared(source) is not None else f"Converting {path} (format {format})"
+    if os.path.exists(path) or "://" in os.fspath(path) or _is_kept(os.fspath(path), name):
+        return None
+    return f"Downloading {path}"
+
+
+def _is_kept(path: str, name: str | None) -> bool:
+    """Whether the cache of `datasets` has a data set of the Hub, in the layout that the library itself looks for when it is offline."""
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, last = path.split("/")
+    folder = Path(import_datasets().config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)]))
+    return any(folder.glob(f"{name or ''}*/*/*"))
 
 
 def read_dataset(

@@ -542,7 +542,7 @@ def _say_what_is_missing(parts: Sequence[DataPart]) -> None:
     from ..data.readers import missing_work
 
     prepared = [part for part in parts if not part.streaming]
-    work = [missing_work(part.path, part.format, part.images, part.split) for part in prepared]
+    work = [missing_work(part.path, part.format, part.images, part.split, part.name) for part in prepared]
     lines = list(dict.fromkeys(line for line in work if line is not None))
     for line in lines:
         say(line)

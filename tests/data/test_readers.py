@@ -4,9 +4,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
+from datasets.naming import camelcase_to_snakecase
 from fake_hub import fake_hub
 from row_cases import (
     LLAVA,
@@ -21,7 +23,7 @@ from row_cases import (
 )
 
 from agevlm.data.check import check_dataset
-from agevlm.data.readers import read_dataset, read_json_rows, read_rows
+from agevlm.data.readers import missing_work, read_dataset, read_json_rows, read_rows
 from agevlm.processing.rows import row_features
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -250,3 +252,22 @@ def test_arguments_that_do_not_fit_together(tmp_path, arguments, message):
     to_dataset([good_row()]).save_to_disk(tmp_path / "rows")
     with pytest.raises(ValueError, match=message):
         read_dataset(tmp_path / "rows", **arguments)
+
+
+@pytest.mark.parametrize("name", [None, "small"])
+def test_data_sets_of_the_hub_are_missing_until_they_are_in_the_cache(name, tmp_path, monkeypatch):
+    """In the place where `datasets` itself keeps what it has read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = "some-owner/NameInCamelCase"
+    assert missing_work(path, "rows", name=name) == f"Downloading {path}"
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict({"messages": [[]]}).to_parquet(tmp_path / "hub" / "a.parquet")
+    builder = datasets.load_dataset_builder(
+        "parquet", name or "default", data_files=str(tmp_path / "hub" / "a.parquet"), cache_dir=str(tmp_path / "cache")
+    )
+    builder.repo_id, builder.dataset_name = path, camelcase_to_snakecase(path.split("/")[1])
+    kept = Path(builder._cache_dir_root, builder._relative_data_dir(with_version=True, with_hash=True))
+    kept.mkdir(parents=True)
+    assert missing_work(path, "rows", name=name) is None
+    assert missing_work(path, "rows", name="another") == f"Downloading {path}"
+    assert missing_work(tmp_path / "hub", "rows") is None
