@@ -13,6 +13,8 @@ from ..terminal import console, say, say_saved
 from .options import check_figure, check_folder, parse_names, parse_numbers
 
 if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
     from ..data.check import Report
     from ..data.mixture import DataPart
     from ..processing.collator import AgeVlmDataCollator
@@ -115,14 +117,12 @@ def masks(
     import torch
 
     from ..data.masks import add_masks
-    from ..data.readers import read_saved
     from ..data.teachers import load_teacher, process_state
     from ..files import check_new_folder
     from ..plots import draw_masks
 
     check_new_folder(out)  # before the models are loaded
-    rows = read_saved(dataset)
-    attribution = dataset / "ATTRIBUTION.md"
+    rows, attribution = _read_saved(dataset)
     masked, outcomes = add_masks(
         rows,
         load_teacher(
@@ -138,7 +138,7 @@ def masks(
         min_score=min_score,
         overwrite=overwrite,
         save_every=save_every,
-        attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+        attribution=attribution,
     )
     if not process_state().is_main_process:
         return
@@ -150,6 +150,14 @@ def masks(
     )
     if preview is not None:
         draw_masks(next(iter(masked.values())) if isinstance(masked, datasets.DatasetDict) else masked, preview)
+
+
+def _read_saved(folder: Path) -> "tuple[Dataset | DatasetDict, str | None]":
+    """The data set of a folder, and the text of its `ATTRIBUTION.md`, where it has one."""
+    from ..data.readers import read_saved
+
+    attribution = folder / "ATTRIBUTION.md"
+    return read_saved(folder), attribution.read_text(encoding="utf-8") if attribution.is_file() else None
 
 
 def check(
@@ -319,12 +327,10 @@ def phrases(
     import datasets
 
     from ..data.phrases import SpacyChunker, add_phrases, find_phrases, preview_phrases
-    from ..data.readers import read_saved
     from ..files import check_new_folder
 
     check_new_folder(out)  # before a model is loaded
-    rows = read_saved(dataset)
-    attribution = dataset / "ATTRIBUTION.md"
+    rows, attribution = _read_saved(dataset)
     labeled, counts = add_phrases(
         rows,
         find_phrases if chunker == "rules" else SpacyChunker(spacy_model),
@@ -332,7 +338,7 @@ def phrases(
         roles=("user", "assistant") if roles == "all" else (roles,),
         max_phrases=max_phrases,
         num_proc=num_proc,
-        attribution=attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+        attribution=attribution,
     )
     for text in preview_phrases(
         next(iter(labeled.values())) if isinstance(labeled, datasets.DatasetDict) else labeled, preview

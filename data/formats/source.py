@@ -46,7 +46,7 @@ class BadEntry:
         file: that it stands in.
         row: number of the entry in its file.
         kind: the class that it is counted in, in a few words without values: `missing image`, `empty box`.
-        reason: what is wrong with this one and how to mend it.
+        reason: what is wrong with this one and how to fix it.
         phrase: whether only a phrase is left out, and the row is there.
     """
 

@@ -65,7 +65,7 @@ def test_bad_entries_and_phrases(tmp_path, monkeypatch):
     monkeypatch.setenv("GENERATED_LOG", str(tmp_path / "log"))
     bad = {"1": NOT_DOWNLOADED, "12": "missing image", "13": NOT_DOWNLOADED, "25": "missing image"}
     source = write_source(tmp_path / "a.json", 40, bad=bad, phrases={"14": "wrong span"})
-    with pytest.raises(ValueError, match=r"a\.json, entry 12: entry 12 is bad; mend it; .*data check --format generated.*on_bad_row: skip"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"a\.json, entry 12: entry 12 is bad; fix it; .*data check --format generated.*on_bad_row: skip"):  # fmt: skip
         prepare_source(source, on_bad_row="error", progress=False)
     assert len((tmp_path / "log").read_text().splitlines()) == 2  # nothing after the first bad one is read
     prepared = prepare_source(source, on_bad_row="skip", progress=False)
