@@ -9,12 +9,12 @@ from .data.readers import read_rows as read_rows
 from .data.scene_builder import build_scenes as build_scenes
 from .data.teachers import MaskTeacher as MaskTeacher
 from .data.teachers import load_teacher as load_teacher
-from .evaluation.attention import attend as attend
 from .evaluation.benchmark import evaluate as evaluate
 from .evaluation.benchmark import evaluate_cv_bench as evaluate_cv_bench
 from .evaluation.benchmark import evaluate_pope as evaluate_pope
 from .evaluation.benchmark import evaluate_scenes as evaluate_scenes
 from .evaluation.similarity import measure_similarity as measure_similarity
+from .inference.attention import attend as attend
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig as AgeVlmConfig
 from .modeling_agevlm.configuration_agevlm import AgeVlmTextConfig as AgeVlmTextConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration as AgeVlmForConditionalGeneration

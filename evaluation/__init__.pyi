@@ -1,8 +1,5 @@
 from .answers import Question as Question
 from .answers import answer as answer
-from .answers import load_model as load_model
-from .attention import Attention as Attention
-from .attention import attend as attend
 from .benchmark import BENCHMARKS as BENCHMARKS
 from .benchmark import Benchmark as Benchmark
 from .benchmark import Evaluation as Evaluation

@@ -18,7 +18,8 @@ from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..files import check_new_folder, update_folder
-from .answers import Inspect, Question, answer, load_model
+from ..inference.generation import load_model
+from .answers import Inspect, Question, answer
 from .cv_bench import CvBench
 from .pope import Pope
 from .scenes import Scenes

@@ -81,8 +81,8 @@ class AgeVlmChat(lmms):
         alone = self._world_size == 1
         self.device = torch.device(device) if device and alone else self.accelerator.device
 
+        from ..inference.generation import load_model
         from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
-        from .answers import load_model
 
         model, self.processor = load_model(pretrained, "cpu", dtype)
         if not isinstance(model, AgeVlmForConditionalGeneration):
@@ -199,7 +199,7 @@ class AgeVlmChat(lmms):
         )
 
     def _answer(self, batch: list[Instance], conversations: list[list[dict]], method: str) -> list[GenerationResult]:
-        from .answers import KEEP_INVALID, FiniteLogits, check_finite
+        from ..inference.generation import KEEP_INVALID, FiniteLogits, check_finite
 
         gen_kwargs = _generation_kwargs(batch[0])
         prompts, images = self._prompts(batch, conversations)
@@ -257,7 +257,7 @@ class AgeVlmSimple(AgeVlmChat):
 
     @torch.no_grad()
     def _scores(self, batch: list[Instance]) -> list[tuple[float, bool]]:
-        from .answers import check_finite
+        from ..inference.generation import check_finite
 
         prompts, images = self._prompts(batch, [self._messages(request) for request in batch])
         continuations = []

@@ -15,11 +15,12 @@ from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
+from ..inference.attention import cross_attention_layers, find_phrase
+from ..inference.generation import Batch
 from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle, message_text
 from ..trainer.losses import attention_iou, pointing_chances, pointing_hits
-from .answers import Batch, Question
-from .attention import cross_attention_layers, find_phrase
+from .answers import Question
 from .benchmark_data import first_of_each
 from .pope import yes_no_scores
 

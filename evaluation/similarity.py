@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.readers import count_images
+from ..inference.generation import adds_special_tokens, check_finite, read_batch, render_chat
 from ..plots import HISTOGRAM_BINS
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.rows import mask_from_rle, message_text
-from .answers import adds_special_tokens, check_finite, read_batch, render_chat
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -37,7 +37,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> None:
     """Ask a question about an image."""
-    from ..evaluation.attention import Phrase, attend, check_cross_attention, find_phrase
+    from ..inference.attention import Phrase, attend, check_cross_attention, find_phrase
 
     question = _check_question(question)
     if phrase is not None and heatmap is None:
@@ -46,8 +46,9 @@ def ask(
 
     from transformers import AutoConfig
 
-    from ..evaluation.answers import Question, answer_batch, load_model, open_image
+    from ..evaluation.answers import Question, answer_batch
     from ..hub import loading
+    from ..inference.generation import load_model, open_image
 
     picture = open_image(image)
     if heatmap is not None:
@@ -91,8 +92,8 @@ def attention(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model, in tokens.", min=1)] = 64,
 ) -> None:
     """Show where words of a question and its answer attend in an image: heat maps by block and averaged."""
-    from ..evaluation.attention import attend, check_cross_attention, choose_phrases
     from ..files import check_new_folder
+    from ..inference.attention import attend, check_cross_attention, choose_phrases
 
     question = _check_question(question)
     if answer is not None:
@@ -101,8 +102,8 @@ def attention(
 
     from transformers import AutoConfig
 
-    from ..evaluation.answers import load_model, open_image
     from ..hub import loading
+    from ..inference.generation import load_model, open_image
 
     picture = open_image(image)
     with loading(model) as place:

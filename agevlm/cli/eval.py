@@ -112,10 +112,10 @@ def similarity(
 ) -> None:
     """Whether hidden states distinguish matching from random images: cosine similarities, histogram, overlap, AUROC."""
     from ..data.readers import read_rows
-    from ..evaluation.answers import load_model
     from ..evaluation.benchmark import rich_table
     from ..evaluation.similarity import measure_similarity, text_pairs
     from ..files import check_new_folder, new_folder
+    from ..inference.generation import load_model
     from ..plots import draw_similarity
 
     check_new_folder(out)  # before the model is loaded

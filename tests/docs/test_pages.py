@@ -31,7 +31,7 @@ import agevlm
 from agevlm.cli.commands import app
 from agevlm.trainer.recipe import load_recipe
 
-PACKAGES = ("modeling_agevlm", "processing", "data", "trainer", "evaluation", "hub_cards")
+PACKAGES = ("modeling_agevlm", "processing", "hub_cards", "data", "inference", "trainer", "evaluation", "serving")
 SOURCES = sorted(
     file
     for folder in ("agevlm", *PACKAGES, "research")

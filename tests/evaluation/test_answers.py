@@ -8,7 +8,8 @@ import torch
 from evaluation_cases import TEXTS, age_vlm, llava, picture, some_questions
 from PIL import Image
 
-from agevlm.evaluation.answers import Question, answer, load_model, open_image, read_batch
+from agevlm.evaluation.answers import Question, answer
+from agevlm.inference.generation import load_model, open_image, read_batch
 
 
 @pytest.fixture(scope="module", params=[age_vlm, llava])
@@ -188,7 +189,7 @@ def test_what_is_inspected_stands_beside_the_answer(tmp_path):
     seen = []
 
     def inspect(model, processor, questions, batch):
-        assert [image.size for image in batch.images] == [q.open_image().size for q in questions]
+        assert [image.size for (image,) in batch.images] == [q.open_image().size for q in questions]
         assert batch.inputs["input_ids"].shape == batch.offsets.shape[:2]
         for prompt, offsets, mask in zip(batch.prompts, batch.offsets, batch.inputs["attention_mask"], strict=True):
             assert offsets[mask.bool()][-1, 1] == len(prompt)

@@ -13,8 +13,9 @@ from transformers import LogitsProcessorList
 
 from agevlm import attend
 from agevlm.evaluation import Scenes, evaluate, evaluate_pope
-from agevlm.evaluation.answers import FiniteLogits, answer
+from agevlm.evaluation.answers import answer
 from agevlm.evaluation.similarity import measure_similarity
+from agevlm.inference.generation import FiniteLogits
 from agevlm.processing.rows import mask_to_rle
 
 DAMAGES = {

@@ -24,8 +24,8 @@ from tiny_models import open_gates, tiny_llama, tiny_vision
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
-from agevlm.evaluation.answers import FiniteLogits
 from agevlm.evaluation.lmms import AgeVlmChat, AgeVlmSimple
+from agevlm.inference.generation import FiniteLogits
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 pytestmark = pytest.mark.slow

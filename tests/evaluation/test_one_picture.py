@@ -23,8 +23,9 @@ from agevlm.data.features import compute_features
 from agevlm.data.masks import add_masks
 from agevlm.data.scene_builder import _load_backgrounds
 from agevlm.evaluation import Pope
-from agevlm.evaluation.answers import Question, answer, open_image
+from agevlm.evaluation.answers import Question, answer
 from agevlm.evaluation.similarity import text_pairs
+from agevlm.inference.generation import open_image
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.image_processing_agevlm import AgeVlmImageProcessorPil, load_image, to_rgb
 

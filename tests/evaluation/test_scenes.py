@@ -14,12 +14,13 @@ from datasets import Image as ImageFeature
 from evaluation_cases import age_vlm, cells, entries, llava, results
 from PIL import Image, ImageDraw
 
+from agevlm import attend
 from agevlm.data.scene_builder import KINDS, build_scenes
-from agevlm.evaluation import Question, Scenes, answer, answers, attend, evaluate_scenes
+from agevlm.evaluation import Question, Scenes, answer, answers, evaluate_scenes
 from agevlm.evaluation.answers import answer_batch
-from agevlm.evaluation.attention import Phrase
 from agevlm.evaluation.pope import parse_yes_no
 from agevlm.evaluation.scenes import score_maps
+from agevlm.inference.attention import Phrase
 from agevlm.processing.rows import mask_from_rle, mask_to_rle
 
 

@@ -25,8 +25,9 @@ from agevlm.build import build_checkpoint, load_timm
 from agevlm.cli.commands import app
 from agevlm.data import build_scenes
 from agevlm.evaluation import evaluate_scenes
-from agevlm.evaluation.answers import Question, load_model
+from agevlm.evaluation.answers import Question
 from agevlm.files import resolve_package_file
+from agevlm.inference.generation import load_model
 from research.assets.openmoji import export_openmoji, export_photographs
 from research.weights import save_trained, trained_parameters
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor
-from agevlm.evaluation.answers import read_batch, render_question
+from agevlm.inference.generation import read_batch, render_question
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, RenderedChat, add_image_support
 from agevlm.trainer.trl_trainers import AgeVlmPreferenceCollator

@@ -11,7 +11,7 @@ from tiny_training import dataset, picture, row, tiny_processor
 from agevlm import AgeVlmTrainingArguments, from_parts, row_features
 from agevlm.data import compute_features
 from agevlm.evaluation import Question, answer, measure_similarity
-from agevlm.evaluation.answers import render_question
+from agevlm.inference.generation import render_question
 from research.rivals import (
     ConcatenationForConditionalGeneration,
     ConcatenationProcessor,

@@ -19,16 +19,17 @@ from tiny_models import GRID, open_gates, tiny_llama, tiny_vision
 from tokenizers import processors
 
 from agevlm import AgeVlmImageProcessor, AgeVlmProcessor, from_parts
-from agevlm.evaluation import attention as attention_maps
-from agevlm.evaluation.answers import Question, answer_batch, render_question
-from agevlm.evaluation.attention import (
+from agevlm.evaluation.answers import Question, answer_batch
+from agevlm.inference import attention as attention_maps
+from agevlm.inference.attention import (
     Phrase,
     attend,
     block_titles,
     choose_phrases,
-    decode_with_offsets,
     find_phrase,
 )
+from agevlm.inference.generation import render_question
+from agevlm.inference.replies import decode_with_offsets
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
@@ -145,7 +146,15 @@ def test_maps_are_of_the_tokens_that_were_generated_and_not_of_those_their_text_
     asked = prompt_ids(processor, QUESTION)
     said = [token for letter in "dogcat" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
     assert len(tokenizer("dogcat", add_special_tokens=False)["input_ids"]) < len(said) == 6
-    monkeypatch.setattr(model, "generate", lambda **kwargs: torch.tensor([[*asked, *said]]))
+    left = iter(said)
+
+    def choose(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([next(left)]), 0.0)
+
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **kwargs: generate(**{**kwargs, "max_new_tokens": 6, "logits_processor": [choose]})
+    )
     attention = attend(model, processor, picture(), QUESTION, phrases=["cat"])
     assert attention.tokens == [["c", "a", "t"]]
     weights = eager_maps(model, processor, [*asked, *said])[:, -3:].mean(1)
@@ -445,17 +454,29 @@ def test_command(monkeypatch, capsys, tmp_path, folders, parts, predicting):
     assert code == 0, printed
     expected = attend(model, processor, picture(), QUESTION, predicting=predicting, max_new_tokens=9)
     content = json.loads((out / "attention.json").read_text())
-    assert content == {
+    wanted = {
         "model": str(folders / "age_vlm"),
         "image": str(image),
         "generated": True,
         "predicting": predicting,
         **expected.to_dict(),
     }
+    maps = [
+        np.array([block.pop("map") for phrase in found["phrases"] for block in phrase["maps"]])
+        for found in (content, wanted)
+    ]
+    np.testing.assert_allclose(*maps, atol=1e-6)
+    attention = [
+        [block["strongest"].pop("attention") for phrase in found["phrases"] for block in phrase["maps"]]
+        for found in (content, wanted)
+    ]
+    np.testing.assert_allclose(*attention, atol=1e-6)
+    assert content == wanted
     assert expected.answer.strip() in printed
     assert sorted(file.name for file in out.iterdir()) == ["attention.json", "attention.png"]
     expected.draw(tmp_path / "expected.png")
-    assert (out / "attention.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    pictures = [np.asarray(Image.open(file), dtype=int) for file in (out / "attention.png", tmp_path / "expected.png")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
 def test_command_with_phrases_of_question_and_answer(monkeypatch, capsys, tmp_path, folders):

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from ..files import new_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
 from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .answers import check_finite, generate_greedily, read_batch, render_question
+from .generation import ask_about
+from .replies import Reply, read_reply, reply
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -216,77 +217,65 @@ def attend(
             the model's outputs are not finite.
     """
     check_cross_attention(model.config, type(model).__name__)
-    image, tokenizer = to_rgb(image), processor.tokenizer
-    prompt = render_question(processor, question)
-    batch = read_batch(model, processor, [prompt], [image])
-    assert batch.offsets is not None
-    asked = [f"the question {question!r}"]
+    messages = ask_about(question, to_rgb(image))
     if answer is None:
-        written = generate_greedily(model, processor, batch.inputs, max_new_tokens, asked)
-        answer, answer_offsets = decode_with_offsets(tokenizer, written[0].tolist())
+        (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True)
     else:
-        encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-        written = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)
-        answer_offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    sequence = torch.cat([batch.inputs["input_ids"], written], dim=-1)
+        found = read_reply(model, processor, messages, answer)
+    return show_reply(model, processor, found, question, phrases, predicting=predicting)
 
-    chosen = choose_phrases(question, answer, phrases)
-    starts = {"question": find_phrase(prompt, question)[0], "answer": len(prompt)}
-    spans = [(starts[phrase.source] + phrase.start, starts[phrase.source] + phrase.end) for phrase in chosen]
-    offsets = torch.cat([batch.offsets, answer_offsets[None] + len(prompt)], dim=1)
-    map_queries = processor.get_map_queries(offsets, [spans], text=[prompt + answer])
-    ids = sequence[0].tolist()
-    tokens = [[tokenizer.decode(ids[i]) for i in query.nonzero()[:, 0]] for query in map_queries[0]]
-    if [] in tokens:
-        phrase = chosen[tokens.index([])]
-        raise ValueError(f"The phrase '{phrase.text}' of the {phrase.source} has no token: choose words.")
-    if predicting:
-        of_answer = torch.tensor([phrase.source == "answer" for phrase in chosen])
-        map_queries[0, of_answer] = map_queries[0, of_answer].roll(-1, dims=-1)
-    outputs = model.model(
-        input_ids=sequence,
-        attention_mask=torch.ones_like(sequence),
-        mm_encoder_outputs=batch.inputs["mm_encoder_outputs"],
-        map_queries=map_queries.to(model.device),
-        use_cache=False,
-    )
-    check_finite(model, outputs.last_hidden_state.isfinite(), asked)
-    maps = outputs.cross_attention_maps[:, 0]
+
+def show_reply(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    found: Reply,
+    question: str,
+    phrases: Sequence[str | Phrase] | None = None,
+    *,
+    image: int = 0,
+    predicting: bool = False,
+) -> Attention:
+    """Where phrases attend in one image of a conversation, from the maps of the pass that wrote the reply.
+
+    Args:
+        found: a reply with maps.
+        question: text of the conversation's last turn, or of another; its last place in the prompt is taken.
+        phrases: words of the reply or the question; all words of the reply by default (see [`choose_phrases`]).
+        image: number of the image in the conversation.
+        predicting: read phrases of the reply at the tokens before theirs, which predict them.
+
+    Raises:
+        ValueError: if a phrase does not occur or has no token, or there are no phrases.
+    """
+    assert found.maps is not None
+    chosen = choose_phrases(question, found.text, phrases)
+    starts = {"question": find_phrase(found.prompt, question)[0], "answer": len(found.prompt)}
+    maps, tokens = [], []
+    for phrase in chosen:
+        start, end = (starts[phrase.source] + place for place in (phrase.start, phrase.end))
+        numbers = found.maps.tokens(start, end)
+        if not numbers:
+            raise ValueError(f"The phrase '{phrase.text}' of the {phrase.source} has no token: choose words.")
+        tokens.append([processor.tokenizer.decode(found.maps.ids[number]) for number in numbers])
+        maps.append(found.maps.of_span(start, end, predicting=predicting and phrase.source == "answer"))
+    stacked = torch.stack(maps, dim=1)  # (blocks, phrases, images, rows, columns)
     # What is not on a visual token is on the sink.
-    sink = (
-        (1 - maps.float().sum(-1)).clamp(min=0).cpu().numpy()
-        if model.config.get_text_config().cross_attention_sink
-        else None
-    )
-    placed = (batch.grid, processor.image_processor, image.size)
+    sink = None
+    if model.config.get_text_config().cross_attention_sink:
+        sink = (1 - stacked.sum((-3, -2, -1))).clamp(min=0).numpy()
+    picture = found.images[image]
+    placed = (tuple(stacked.shape[-2:]), processor.image_processor, picture.size)
     return Attention(
-        image=image,
+        image=picture,
         question=question,
-        answer=answer,
+        answer=found.text,
         phrases=chosen,
         tokens=tokens,
         blocks=block_titles(model),
-        maps=crop_to_image(maps, *placed),
+        maps=crop_to_image(stacked[:, :, image].flatten(-2), *placed),
         cell=cell_size(*placed),
         sink=sink,
     )
-
-
-def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, torch.Tensor]:
-    """The text of generated tokens, without special ones, and the characters `(start, end)` of each, `(len(ids), 2)`.
-
-    Tokenizing the text again would not always give the tokens that were generated. A token that is a part of a character
-    has that character. A special token has none: its `start` is its `end`.
-    """
-    text = ""
-    offsets: list[tuple[int, int]] = []
-    for number in range(1, len(ids) + 1):
-        longer = tokenizer.decode(ids[:number], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if longer.endswith("\ufffd") and number < len(ids):
-            continue  # the rest of the character is to come
-        offsets += [(len(text), len(longer))] * (number - len(offsets))
-        text = longer
-    return text, torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
 
 
 def crop_to_image(

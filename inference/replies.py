@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replies to conversations, several as one batch, with the attention of every token in the pass that read or wrote it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.generation import BaseStreamer, StoppingCriteriaList
+
+from ..modeling_agevlm.modeling_agevlm import AgeVlmModel
+from ..processing.image_processing_agevlm import to_rgb
+from ..processing.processing_agevlm import AgeVlmProcessor
+from .generation import GREEDY, KEEP_INVALID, Batch, FiniteLogits, check_finite, read_batch, render_chat
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """Where each token of a text attends, read at its own position.
+
+    `text` is the prompt and the answer, `ids` its tokens, `offsets` `(tokens, 2)` the first character of each token in it and the one after
+    its last, `maps` float32 `(blocks, tokens, images, rows, columns)`. The attention of a token sums to 1 over all images
+    that it sees, less what is on the sink; that of a token that sees none is 0.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: torch.Tensor
+    maps: torch.Tensor
+
+    def of_span(self, start: int, end: int, *, predicting: bool = False) -> torch.Tensor:
+        """The map of characters `start` to `end` of `text`: the mean over their tokens, `(blocks, images, rows, columns)`.
+
+        Args:
+            predicting: read one token earlier, while the model chooses the token.
+
+        Raises:
+            ValueError: if there is no token between them.
+        """
+        tokens = self.tokens(start, end)
+        if not tokens:
+            raise ValueError(f"characters {start} to {end} of {self.text!r} have no token: choose words")
+        return self.maps[:, [max(token - predicting, 0) for token in tokens]].mean(1)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Numbers of the tokens that share a character with the span."""
+        queries = AgeVlmProcessor.get_map_queries(self.offsets[None], [[(start, end)]], text=[self.text])
+        return queries[0, 0].nonzero()[:, 0].tolist()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model has written to one conversation.
+
+    `prompt` is the conversation as the chat template writes it, `images` those of the conversation in order, RGB, `text` the
+    answer without special tokens, `tokens` the ids that were generated, `finish_reason` "stop" or "length".
+    `maps` covers `prompt + text`; None where they were not asked for.
+    """
+
+    prompt: str
+    images: list[Image.Image]
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    maps: TokenMaps | None = None
+
+
+@contextlib.contextmanager
+def record_maps(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the maps of all tokens that an AGE-VLM reads in the block: one `(blocks, batch, tokens, visual tokens)` for
+    each of its forward passes."""
+    (inner,) = (module for module in model.modules() if isinstance(module, AgeVlmModel))
+    maps: list[torch.Tensor] = []
+
+    def ask(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        each = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+        return args, {**kwargs, "map_queries": each.expand(ids.shape[0], -1, -1)}
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        maps.append(output.cross_attention_maps)
+
+    hooks = [
+        inner.register_forward_pre_hook(ask, with_kwargs=True),
+        inner.register_forward_hook(keep, with_kwargs=True),
+    ]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def conversation_images(messages: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    """The images of a conversation, in order, RGB."""
+    return [
+        to_rgb(part["image"])
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+@torch.no_grad()
+def reply(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    max_new_tokens: int = 128,
+    maps: bool = False,
+    streamer: BaseStreamer | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **settings: Any,
+) -> list[Reply]:
+    """Replies to conversations, all as one padded batch.
+
+    Args:
+        conversations: messages in the form of Transformers' chat templates, images as `{"type": "image", "image": PIL.Image}`.
+        max_new_tokens: longest reply, in tokens.
+        maps: also collect where every token attends, from the passes that wrote the replies (AGE-VLM only).
+        streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`.
+        stopping_criteria: as for `generate`.
+        settings: of `generate`; greedy decoding by default.
+
+    Raises:
+        ValueError: if a logit is not finite, or an image has no image token or the reverse.
+    """
+    prompts = [render_chat(processor, list(messages), add_generation_prompt=True) for messages in conversations]
+    images = [conversation_images(messages) for messages in conversations]
+    batch = read_batch(model, processor, prompts, images if any(images) else None)
+    finite = FiniteLogits()
+    with record_maps(model) if maps else contextlib.nullcontext([]) as recorded:
+        out = model.generate(
+            **batch.inputs,
+            **{**GREEDY, **settings},
+            **KEEP_INVALID,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([finite]),
+            streamer=streamer,
+            stopping_criteria=stopping_criteria,
+            return_dict_in_generate=True,
+        )
+        check_finite(model, finite.rows, [f"the question {_last_text(messages)!r}" for messages in conversations])
+        if maps:
+            _read_last_token(model, batch, out)
+    width = batch.inputs["input_ids"].shape[1]
+    ends = _end_tokens(model, processor)
+    found = []
+    for row, prompt in enumerate(prompts):
+        tokens: list[int] = []
+        for token in out.sequences[row, width:].tolist():
+            tokens.append(token)
+            if token in ends:
+                break
+        text, offsets = decode_with_offsets(processor.tokenizer, tokens)
+        token_maps = None
+        if maps:
+            token_maps = _token_maps(
+                batch, row, torch.cat(recorded, dim=2), prompt + text, tokens, offsets, len(images[row])
+            )
+        reason = "stop" if tokens and tokens[-1] in ends else "length"
+        found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))
+    return found
+
+
+@torch.no_grad()
+def read_reply(
+    model: PreTrainedModel, processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], answer: str
+) -> Reply:
+    """The reply of an AGE-VLM that has written `answer`, with the maps of one forward pass that reads it.
+
+    Raises:
+        ValueError: if the model's outputs are not finite.
+    """
+    prompt = render_chat(processor, list(messages), add_generation_prompt=True)
+    images = conversation_images(messages)
+    batch = read_batch(model, processor, [prompt], [images] if images else None)
+    encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = encoded["input_ids"]
+    sequence = torch.cat(
+        [batch.inputs["input_ids"], torch.tensor([tokens], dtype=torch.long, device=model.device)], -1
+    )
+    inputs = {**batch.inputs, "input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
+    with record_maps(model) as recorded:
+        outputs = model.base_model(**inputs, use_cache=False)
+    check_finite(model, outputs.last_hidden_state.isfinite(), [f"the question {_last_text(messages)!r}"])
+    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
+    maps = _token_maps(batch, 0, recorded[0], prompt + answer, tokens, offsets, len(images))
+    return Reply(prompt, images, answer, tokens, "stop", maps)
+
+
+def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    content = messages[-1]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content).strip()
+
+
+def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> set[int]:
+    """Ids that end a reply: the model's, and padding, which `generate` writes behind them."""
+    ids = model.generation_config.eos_token_id
+    return {*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.pad_token_id}
+
+
+def _read_last_token(model: PreTrainedModel, batch: Batch, out: Any) -> None:
+    """Reads the tokens of the last step too, which `generate` has chosen and not read."""
+    mask = torch.ones_like(out.sequences)
+    mask[:, : batch.inputs["attention_mask"].shape[1]] = batch.inputs["attention_mask"]
+    model(
+        input_ids=out.sequences[:, -1:],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+        cache=out.cache,
+        use_cache=True,
+    )
+
+
+def _token_maps(
+    batch: Batch,
+    row: int,
+    maps: torch.Tensor,
+    text: str,
+    answer: Sequence[int],
+    answer_offsets: torch.Tensor,
+    num_images: int,
+) -> TokenMaps:
+    """The maps of one row of a batch, without padding. `maps` is that of the whole batch."""
+    assert batch.offsets is not None
+    real = batch.inputs["attention_mask"][row].bool().cpu()
+    offsets = torch.cat([batch.offsets[row][real], answer_offsets + len(batch.prompts[row])])
+    first = len(real) - int(real.sum())
+    grid = batch.grid if num_images else (0, 0)
+    cells = maps[:, row, first : first + len(offsets), : num_images * grid[0] * grid[1]]
+    ids = [*batch.inputs["input_ids"][row].cpu()[real].tolist(), *answer]
+    return TokenMaps(text, ids, offsets, cells.unflatten(-1, (num_images, *grid)).float().cpu())
+
+
+def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, torch.Tensor]:
+    """The text of generated tokens, without special ones, and the characters `(start, end)` of each, `(len(ids), 2)`.
+
+    Tokenizing the text again would not always give the tokens that were generated. A token that is a part of a character
+    has that character. A special token has none: its `start` is its `end`.
+    """
+    text = ""
+    offsets: list[tuple[int, int]] = []
+    for number in range(1, len(ids) + 1):
+        longer = tokenizer.decode(ids[:number], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if longer.endswith("\ufffd") and number < len(ids):
+            continue  # the rest of the character is to come
+        offsets += [(len(text), len(longer))] * (number - len(offsets))
+        text = longer
+    return text, torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
