@@ -5,8 +5,10 @@ The model is any decoder-only image-text-to-text model of Transformers whose pro
 LLaVA. It is always asked through its own processor.
 """
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +128,31 @@ class Batch:
         return self.features.grid
 
 
+class KnownImages(OrderedDict[bytes, AgeVlmImageFeatures]):
+    """Features `(1, ...)` of the images that an AGE-VLM has read last, by the digest of their pixels.
+
+    Args:
+        size: how many are kept.
+    """
+
+    def __init__(self, size: int = 64):
+        super().__init__()
+        self.size = size
+
+    def forget(self, used: Iterable[bytes]) -> None:
+        """Keeps no more than `size`: those that were used just now, then those before them."""
+        for key in used:
+            self.move_to_end(key)
+        while len(self) > self.size:
+            self.popitem(last=False)
+
+
 def read_batch(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     prompts: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+    known: KnownImages | None = None,
 ) -> Batch:
     """Makes inputs of rendered prompts, by the model's own processor.
 
@@ -139,6 +161,7 @@ def read_batch(
     Args:
         prompts: as the chat template has rendered them, images included.
         images: the image or the images of each prompt; None if no prompt has one.
+        known: images that an AGE-VLM need not read again; gets the new ones.
 
     Raises:
         ValueError: if the model has no embedding of a token.
@@ -161,7 +184,7 @@ def read_batch(
     inputs = processor(images=nested, text=prompts, return_offsets_mapping=True, **settings)
     _check_tokens(model, processor, inputs)
     offsets = inputs.pop("offset_mapping")
-    features = _features(model, inputs.pop("pixel_values"), inputs.pop("image_sizes", None))
+    features = _features(model, inputs.pop("pixel_values"), inputs.pop("image_sizes", None), known)
     inputs = inputs.to(model.device)
     inputs["mm_encoder_outputs"] = {"image": features}
     return Batch(prompts, nested, inputs, offsets)
@@ -195,24 +218,41 @@ def adds_special_tokens(processor: ProcessorMixin, prompt: str) -> bool:
 
 @torch.no_grad()
 def _features(
-    model: AgeVlmForConditionalGeneration, pixels: torch.Tensor, sizes: torch.Tensor | None
+    model: AgeVlmForConditionalGeneration,
+    pixels: torch.Tensor,
+    sizes: torch.Tensor | None,
+    known: KnownImages | None = None,
 ) -> AgeVlmImageFeatures:
-    """Features `(N, ...)` of `(N, 3, H, W)` pixels and their sizes without padding, with equal images computed once."""
-    number: dict[tuple[bytes, ...], int] = {}
+    """Features `(N, ...)` of `(N, 3, H, W)` pixels and their sizes without padding. Each different image is computed once, and
+    those in `known` are not."""
+    known = KnownImages(0) if known is None else known
     parts = [pixels] if sizes is None else [pixels, sizes]
-    keys = (tuple(part.cpu().numpy().tobytes() for part in image) for image in zip(*parts, strict=True))
-    rows = [number.setdefault(key, len(number)) for key in keys]
-    first = [rows.index(n) for n in range(len(number))]
-    # Channels last is several times faster for depthwise convolutions on CPUs.
-    different = [part[first].to(model.device) for part in parts]
-    different[0] = different[0].contiguous(memory_format=torch.channels_last)
-    found = model.get_image_features(*different)
-    visible = found.visual_attention_mask
+    keys = [
+        hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in image)).digest()
+        for image in zip(*parts, strict=True)
+    ]
+    new = {key: number for number, key in enumerate(keys) if key not in known}
+    if new:
+        different = [part[list(new.values())].to(model.device) for part in parts]
+        # Channels last is several times faster for depthwise convolutions on CPUs.
+        different[0] = different[0].contiguous(memory_format=torch.channels_last)
+        found = model.get_image_features(*different)
+        visible = found.visual_attention_mask
+        for row, key in enumerate(new):
+            known[key] = AgeVlmImageFeatures(
+                last_hidden_state=found.last_hidden_state[row].clone()[None],  # a view would keep the whole batch
+                pooler_output=found.pooler_output[row].clone()[None],
+                visual_attention_mask=None if visible is None else visible[row][None],
+                grid=found.grid,
+            )
+    rows = [known[key] for key in keys]
+    known.forget(keys)
+    masks = [row.visual_attention_mask for row in rows]
     return AgeVlmImageFeatures(
-        last_hidden_state=found.last_hidden_state[rows],
-        pooler_output=found.pooler_output[rows],
-        visual_attention_mask=None if visible is None else visible[rows],
-        grid=found.grid,
+        last_hidden_state=torch.cat([row.last_hidden_state for row in rows]),
+        pooler_output=torch.cat([row.pooler_output for row in rows]),
+        visual_attention_mask=None if masks[0] is None else torch.cat(masks),
+        grid=rows[0].grid,
     )
 
 

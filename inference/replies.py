@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.generation import BaseStreamer, StoppingCriteriaList
+from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from ..modeling_agevlm.modeling_agevlm import AgeVlmModel
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .generation import GREEDY, KEEP_INVALID, Batch, FiniteLogits, check_finite, read_batch, render_chat
+from .generation import (
+    GREEDY,
+    KEEP_INVALID,
+    Batch,
+    FiniteLogits,
+    KnownImages,
+    check_finite,
+    read_batch,
+    render_chat,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class Reply:
     """What a model has written to one conversation.
 
     `prompt` is the conversation as the chat template writes it, `images` those of the conversation in order, RGB, `text` the
-    answer without special tokens, `tokens` the ids that were generated, `finish_reason` "stop" or "length".
-    `maps` covers `prompt + text`; None where they were not asked for.
+    answer without special tokens, `tokens` the ids that were generated, `finish_reason` "stop" or "length", or "cut" where a
+    stopping criterion of the caller has ended it. `maps` covers `prompt + text`; None where they were not asked for.
     """
 
     prompt: str
@@ -111,20 +120,26 @@ def reply(
     processor: ProcessorMixin,
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     maps: bool = False,
+    begun: Sequence[Sequence[int]] | None = None,
+    known: KnownImages | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
+    stop_strings: str | list[str] | None = None,
     **settings: Any,
 ) -> list[Reply]:
     """Replies to conversations, all as one padded batch.
 
     Args:
         conversations: messages in the form of Transformers' chat templates, images as `{"type": "image", "image": PIL.Image}`.
-        max_new_tokens: longest reply, in tokens.
+        max_new_tokens: longest reply, in tokens, or that of each conversation.
         maps: also collect where every token attends, from the passes that wrote the replies (AGE-VLM only).
+        begun: first tokens of each reply, fewer than its longest, which the model goes on from.
+        known: images that need not be read again ([`read_batch`]).
         streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`.
         stopping_criteria: as for `generate`.
+        stop_strings: texts that end a reply, which has them.
         settings: of `generate`; greedy decoding by default.
 
     Raises:
@@ -132,40 +147,87 @@ def reply(
     """
     prompts = [render_chat(processor, list(messages), add_generation_prompt=True) for messages in conversations]
     images = [conversation_images(messages) for messages in conversations]
-    batch = read_batch(model, processor, prompts, images if any(images) else None)
+    batch = read_batch(model, processor, prompts, images if any(images) else None, known)
+    longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    begun = [[]] * len(prompts) if begun is None else begun
+    inputs = _append(batch.inputs, begun, processor.tokenizer.pad_token_id)
+    width = inputs["input_ids"].shape[1]
+    left = [most - len(first) for most, first in zip(longest, begun, strict=True)]
     finite = FiniteLogits()
+    stops = StopStringCriteria(processor.tokenizer, stop_strings) if stop_strings else None
+    ends = _Ends(width, torch.tensor(left, device=model.device), finite, stops)
     with record_maps(model) if maps else contextlib.nullcontext([]) as recorded:
         out = model.generate(
-            **batch.inputs,
+            **inputs,
             **{**GREEDY, **settings},
             **KEEP_INVALID,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(left),
             pad_token_id=processor.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([finite]),
             streamer=streamer,
-            stopping_criteria=stopping_criteria,
+            stopping_criteria=StoppingCriteriaList([ends, *(stopping_criteria or ())]),
             return_dict_in_generate=True,
         )
         check_finite(model, finite.rows, [f"the question {_last_text(messages)!r}" for messages in conversations])
         if maps:
-            _read_last_token(model, batch, out)
-    width = batch.inputs["input_ids"].shape[1]
-    ends = _end_tokens(model, processor)
+            _read_last_token(model, inputs["attention_mask"], out)
+    last = end_tokens(model, processor)
+    lengths, stopped = ends.lengths.tolist(), ends.stopped.tolist()
     found = []
     for row, prompt in enumerate(prompts):
-        tokens: list[int] = []
-        for token in out.sequences[row, width:].tolist():
+        tokens = list(begun[row])
+        for token in out.sequences[row, width:][: lengths[row]].tolist():
             tokens.append(token)
-            if token in ends:
+            if token in last:
                 break
         text, offsets = decode_with_offsets(processor.tokenizer, tokens)
         token_maps = None
         if maps:
-            token_maps = _token_maps(
-                batch, row, torch.cat(recorded, dim=2), prompt + text, tokens, offsets, len(images[row])
-            )
-        reason = "stop" if tokens and tokens[-1] in ends else "length"
+            first = width - int(inputs["attention_mask"][row].sum())
+            read = torch.cat(recorded, dim=2)[:, row, first:]
+            token_maps = _token_maps(batch, row, read, prompt + text, tokens, offsets, len(images[row]))
+        if stopped[row] or tokens[-1] in last:
+            reason = "stop"
+        else:
+            reason = "length" if len(tokens) == longest[row] else "cut"
         found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))
+    return found
+
+
+class _Ends(StoppingCriteria):
+    """Ends the rows that are as long as they may be, have written a stop string, or have had logits that are not finite.
+
+    `lengths` `(batch,)` are the tokens of each row up to there, `stopped` which have written a stop string.
+    """
+
+    def __init__(self, width: int, left: torch.Tensor, finite: FiniteLogits, stops: StopStringCriteria | None):
+        self.width, self.left, self.finite, self.stops = width, left, finite, stops
+        self.lengths, self.stopped = left, torch.zeros_like(left, dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        written = input_ids.shape[1] - self.width
+        if self.stops is not None:
+            new = self.stops(input_ids, scores) & (written <= self.lengths) & ~self.stopped
+            self.lengths, self.stopped = torch.where(new, written, self.lengths), self.stopped | new
+        ended = written >= self.lengths
+        return ended if self.finite.rows is None else ended | ~self.finite.rows
+
+
+def _append(inputs: Mapping[str, Any], begun: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    """Inputs of a model with the first tokens of each reply behind its prompt, padded on the left again."""
+    if not any(begun):
+        return dict(inputs)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    sizes = [int(row.sum()) + len(first) for row, first in zip(mask, begun, strict=True)]
+    found = dict(inputs)
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
+            continue
+        padded = value.new_full((len(sizes), max(sizes)), pad if name == "input_ids" else 0)
+        for row, (size, first) in enumerate(zip(sizes, begun, strict=True)):
+            rest = {"input_ids": first, "attention_mask": [1] * len(first)}.get(name, [0] * len(first))
+            padded[row, max(sizes) - size :] = torch.cat([value[row][mask[row]], value.new_tensor(rest)])
+        found[name] = padded
     return found
 
 
@@ -191,7 +253,7 @@ def read_reply(
         outputs = model.base_model(**inputs, use_cache=False)
     check_finite(model, outputs.last_hidden_state.isfinite(), [f"the question {_last_text(messages)!r}"])
     offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    maps = _token_maps(batch, 0, recorded[0], prompt + answer, tokens, offsets, len(images))
+    maps = _token_maps(batch, 0, recorded[0][:, 0], prompt + answer, tokens, offsets, len(images))
     return Reply(prompt, images, answer, tokens, "stop", maps)
 
 
@@ -200,16 +262,16 @@ def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content).strip()
 
 
-def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> set[int]:
+def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> set[int]:
     """Ids that end a reply: the model's, and padding, which `generate` writes behind them."""
     ids = model.generation_config.eos_token_id
     return {*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.pad_token_id}
 
 
-def _read_last_token(model: PreTrainedModel, batch: Batch, out: Any) -> None:
+def _read_last_token(model: PreTrainedModel, prompt_mask: torch.Tensor, out: Any) -> None:
     """Reads the tokens of the last step too, which `generate` has chosen and not read."""
     mask = torch.ones_like(out.sequences)
-    mask[:, : batch.inputs["attention_mask"].shape[1]] = batch.inputs["attention_mask"]
+    mask[:, : prompt_mask.shape[1]] = prompt_mask
     model(
         input_ids=out.sequences[:, -1:],
         attention_mask=mask,
@@ -228,13 +290,12 @@ def _token_maps(
     answer_offsets: torch.Tensor,
     num_images: int,
 ) -> TokenMaps:
-    """The maps of one row of a batch, without padding. `maps` is that of the whole batch."""
+    """The maps of one row of a batch. `maps` `(blocks, tokens, visual tokens)` are those of its tokens, without padding."""
     assert batch.offsets is not None
     real = batch.inputs["attention_mask"][row].bool().cpu()
     offsets = torch.cat([batch.offsets[row][real], answer_offsets + len(batch.prompts[row])])
-    first = len(real) - int(real.sum())
     grid = batch.grid if num_images else (0, 0)
-    cells = maps[:, row, first : first + len(offsets), : num_images * grid[0] * grid[1]]
+    cells = maps[:, : len(offsets), : num_images * grid[0] * grid[1]]
     ids = [*batch.inputs["input_ids"][row].cpu()[real].tolist(), *answer]
     return TokenMaps(text, ids, offsets, cells.unflatten(-1, (num_images, *grid)).float().cpu())
 

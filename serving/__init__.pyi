@@ -1,0 +1,2 @@
+from .batching import Batcher as Batcher
+from .batching import PendingReply as PendingReply
