@@ -1,3 +1,5 @@
+from .answer_images import answer_images as answer_images
+from .answer_images import read_image_list as read_image_list
 from .answers import Question as Question
 from .answers import answer as answer
 from .benchmark import BENCHMARKS as BENCHMARKS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`agevlm ask` and `agevlm attention`: questions about an image."""
+"""`agevlm ask` and `agevlm attention`: questions about images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +18,23 @@ def _check_question(question: str) -> str:
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="What to ask about the image.")],
-    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
-    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    model: Annotated[str, typer.Option(help="Checkpoint: folder or Hub id.")],
+    image: Annotated[
+        str,
+        typer.Option(
+            help="Image file or URL. With --out, a folder of images or a list of them: .txt with one a line, or .csv or .jsonl "
+            "with image and, where it differs, question."
+        ),
+    ],
+    question: Annotated[str | None, typer.Argument(help="What to ask about the image.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the answers about a folder or a list of images: .jsonl or .csv. The same command continues after a "
+            "stop."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images that are asked about together, with --out.", min=1)] = 8,
     heatmap: Annotated[
         Path | None,
         typer.Option(
@@ -36,10 +50,21 @@ def ask(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> None:
-    """Ask a question about an image."""
+    """Ask a question about an image, or about many images."""
+    if out is not None:
+        if heatmap is not None or phrase is not None:
+            raise ValueError("--heatmap and --phrase are for one image: leave them out, or leave out --out.")
+        _ask_many(
+            model, image, None if question is None else _check_question(question), out, batch_size, max_new_tokens
+        )
+        return
+    if question is None:
+        raise ValueError("The question is missing: write what you want to know about the image.")
     from ..inference.attention import Phrase, attend, check_cross_attention, find_phrase
 
     question = _check_question(question)
+    if Path(image).is_dir():
+        raise ValueError(f"--image {image} is a folder: name a file for the answers about its images with --out.")
     if phrase is not None and heatmap is None:
         raise ValueError("--phrase says what --heatmap shows: name the figure to write with --heatmap.")
     start, end = (0, len(question)) if phrase is None else find_phrase(question, phrase)
@@ -64,6 +89,22 @@ def ask(
     attention = attend(vlm, processor, picture, question, phrases=[shown], max_new_tokens=max_new_tokens)
     say(attention.answer.strip())
     attention.draw(heatmap)
+
+
+def _ask_many(model: str, images: str, question: str | None, out: Path, batch_size: int, max_new_tokens: int) -> None:
+    from ..evaluation.answer_images import LISTS, OUTPUTS, answer_images, read_image_list
+    from ..inference.generation import load_model
+
+    if not (Path(images).is_dir() or images.endswith(LISTS)):
+        raise ValueError(f"--image {images}: with --out, name a folder of images or a list ({', '.join(LISTS)}).")
+    if out.suffix not in OUTPUTS:  # before the model is loaded
+        raise ValueError(f"--out {out}: the name must end with {' or '.join(OUTPUTS)}.")
+    asked = read_image_list(images, question)
+    vlm, processor = load_model(model)
+    bad = answer_images(
+        vlm, processor, asked, out, settings={"model": model}, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+    say_saved(out, f"{len(asked)} answers." if not bad else f"{len(asked)} images, {len(bad)} of them cannot be read.")
 
 
 def attention(

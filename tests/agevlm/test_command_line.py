@@ -56,6 +56,7 @@ COMMANDS = {
     "train": "train {recipe} model={model} data.0.path={rows} training.output_dir={out}",
     "ask": "ask --model {model} --image {image} Cat?",
     "ask --heatmap": "ask --model {model} --image {image} Cat? --heatmap {out}.png",
+    "ask --out": "ask --model {model} --image {images} --out {out}.jsonl Cat?",
     "attention": "attention --model {model} --image {image} --answer cat Cat? --out {out}",
     "similarity": "similarity --model {model} --data {rows} --limit 8 --out {out}",
     "data check": "data check {rows.json}",
@@ -430,6 +431,7 @@ LAST_STEP = {
     "features": "agevlm.data.features.image_digest",
     "train": "agevlm.trainer.trainer.AgeVlmTrainer.train",
     "ask --heatmap": "agevlm.inference.attention.Attention.draw",
+    "ask --out": "agevlm.evaluation.answers.answer_batch",
     "attention": "agevlm.inference.attention.Attention.draw",
     "similarity": "agevlm.evaluation.similarity.measure_similarity",
     "data check --report": "agevlm.data.check.check_row",
@@ -446,6 +448,7 @@ LAST_STEP = {
 # What an interrupted run leaves for the next one to continue.
 KEPT = {
     "masks": ".out.unfinished",
+    "ask --out": ".out.jsonl.unfinished",
     "features": "out",
     "eval pope": "out",
     "eval cv-bench": "out",

@@ -2,13 +2,10 @@
 """Requests of several threads in batches: each gets what it gets alone, and nobody pays for another."""
 
 import contextlib
-import copy
-import threading
-from concurrent.futures import CancelledError
 
 import pytest
 import torch
-from evaluation_cases import age_vlm, llava, picture
+from evaluation_cases import age_vlm, picture
 
 from agevlm.inference.replies import reply
 from agevlm.serving import Batcher
