@@ -15,6 +15,7 @@ from .evaluation.benchmark import evaluate_pope as evaluate_pope
 from .evaluation.benchmark import evaluate_scenes as evaluate_scenes
 from .evaluation.similarity import measure_similarity as measure_similarity
 from .inference.attention import attend as attend
+from .inference.grounding import ground as ground
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig as AgeVlmConfig
 from .modeling_agevlm.configuration_agevlm import AgeVlmTextConfig as AgeVlmTextConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration as AgeVlmForConditionalGeneration

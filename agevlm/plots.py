@@ -223,6 +223,50 @@ def draw_heatmaps(
     _save(figure, path)
 
 
+def draw_grounding(
+    image: Image.Image, phrases: Sequence[Mapping[str, Any]], path: str | os.PathLike, caption: str | None = None
+) -> None:
+    """Writes a PNG: an image with the point and the box of each phrase, and a legend of the phrases with their confidence.
+
+    Args:
+        phrases: of each its `text`, `source`, `point`, `box`, `confidence` and `there`, as in
+            [`~agevlm.inference.grounding.GroundedPhrase`]. What is not there is named in the legend only.
+        path: of the PNG.
+        caption: above the image.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    lines = [line for text in (caption or "").splitlines() for line in textwrap.wrap(text, 60)]
+    side = 4.6 / max(image.size)
+    figure = new_figure(4.8, side * image.height + 0.22 * (len(lines) + max(1, len(phrases))) + 0.3)
+    from matplotlib import patheffects
+    from matplotlib.patches import Patch, Rectangle
+
+    axis = figure.subplots()
+    axis.imshow(to_rgb(image))
+    axis.set_axis_off()
+    outline = [patheffects.withStroke(linewidth=3.5, foreground="white")]
+    legend = []
+    for phrase, color in zip(phrases, itertools.cycle(COLORS[:-1]), strict=False):
+        shown = phrase["point"] is not None and phrase["there"] is not False
+        state = {True: ": there", False: ": not there", None: ""}[phrase["there"]]
+        confidence = "" if phrase["confidence"] is None else f", confidence {phrase['confidence']:.2f}"
+        label = f"{textwrap.shorten(phrase['text'], 40)} ({phrase['source']}){state}{confidence}".replace("$", r"\$")
+        legend.append(Patch(facecolor="none", edgecolor=color if shown else "none", linewidth=1.8, label=label))
+        if shown:
+            left, top, right, bottom = phrase["box"]
+            box = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.8)
+            axis.add_patch(box).set_path_effects(outline)
+            axis.plot(*phrase["point"], "o", color=color, markersize=7, markeredgecolor="white")
+    axis.set(xlim=(0, image.width), ylim=(image.height, 0))
+    if lines:
+        figure.suptitle("\n".join(lines), parse_math=False, fontsize=10)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower left", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 # --- numbers ---
 
 
