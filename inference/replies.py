@@ -137,7 +137,7 @@ def reply(
         maps: also collect where every token attends, from the passes that wrote the replies (AGE-VLM only).
         begun: first tokens of each reply, fewer than its longest, which the model goes on from.
         known: images that need not be read again ([`read_batch`]).
-        streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`.
+        streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`, -1 for replies that are whole.
         stopping_criteria: as for `generate`.
         stop_strings: texts that end a reply, which has them.
         settings: of `generate`; greedy decoding by default.
@@ -155,7 +155,7 @@ def reply(
     left = [most - len(first) for most, first in zip(longest, begun, strict=True)]
     finite = FiniteLogits()
     stops = StopStringCriteria(processor.tokenizer, stop_strings) if stop_strings else None
-    ends = _Ends(width, torch.tensor(left, device=model.device), finite, stops)
+    ends = _Ends(width, torch.tensor(left, device=model.device), _end_tokens(model, processor), finite, stops)
     with record_maps(model) if maps else contextlib.nullcontext([]) as recorded:
         out = model.generate(
             **inputs,
@@ -164,53 +164,70 @@ def reply(
             max_new_tokens=max(left),
             pad_token_id=processor.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([finite]),
-            streamer=streamer,
+            streamer=None if streamer is None else _OpenRows(streamer, ends),
             stopping_criteria=StoppingCriteriaList([ends, *(stopping_criteria or ())]),
             return_dict_in_generate=True,
         )
         check_finite(model, finite.rows, [f"the question {_last_text(messages)!r}" for messages in conversations])
         if maps:
             _read_last_token(model, inputs["attention_mask"], out)
-    last = end_tokens(model, processor)
     lengths, stopped = ends.lengths.tolist(), ends.stopped.tolist()
     found = []
     for row, prompt in enumerate(prompts):
-        tokens = list(begun[row])
-        for token in out.sequences[row, width:][: lengths[row]].tolist():
-            tokens.append(token)
-            if token in last:
-                break
+        tokens = [*begun[row], *out.sequences[row, width:][: lengths[row]].tolist()]
         text, offsets = decode_with_offsets(processor.tokenizer, tokens)
         token_maps = None
         if maps:
             first = width - int(inputs["attention_mask"][row].sum())
             read = torch.cat(recorded, dim=2)[:, row, first:]
             token_maps = _token_maps(batch, row, read, prompt + text, tokens, offsets, len(images[row]))
-        if stopped[row] or tokens[-1] in last:
-            reason = "stop"
-        else:
-            reason = "length" if len(tokens) == longest[row] else "cut"
+        reason = "stop" if stopped[row] else "length" if len(tokens) == longest[row] else "cut"
         found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))
     return found
 
 
 class _Ends(StoppingCriteria):
-    """Ends the rows that are as long as they may be, have written a stop string, or have had logits that are not finite.
+    """Ends the rows that are as long as they may be, have written an end token or a stop string, or have had logits that are not
+    finite.
 
-    `lengths` `(batch,)` are the tokens of each row up to there, `stopped` which have written a stop string.
+    `lengths` `(batch,)` are the new tokens of each row up to there, `stopped` which have written an end token or a stop string.
     """
 
-    def __init__(self, width: int, left: torch.Tensor, finite: FiniteLogits, stops: StopStringCriteria | None):
-        self.width, self.left, self.finite, self.stops = width, left, finite, stops
+    def __init__(
+        self,
+        width: int,
+        left: torch.Tensor,
+        end_tokens: Sequence[int],
+        finite: FiniteLogits,
+        stops: StopStringCriteria | None,
+    ):
+        self.width, self.finite, self.stops = width, finite, stops
+        self.end_tokens = left.new_tensor(end_tokens)
         self.lengths, self.stopped = left, torch.zeros_like(left, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         written = input_ids.shape[1] - self.width
+        stops = torch.isin(input_ids[:, -1], self.end_tokens)
         if self.stops is not None:
-            new = self.stops(input_ids, scores) & (written <= self.lengths) & ~self.stopped
-            self.lengths, self.stopped = torch.where(new, written, self.lengths), self.stopped | new
+            stops = stops | self.stops(input_ids, scores)
+        stops = stops & (written <= self.lengths) & ~self.stopped
+        self.lengths, self.stopped = torch.where(stops, written, self.lengths), self.stopped | stops
         ended = written >= self.lengths
         return ended if self.finite.rows is None else ended | ~self.finite.rows
+
+
+class _OpenRows(BaseStreamer):
+    """Hands on the tokens of rows that were not whole before, and -1 for the others, where `generate` may write anything."""
+
+    def __init__(self, streamer: BaseStreamer, ends: _Ends):
+        self.streamer, self.ends, self.written = streamer, ends, -1
+
+    def put(self, value: torch.Tensor) -> None:
+        self.written += 1
+        self.streamer.put(value if value.ndim == 2 else value.masked_fill(self.written > self.ends.lengths.cpu(), -1))
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 def _append(inputs: Mapping[str, Any], begun: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
@@ -262,10 +279,11 @@ def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content).strip()
 
 
-def end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> set[int]:
+def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     """Ids that end a reply: the model's, and padding, which `generate` writes behind them."""
     ids = model.generation_config.eos_token_id
-    return {*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.pad_token_id}
+    found = [*(ids if isinstance(ids, list) else [ids]), processor.tokenizer.pad_token_id]
+    return [token for token in found if token is not None]
 
 
 def _read_last_token(model: PreTrainedModel, prompt_mask: torch.Tensor, out: Any) -> None:

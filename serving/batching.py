@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from ..inference.generation import KnownImages
-from ..inference.replies import Reply, end_tokens, reply
+from ..inference.replies import Reply, reply
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -227,7 +227,7 @@ class Batcher:
                 maps=batch[0].maps,
                 begun=[list(pending.written) for pending in batch],
                 known=self._known,
-                streamer=_RowStreamer(self.model, self.processor, batch),
+                streamer=_RowStreamer(self.processor, batch),
                 stopping_criteria=StoppingCriteriaList([_Pauses(self, batch)]),
                 **batch[0].settings,
             )
@@ -255,21 +255,16 @@ class Batcher:
 class _RowStreamer(BaseStreamer):
     """Hands each row of a batch its text as it is written."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch: list[PendingReply]):
-        self.tokenizer = processor.tokenizer
-        self.ends = end_tokens(model, processor)
-        self.batch = batch
-        self.open: list[bool] | None = None  # before the prompts, which come first
+    def __init__(self, processor: ProcessorMixin, batch: list[PendingReply]):
+        self.tokenizer, self.batch = processor.tokenizer, batch
 
     def put(self, value: torch.Tensor) -> None:
-        if self.open is None:
-            self.open = [True] * len(self.batch)
+        if value.ndim == 2:  # the prompts, which come first
             return
-        for row, (pending, token) in enumerate(zip(self.batch, value.tolist(), strict=True)):
-            if not self.open[row] or pending.canceled:
+        for pending, token in zip(self.batch, value.tolist(), strict=True):
+            if token < 0 or pending.canceled:
                 continue
             pending.written.append(token)
-            self.open[row] = token not in self.ends and len(pending.written) < pending.max_new_tokens
             text = self.tokenizer.decode(pending.written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if not text.endswith("\ufffd"):  # else the rest of the character is to come
                 pending.say(text)
