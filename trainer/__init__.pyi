@@ -6,6 +6,7 @@ from .estimate import estimate_step as estimate_step
 from .guards import GuardsMixin as GuardsMixin
 from .guidance import GuidanceMixin as GuidanceMixin
 from .guidance import visual_grid as visual_grid
+from .heatmaps import HeatmapsMixin as HeatmapsMixin
 from .losses import attention_iou as attention_iou
 from .losses import bce_loss as bce_loss
 from .losses import dice_loss as dice_loss

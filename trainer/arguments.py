@@ -39,6 +39,9 @@ class AgeVlmArgumentsMixin:
             object is not in the image are not counted: `guide_absent` decides on them.
         guide_absent (`bool`, defaults to `True`):
             Also guide phrases whose object is not in the image: to the attention sink. Without a sink they are not guided.
+        eval_heatmaps (`int`, defaults to 4):
+            Rows with masks of each evaluation whose heat maps go to TensorBoard, Trackio and W&B, where `report_to` names one of
+            them; 0 for none. See [`~agevlm.trainer.heatmaps.HeatmapsMixin`].
         initial_gate (`float`, *optional*):
             Value that replaces gates of exactly 0, as in a freshly assembled model, when training starts. 20 keeps them
             open, as if there were none: `tanh` is exactly 1 there, and its gradient exactly 0.
@@ -70,6 +73,7 @@ class AgeVlmArgumentsMixin:
     guide_absent: bool = field(
         default=True, metadata={"help": "Guide phrases of absent objects to the attention sink."}
     )
+    eval_heatmaps: int = field(default=4, metadata={"help": "Rows of an evaluation whose heat maps are logged."})
     initial_gate: float | None = field(default=None, metadata={"help": "Value of gates that are exactly 0."})
     group_learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Learning rates by group of parameters."}
@@ -115,6 +119,8 @@ class AgeVlmArgumentsMixin:
             )
         if self.initial_gate is not None and not math.isfinite(self.initial_gate):
             raise ValueError(f"initial_gate must be a finite number, got {self.initial_gate}.")
+        if self.eval_heatmaps < 0:
+            raise ValueError(f"eval_heatmaps must be at least 0, got {self.eval_heatmaps}.")
         if not 0 <= self.guided_fraction <= 1:
             raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:

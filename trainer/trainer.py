@@ -14,12 +14,15 @@ from .arguments import AgeVlmTrainingArguments
 from .checkpoints import CheckpointsMixin
 from .guards import GuardsMixin
 from .guidance import GuidanceMixin
+from .heatmaps import HeatmapsMixin
 from .optimizer import OptimizerMixin
 from .sampling import SamplingMixin
 from .stages import StagesMixin
 
 
-class AgeVlmMixin(GuardsMixin, StagesMixin, GuidanceMixin, OptimizerMixin, SamplingMixin, CheckpointsMixin):
+class AgeVlmMixin(
+    GuardsMixin, StagesMixin, GuidanceMixin, HeatmapsMixin, OptimizerMixin, SamplingMixin, CheckpointsMixin
+):
     """All that AGE-VLM adds to a trainer of Transformers or TRL."""
 
     def set_up(self, model: nn.Module, args) -> None:
