@@ -4,7 +4,6 @@
 import copy
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from .files import new_folder, resolve_package_file
 from .hub import check_chat_template, load_pretrained, loading
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
+from .parts import PART_NAMES, describe_parts, is_hub_id, locate_part
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
 
@@ -75,6 +75,7 @@ def load_timm(
     config = TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args or None)
     if weights is None:
         return TimmWrapperModel(config).eval()
+    place = locate_part(os.fspath(weights), by_order=by_order)
     weights = Path(resolve_package_file(weights))
     if not weights.is_file():
         raise FileNotFoundError(f"There is no weight file {weights}.")
@@ -94,6 +95,7 @@ def load_timm(
     model.timm_model = timm.create_model(
         architecture, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}, num_classes=0, **model_args
     )
+    model.place = place
     return model.eval()
 
 
@@ -186,11 +188,17 @@ def from_parts(
         ValueError: if the text model is not a Llama, or a field of the configuration is invalid.
         OSError: if a part's files are missing.
     """
+    # `load_timm` knows the place of a model's weights, and Transformers the name of its own.
+    names = [part if isinstance(part, str) else part.name_or_path for part in (text_model, vision_model)]
     if isinstance(text_model, str):
         text_model = _load_llama(resolve_package_file(text_model), dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
         vision_model = load_pretrained(AutoModel, vision_model, prepare=remove_pooling_head, dtype=dtype)
+    places = [
+        getattr(part, "place", None) or locate_part(name)
+        for part, name in zip((text_model, vision_model), names, strict=True)
+    ]
 
     text_config = {k: v for k, v in text_model.config.to_dict().items() if k not in ("model_type", "architectures")}
     for name in ("cross_attention_layers", "cross_attention_sink"):
@@ -207,7 +215,7 @@ def from_parts(
         raise ValueError(str(error.__cause__ or error)) from error
     config.dtype = text_model.dtype
     for part in (config.text_config, config.vision_config):
-        if not _is_hub_id(part._name_or_path):
+        if not is_hub_id(part._name_or_path):
             part._name_or_path = ""  # it would be published with the model
     with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
         model = AgeVlmForConditionalGeneration(config)
@@ -226,17 +234,13 @@ def from_parts(
         for module in fresh.modules():
             model._init_weights(module)
     model.tie_weights()
+    config.parts = describe_parts(model, dict(zip(PART_NAMES, places, strict=True)))
     model.generation_config = copy.deepcopy(text_model.generation_config)
     model.generation_config.suppress_tokens = [
         *(text_model.generation_config.suppress_tokens or []),
         config.image_token_id,
     ]
     return model.eval()
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether a name is that of a Hub repository and not of a local file or folder."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not os.path.exists(name)
 
 
 def fresh_modules(model: AgeVlmForConditionalGeneration) -> dict[str, nn.Module]:
@@ -437,8 +441,7 @@ def build_checkpoint(
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
-        text_model = resolve_package_file(text_model)
-        tokenizer_path, gguf = _split_gguf(text_model)
+        tokenizer_path, gguf = _split_gguf(resolve_package_file(text_model))
         # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
         # where the tokenizer's own files do not name a side.
         with loading(tokenizer_path) as place:
