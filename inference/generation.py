@@ -190,6 +190,15 @@ def read_batch(
     return Batch(prompts, nested, inputs, offsets)
 
 
+def count_tokens(processor: ProcessorMixin, prompt: str, images: Sequence[Image.Image]) -> int:
+    """How many tokens a model reads for a rendered prompt and its images."""
+    if isinstance(processor, AgeVlmProcessor):  # one for each image, whatever is in it
+        return len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    special = adds_special_tokens(processor, prompt)
+    inputs = processor(images=[list(images)] if images else None, text=[prompt], add_special_tokens=special)
+    return len(inputs["input_ids"][0])
+
+
 def _check_tokens(model: PreTrainedModel, processor: ProcessorMixin, inputs: Mapping[str, torch.Tensor]) -> None:
     """
     Raises:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model for many: requests that arrive together go through it as one padded batch."""
 
+import contextlib
+import copy
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ class PendingReply:
     """A reply that is being written; [`Batcher.submit`] makes it.
 
     Iterating gives its text in pieces of whole characters as it is written, once, and raises what went wrong; after `cancel`
-    it ends.
+    it ends. `future` has the reply for those that wait in other ways; to cancel the future is to cancel the reply.
     """
 
     def __init__(
@@ -37,7 +39,6 @@ class PendingReply:
         self.max_new_tokens = max_new_tokens
         self.maps = maps
         self.settings = settings
-        self.canceled = False
         self.arrived = time.monotonic()
         self.written: list[int] = []
         """Tokens of the reply so far."""
@@ -45,11 +46,12 @@ class PendingReply:
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._on_piece = on_piece
         self._said = 0  # characters
+        self.future.add_done_callback(lambda _: self._pieces.put(None))
 
     def __iter__(self) -> Iterator[str]:
         while (piece := self._pieces.get()) is not None:
             yield piece
-        if not self.canceled:
+        if not self.future.cancelled():
             self.result()
 
     def result(self, timeout: float | None = None) -> Reply:
@@ -64,34 +66,29 @@ class PendingReply:
         return self.future.result(timeout)
 
     def cancel(self) -> None:
-        """Ends the reply, whose row is left out from the next token on. What is whole already stays."""
-        if not self.future.done():
-            self.canceled = True
-            self.end(error=CancelledError())
+        """Ends the reply, whose row is left out from the next token on. A reply that is whole stays."""
+        self.future.cancel()
 
     def say(self, text: str) -> None:
         """Takes the text so far."""
-        if not self.canceled and len(text) > self._said:
-            piece, self._said = text[self._said :], len(text)
-            self._pieces.put(piece)
-            if self._on_piece is not None:
-                try:
-                    self._on_piece(piece)
-                except Exception as error:  # of a listener that is gone; its neighbors go on
-                    self.canceled = True
-                    self.end(error=error)
+        if self.future.done() or len(text) <= self._said:
+            return
+        piece, self._said = text[self._said :], len(text)
+        self._pieces.put(piece)
+        if self._on_piece is not None:
+            try:
+                self._on_piece(piece)
+            except Exception as error:  # of a listener that is gone; its neighbors go on
+                self.end(error)
 
-    def end(self, found: Reply | None = None, error: BaseException | None = None) -> None:
+    def end(self, found: Reply | BaseException) -> None:
         """Takes the whole reply, or what went wrong. Only the first counts."""
-        try:
-            if found is not None:
+        with contextlib.suppress(InvalidStateError):  # it has ended, perhaps in this moment
+            if isinstance(found, Reply):
                 self.say(found.text)
                 self.future.set_result(found)
             else:
-                self.future.set_exception(error)
-        except InvalidStateError:  # it was canceled in this moment
-            return
-        self._pieces.put(None)
+                self.future.set_exception(found)
 
 
 class Batcher:
@@ -124,7 +121,8 @@ class Batcher:
     ):
         if max_batch_size < 1 or turn < 1:
             raise ValueError(f"max_batch_size and turn must be at least 1, got {max_batch_size} and {turn}")
-        self.model, self.processor = model, processor
+        # A tokenizer that two threads use at once fails, so this thread has its own.
+        self.model, self.processor = model, copy.deepcopy(processor)
         self.max_batch_size, self.max_wait, self.turn = max_batch_size, max_wait, turn
         self._known = KnownImages(known_images)
         self._waiting: list[PendingReply] = []
@@ -180,7 +178,7 @@ class Batcher:
 
     @property
     def has_waiting(self) -> bool:
-        return any(not pending.canceled for pending in self._waiting)
+        return any(not pending.future.done() for pending in self._waiting)
 
     def _run(self) -> None:
         reason: BaseException = RuntimeError("the batcher was closed before the reply was whole")
@@ -195,13 +193,13 @@ class Batcher:
             with self._changed:
                 self.closed = True
                 for pending in self._waiting:
-                    pending.end(error=reason)
+                    pending.end(reason)
 
     def _next_batch(self) -> list[PendingReply]:
         """Waits for requests; returns the first and those that can be answered with it, none once closed."""
 
         def fitting() -> list[PendingReply]:
-            self._waiting = [pending for pending in self._waiting if not pending.canceled]
+            self._waiting = [pending for pending in self._waiting if not pending.future.done()]
             alike = [
                 p for p in self._waiting if (p.maps, p.settings) == (self._waiting[0].maps, self._waiting[0].settings)
             ]
@@ -233,12 +231,12 @@ class Batcher:
             )
         except Exception as error:
             if len(batch) == 1:
-                batch[0].end(error=error)
+                batch[0].end(error)
                 return
             for pending in batch:
                 # A row that was whole writes its last token once more.
                 pending.written = pending.written[:-1]
-                if not pending.canceled:
+                if not pending.future.done():
                     self._answer([pending])
             return
         unfinished = []
@@ -262,7 +260,7 @@ class _RowStreamer(BaseStreamer):
         if value.ndim == 2:  # the prompts, which come first
             return
         for pending, token in zip(self.batch, value.tolist(), strict=True):
-            if token < 0 or pending.canceled:
+            if token < 0 or pending.future.done():
                 continue
             pending.written.append(token)
             text = self.tokenizer.decode(pending.written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -282,4 +280,4 @@ class _Pauses(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         self.steps += 1
         pause = self.batcher.closed or (self.steps >= self.batcher.turn and self.batcher.has_waiting)
-        return torch.tensor([pause or pending.canceled for pending in self.batch], device=input_ids.device)
+        return torch.tensor([pause or pending.future.done() for pending in self.batch], device=input_ids.device)

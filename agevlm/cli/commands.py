@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import ask, build, data, eval, features, train
+from . import ask, build, data, eval, features, serve, train
 
 app = typer.Typer(
     help="AGE-VLM: vision-language models that are taught where to look.",
@@ -42,6 +42,8 @@ for command in (
     ask.ask,
     ask.attention,
     eval.similarity,
+    serve.serve,
+    serve.chat,
 ):
     app.command()(command)
 
