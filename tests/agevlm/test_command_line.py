@@ -71,6 +71,8 @@ COMMANDS = {
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
+    "serve": "serve {model} --port 0",
+    "chat": "chat {model} --image {image}",
 }
 
 RECIPE = """
@@ -305,6 +307,8 @@ SKIPPED = {
         "eval pope",
         "eval cv-bench",
         "eval scenes",
+        "serve",
+        "chat",
     },
     "rows": {"data prepare"},
     "rows.json": {"data check --model"},
@@ -400,6 +404,8 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
         ("eval pope", ["--categories", "[/b]"], "[/b]"),
         ("eval scenes", ["--split", "[/b]"], "[/b]"),
         ("ask", ["--phrase", "[/b]", "--heatmap", "x.png"], "[/b]"),
+        ("serve", ["--dtype", "[/b]"], "[/b]"),
+        ("chat", ["--device", "[/b]"], "[/b]"),
     ],
 )
 def test_a_wrong_option_ends_in_one_message(name, options, culprit, monkeypatch, capsys, world, tmp_path):

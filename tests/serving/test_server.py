@@ -6,7 +6,10 @@ import concurrent.futures
 import io
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import httpx
@@ -14,7 +17,7 @@ import openai
 import pytest
 import torch
 from command_line import run
-from evaluation_cases import picture
+from evaluation_cases import age_vlm, picture
 from PIL import Image
 
 from agevlm.inference.attention import attend
@@ -349,3 +352,24 @@ def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):
         code, printed = run(monkeypatch, capsys, "serve", tmp_path, "--host", "127.0.0.1", "--port", port)
     assert code == 2
     assert "in use" in printed
+
+
+@pytest.mark.minutes
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    model, processor = age_vlm()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [sys.executable, "-m", "agevlm", "serve", str(tmp_path), "--host", "127.0.0.1", "--port", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            address, _, rest = process.stdout.readline().partition(" ")
+            assert rest.strip() == f"serves {tmp_path}"
+            with openai.OpenAI(base_url=address, api_key="none") as client:
+                messages = ask(QUESTION, data_uri(png(0)))
+                found = client.chat.completions.create(model=str(tmp_path), messages=messages, max_tokens=4)
+                assert 0 < found.usage.completion_tokens <= 4
+                client.chat.completions.create(model=str(tmp_path), messages=messages, max_tokens=150, stream=True)
+                process.send_signal(number)
+                _, printed = process.communicate(timeout=30)
+        assert process.returncode in (0, 128 + number), printed
+        assert "Traceback" not in printed
