@@ -37,6 +37,7 @@ from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, rem
 from .parts import PART_NAMES, describe_parts, is_hub_id, locate_part
 from .processing.image_processing_agevlm import AgeVlmImageProcessor
 from .processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE, AgeVlmProcessor
+from .provenance import describe, write_provenance
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +77,7 @@ def load_timm(
     if weights is None:
         return TimmWrapperModel(config).eval()
     place = locate_part(os.fspath(weights), by_order=by_order)
+    config._name_or_path = os.fspath(weights)
     weights = Path(resolve_package_file(weights))
     if not weights.is_file():
         raise FileNotFoundError(f"There is no weight file {weights}.")
@@ -441,6 +443,7 @@ def build_checkpoint(
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
+        parts = {"text": _describe_part(text_model), "vision": _describe_part(vision_model)}
         tokenizer_path, gguf = _split_gguf(resolve_package_file(text_model))
         # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
         # where the tokenizer's own files do not name a side.
@@ -470,4 +473,15 @@ def build_checkpoint(
             raise ValueError(f"{damaged[0]} has values that are not finite: the part that it comes from is damaged.")
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        write_provenance(partial, {"parts": parts, "untrained": trained_weights is None, "stages": []})
     return model, processor
+
+
+def _describe_part(part: str | PreTrainedModel) -> dict[str, Any]:
+    """What cards say of a part ([`describe`]), and of a timm model its architecture."""
+    name = part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
+    found = describe(name)
+    architecture = None if isinstance(part, str) else getattr(part.config, "architecture", None)
+    if architecture is not None and "id" not in found:
+        found["name"] = f"timm's {architecture}" + (f", weights {found['name']}" if part.config._name_or_path else "")
+    return found

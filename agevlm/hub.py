@@ -11,12 +11,13 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["model", "data set"]
+T = TypeVar("T")
 
 PATIENCE = 8.0
 """Seconds in which the Hub must answer whether it has a repository."""
@@ -48,26 +49,37 @@ def ask_hub(name: str, kind: Kind) -> Exception | None:
     if is_path:
         raise FileNotFoundError(f"{_missing(name, kind)}: name one that exists, or a {kind} of the Hub as OWNER/NAME.")
 
-    answers: queue.Queue[Exception | None] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            HfApi().repo_info(name, repo_type=kind.replace(" ", ""), timeout=PATIENCE)
-            answers.put(None)
-        except Exception as error:
-            answers.put(error)
-
-    # In a thread, because a name server that does not answer knows no time limit.
-    threading.Thread(target=ask, daemon=True).start()
+    error: Exception | None = None
     try:
-        error = answers.get(timeout=PATIENCE)
-    except queue.Empty:
-        error = TimeoutError(f"no answer in {PATIENCE:g} seconds")
+        within_patience(lambda: HfApi().repo_info(name, repo_type=kind.replace(" ", ""), timeout=PATIENCE))
+    except Exception as failure:
+        error = failure
     if isinstance(error, RepositoryNotFoundError):
         raise FileNotFoundError(
             f"{_missing(name, kind)}, and the Hub has no {kind} of this name: correct the name, or log in with `hf auth login` if it is private."
         ) from error
     return error
+
+
+def within_patience(ask: Callable[[], T]) -> T:
+    """What a question to the Hub returns, or raises; a `TimeoutError` where it takes longer than [`PATIENCE`]."""
+    answers: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue()
+
+    def answer() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    # In a thread, because a name server that does not answer knows no time limit.
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {PATIENCE:g} seconds") from None
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 def unreachable(name: str, kind: Kind, error: Exception) -> FileNotFoundError:

@@ -1,0 +1,3 @@
+from .model import AgeVlmModelCard as AgeVlmModelCard
+from .model import read_results as read_results
+from .model import write_model_card as write_model_card

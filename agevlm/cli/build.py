@@ -73,6 +73,7 @@ def build(
 
     from ..build import build_checkpoint, fresh_modules, load_timm
     from ..files import resolve_package_file
+    from ..hub_cards.model import write_model_card
 
     vision_model: Any = vision
     if vision_weights is not None:
@@ -98,6 +99,7 @@ def build(
         **({} if layers is None else {"cross_attention_layers": layers}),
         **numbers,
     )
+    write_model_card(out)
     config = model.config.text_config
     fresh = sum(p.numel() for module in fresh_modules(model).values() for p in module.parameters())
     say_saved(
