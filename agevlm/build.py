@@ -443,7 +443,6 @@ def build_checkpoint(
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     with new_folder(output_dir) as partial:  # first, so that nothing is loaded in vain
-        parts = {"text": _describe_part(text_model), "vision": _describe_part(vision_model)}
         tokenizer_path, gguf = _split_gguf(resolve_package_file(text_model))
         # Padding on the left, because generation continues from the right end. As an argument, because that is saved also
         # where the tokenizer's own files do not name a side.
@@ -473,6 +472,7 @@ def build_checkpoint(
             raise ValueError(f"{damaged[0]} has values that are not finite: the part that it comes from is damaged.")
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        parts = {"text": _describe_part(text_model), "vision": _describe_part(vision_model)}
         write_provenance(partial, {"parts": parts, "untrained": trained_weights is None, "stages": []})
     return model, processor
 
