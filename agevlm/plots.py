@@ -267,6 +267,24 @@ def draw_grounding(
     _save(figure, path)
 
 
+def color_attention(attention: np.ndarray, zoom: int = 8) -> Image.Image:
+    """A map `(rows, columns)` in the colors of [`draw_heatmaps`], each cell `zoom` pixels wide and high, RGB.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.colors import LogNorm
+    except ImportError as error:
+        raise ImportError(f"{error}; to draw figures: pip install 'agevlm[eval]'") from error
+    relative = Image.fromarray(np.clip(attention * attention.size, *ATTENTION_SCALE).astype(np.float32))
+    rows, columns = attention.shape
+    smooth = np.asarray(relative.resize((columns * zoom, rows * zoom), Image.Resampling.BILINEAR))
+    colors = colormaps["inferno"](LogNorm(*ATTENTION_SCALE)(smooth), bytes=True)
+    return Image.fromarray(np.ascontiguousarray(colors[..., :3]))
+
+
 # --- numbers ---
 
 

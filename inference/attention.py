@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from ..files import new_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
 from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .generation import ask_about
+from .generation import ask_about, render_chat
 from .replies import Reply, read_reply, reply
 
 # More rows of heat maps than this are too many for one figure.
@@ -26,6 +26,11 @@ _ROWS_DRAWN = 12
 
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+def find_words(text: str) -> list[tuple[int, int]]:
+    """Characters `(start, end)` of each word of a text, in order."""
+    return [match.span() for match in _WORD.finditer(text)]
 
 
 def find_phrase(text: str, phrase: str) -> tuple[int, int]:
@@ -39,6 +44,22 @@ def find_phrase(text: str, phrase: str) -> tuple[int, int]:
     if not places or not phrase:
         raise ValueError(f"The phrase '{phrase}' does not occur in the text '{text}': choose words of it.")
     return places[-1], places[-1] + len(phrase)
+
+
+def find_question(processor: ProcessorMixin, prompt: str, question: str) -> int:
+    """The first character of a question in the prompt of a reply: of the last turn's, or of the last place that reads so.
+
+    What the chat template writes behind the last turn may read so too: "assistant".
+
+    Raises:
+        ValueError: if the prompt does not contain it.
+    """
+    mark = "\ue000"  # no text has it: a character of private use
+    turn = {"role": "user", "content": [{"type": "text", "text": mark}]}
+    behind = render_chat(processor, [turn], add_generation_prompt=True).rpartition(mark)[2]
+    if prompt.endswith(question + behind):
+        return len(prompt) - len(behind) - len(question)
+    return find_phrase(prompt, question)[0]
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ def choose_phrases(question: str, answer: str, wanted: Sequence[str | Phrase] | 
         ValueError: if a phrase occurs in neither, or the answer has no words.
     """
     if wanted is None:
-        words = [Phrase(word[0], "answer", *word.span()) for word in _WORD.finditer(answer)]
+        words = [Phrase(answer[start:end], "answer", start, end) for start, end in find_words(answer)]
         if not words:
             raise ValueError(f"The answer '{answer}' has no words: name words of the question instead (--phrase).")
         return words
@@ -249,7 +270,7 @@ def show_reply(
     """
     assert found.maps is not None
     chosen = choose_phrases(question, found.text, phrases)
-    starts = {"question": find_phrase(found.prompt, question)[0], "answer": len(found.prompt)}
+    starts = {"question": find_question(processor, found.prompt, question), "answer": len(found.prompt)}
     maps, tokens = [], []
     for phrase in chosen:
         start, end = (starts[phrase.source] + place for place in (phrase.start, phrase.end))

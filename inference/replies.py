@@ -31,7 +31,7 @@ class TokenMaps:
     """Where each token of a text attends, read at its own position.
 
     `text` is the prompt and the answer, `ids` its tokens, `offsets` `(tokens, 2)` the first character of each token in it and the one after
-    its last, `maps` float32 `(blocks, tokens, images, rows, columns)`. The attention of a token sums to 1 over all images
+    its last, `maps` `(blocks, tokens, images, rows, columns)`, float32 or a smaller type to keep. The attention of a token sums to 1 over all images
     that it sees, less what is on the sink; that of a token that sees none is 0.
     """
 
@@ -52,7 +52,7 @@ class TokenMaps:
         tokens = self.tokens(start, end)
         if not tokens:
             raise ValueError(f"characters {start} to {end} of {self.text!r} have no token: choose words")
-        return self.maps[:, [max(token - predicting, 0) for token in tokens]].mean(1)
+        return self.maps[:, [max(token - predicting, 0) for token in tokens]].float().mean(1)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Numbers of the tokens that share a character with the span."""

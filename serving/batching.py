@@ -129,7 +129,6 @@ class Batcher:
         self._changed = threading.Condition()
         self.closed = False
         self._thread = threading.Thread(target=self._run, name="agevlm-batcher", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> "Batcher":
         return self
@@ -165,6 +164,8 @@ class Batcher:
         with self._changed:
             if self.closed:
                 raise RuntimeError("the batcher is closed")
+            if self._thread.ident is None:  # in the process that asks, into which threads are not forked
+                self._thread.start()
             self._waiting.append(pending)
             self._changed.notify()
         return pending
@@ -174,7 +175,8 @@ class Batcher:
         with self._changed:
             self.closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     @property
     def has_waiting(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from . import app as app_command
 from . import ask, build, data, eval, features, serve, train
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ for command in (
     eval.similarity,
     serve.serve,
     serve.chat,
+    app_command.app,
 ):
     app.command()(command)
 

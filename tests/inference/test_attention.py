@@ -27,8 +27,9 @@ from agevlm.inference.attention import (
     block_titles,
     choose_phrases,
     find_phrase,
+    find_question,
 )
-from agevlm.inference.generation import render_question
+from agevlm.inference.generation import render_chat, render_question
 from agevlm.inference.replies import decode_with_offsets
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
@@ -589,3 +590,12 @@ def test_a_figure_that_cannot_be_drawn_leaves_nothing(monkeypatch, capsys, tmp_p
     assert code == 2
     assert "No space left" in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("question", ["assistant", "user", "t", "Is the assistant a user?", "<|eot_id|>"])
+def test_a_question_is_found_though_the_template_writes_the_same_behind_it(parts, question):
+    processor = parts[1]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "No."}]
+    prompt = render_chat(processor, [*turns, {"role": "user", "content": question}], add_generation_prompt=True)
+    other = render_chat(processor, [*turns, {"role": "user", "content": "\0"}], add_generation_prompt=True)
+    assert find_question(processor, prompt, question) == other.index("\0")
