@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Kind = Literal["model", "data set"]
 T = TypeVar("T")
 
+MODEL_TYPE = "agevlm"
+"""Of an AGE-VLM's configuration."""
+
 PATIENCE = 8.0
 """Seconds in which the Hub must answer whether it has a repository."""
 
@@ -157,7 +160,7 @@ def loading(name: str | os.PathLike) -> Iterator[str]:
         if isinstance(error, KeyError):
             message = f"there is no {message}"
         message = message if len(message) < 600 else f"{message[:600]} …"
-        damaged = _damaged_file(Path(place)) if os.path.isdir(place) else None
+        damaged = damaged_file(Path(place)) if os.path.isdir(place) else None
         if damaged is not None:
             raise ValueError(f"{damaged}: replace the file, or name another model.") from error
         if isinstance(error, OSError):
@@ -263,7 +266,7 @@ def check_chat_template(processor: Any, name: str | os.PathLike) -> str:
         ) from error
 
 
-def _damaged_file(folder: Path) -> str | None:
+def damaged_file(folder: Path) -> str | None:
     """The first file of a model's folder that cannot be read at all, and why."""
     from safetensors import SafetensorError, safe_open
 

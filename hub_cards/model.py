@@ -77,14 +77,11 @@ def write_model_card(
         return None
     found = [*read_results([folder], required=False), *read_results(results or [])]
     card = render_model_card(folder, found, repo_id=repo_id, needs_agevlm=needs_agevlm, title=title, **fields)
-    entries = result_entries(found)
     with update_folder(folder) as partial:
         card.save(partial / "README.md")
-        if entries:
-            (partial / ".eval_results").mkdir()
-        for name, entry in entries.items():
-            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-            (partial / ".eval_results" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        for path, text in result_files(found).items():
+            (partial / path).parent.mkdir(exist_ok=True)
+            (partial / path).write_text(text, encoding="utf-8")
     return card
 
 
@@ -234,6 +231,16 @@ def result_entries(results: Iterable[Mapping[str, Any]]) -> dict[str, EvalResult
             dataset_id=data["id"], task_id="default", value=whole["accuracy"], notes=notes
         )
     return entries
+
+
+def result_files(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The Hub's files of results, by path in the repository: [`result_entries`] as YAML."""
+    return {
+        f".eval_results/{name}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True
+        )
+        for name, entry in result_entries(results).items()
+    }
 
 
 # --- results ---

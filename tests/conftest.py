@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+from hub_server import hub, hub_server  # noqa: F401
 from hypothesis import settings
 from transformers_tests import pytest_configure  # noqa: F401
 

@@ -4,12 +4,14 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.trainer
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
@@ -17,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
+from ..hub_cards.push import PICKLES
 from .guards import check_weights
 from .stages import AnyTrainer
 
@@ -41,6 +44,33 @@ def _saving(trainer: Any, what: str) -> Iterator[str]:
     trainer.accelerator.wait_for_everyone()
 
 
+class _WithoutPickles:
+    """The Hub, to which a model's folder goes without pickles, and a checkpoint that `hub_strategy` asks for, to resume from it,
+    as it is."""
+
+    def __init__(self, hub: HfApi):
+        self.hub = hub
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.hub, name)
+
+    def upload_folder(self, *, ignore_patterns: Sequence[str] = (), **kwargs: Any) -> Any:
+        if "path_in_repo" not in kwargs:
+            ignore_patterns = [*ignore_patterns, *PICKLES, f"{UNFINISHED}*"]
+        return self.hub.upload_folder(ignore_patterns=list(ignore_patterns), **kwargs)
+
+
+@contextlib.contextmanager
+def _leaving_pickles_out() -> Iterator[None]:
+    """Transformers' trainer uploads `training_args.bin`, and has no argument to change that."""
+    usual = transformers.trainer.hf_api
+    transformers.trainer.hf_api = lambda: _WithoutPickles(usual())
+    try:
+        yield
+    finally:
+        transformers.trainer.hf_api = usual
+
+
 class CheckpointsMixin(AnyTrainer):
     """Checkpoints that appear when they are whole, for any trainer: until then they are in a hidden folder."""
 
@@ -58,9 +88,15 @@ class CheckpointsMixin(AnyTrainer):
         for file in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
             set_ordinary_permissions(file)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, without pickles."""
+        with _leaving_pickles_out():
+            return super().push_to_hub(*args, **kwargs)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # uploads go on in the background: not from a folder that is about to be renamed
-            super()._push_from_checkpoint(checkpoint_folder)
+            with _leaving_pickles_out():
+                super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in Transformers, but the checkpoint is written aside and takes its name when it is whole."""

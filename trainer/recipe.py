@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
-from ..hub import load_pretrained, load_processor, loading
+from ..hub import MODEL_TYPE, load_pretrained, load_processor, loading
 from ..plots import CURVES, draw_training
 from ..terminal import console, say
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
 
     from ..data.features import FeatureStore
     from .arguments import AgeVlmTrainingArguments
-
-MODEL_TYPE = "agevlm"
 
 DDP_TIMEOUT = 24 * 3600
 """Seconds that a process waits for another, where a recipe does not set `ddp_timeout`: the first may convert data for hours. A

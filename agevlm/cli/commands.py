@@ -7,7 +7,7 @@ import typer
 
 from .. import __version__
 from . import app as app_command
-from . import ask, build, data, eval, features, serve, train
+from . import ask, build, data, eval, features, push, serve, train
 
 app = typer.Typer(
     help="AGE-VLM: vision-language models that are taught where to look.",
@@ -40,6 +40,7 @@ for command in (
     data.masks,
     features.features,
     train.train,
+    push.push,
     ask.ask,
     ask.attention,
     eval.similarity,

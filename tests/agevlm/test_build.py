@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from command_line import check_refused
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from second_environment import run_elsewhere
 from tiny import EOT, IMAGE, tiny_tokenizer
 from tiny_models import change_weights, open_gates, tiny_llama, tiny_vision, write_gguf
 from transformers import (
@@ -513,8 +512,7 @@ def test_pipeline_answers_as_generate_does(checkpoint, picture, task):
 
 
 REMOTE = """
-import importlib.util, sys
-assert importlib.util.find_spec("agevlm") is None
+import sys
 import torch
 from PIL import Image
 from transformers import (
@@ -547,24 +545,7 @@ torch.save({"tokens": tokens, "answer": answer}, out)
 
 
 def test_remote_code_in_a_second_environment(checkpoint, picture, tmp_path):
-    """A new virtual environment with this one's libraries, but not this package."""
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    python = venv / "bin" / "python"
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    # Folders named in a .pth file are searched, but their own .pth files, such as an editable install's, are not read.
-    (Path(site) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
-    (tmp_path / "script.py").write_text(textwrap.dedent(REMOTE))
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [python, tmp_path / "script.py", checkpoint, picture, tmp_path / "out.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
+    run_elsewhere(tmp_path, REMOTE, checkpoint, picture, tmp_path / "out.pt", HF_HUB_OFFLINE="1")
     remote = torch.load(tmp_path / "out.pt")
 
     processor = AutoProcessor.from_pretrained(checkpoint)

@@ -54,6 +54,7 @@ COMMANDS = {
     "masks": "masks {boxes} --teacher sam --checkpoint {sam} --device cpu --out {out}",
     "features": "features {recipe} model={model} data.0.path={rows} training.stage=align features={out}",
     "train": "train {recipe} model={model} data.0.path={rows} training.output_dir={out}",
+    "push": "push {model} me/mine --dry-run",
     "ask": "ask --model {model} --image {image} Cat?",
     "ask --heatmap": "ask --model {model} --image {image} Cat? --heatmap {out}.png",
     "ask --out": "ask --model {model} --image {images} --out {out}.jsonl Cat?",
@@ -300,6 +301,7 @@ def inputs(command: str) -> list[str]:
 SKIPPED = {
     "model": {
         "features",
+        "push",
         "ask --heatmap",
         "attention",
         "app",

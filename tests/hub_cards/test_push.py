@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushing through the real client to a stand-in of the Hub; see `test_pushed.py` for what others do with what has arrived."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from command_line import check_refused, run
+from hub_server import HubServer, front_matter, refusal
+from safetensors.torch import save_file
+from starlette.responses import Response
+from tiny_laboratory import tiny_checkpoint
+
+from agevlm.hub_cards.push import push
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint among all that training leaves beside it."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    tiny_checkpoint(folder)
+    for name in (
+        "training_args.bin", "optimizer.pt", "rng_state.pth", "old.ckpt", "data.pkl", "checkpoint-10/model.safetensors",
+        "checkpoint-10/optimizer.pt", ".unfinished-1/x.json", ".cache/huggingface/x.lock", "runs/events.out.tfevents.1",
+        ".eval_results/pope.yaml", "figures/heat.png",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+LEFT_OUT = {
+    "training_args.bin", "optimizer.pt", "rng_state.pth", "old.ckpt", "data.pkl", "checkpoint-10/model.safetensors",
+    "checkpoint-10/optimizer.pt", ".unfinished-1/x.json", ".cache/huggingface/x.lock", "runs/events.out.tfevents.1",
+}  # fmt: skip
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {
+        path: file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and (path := file.relative_to(folder).as_posix()) not in LEFT_OUT
+    }
+
+
+def arrived(hub: HubServer, repo: str = "me/mine", kind: str = "models") -> dict[str, bytes]:
+    return {path: content for path, content in hub.head(repo, kind).items() if path != ".gitattributes"}
+
+
+def test_one_commit_of_all_but_pickles(hub, trained, monkeypatch, capsys):
+    code, printed = run(monkeypatch, capsys, "push", trained, "me/mine", "--private")
+    assert code == 0, printed
+    found, expected = arrived(hub), contents(trained)
+    assert {**found, "README.md": b""} == {**expected, "README.md": b""}
+    assert front_matter(found["README.md"])["pipeline_tag"] == "image-text-to-text"
+    assert len(hub.messages) == 1
+    assert hub.private == {("models", "me/mine")}
+    for name in ("training_args.bin", "optimizer.pt", "checkpoint-10/", "runs/"):
+        assert f"left out  {name}" in printed or f"left out {name}" in printed, printed
+    assert hub.url in printed
+
+
+def test_a_name_alone_is_the_users_own(hub, trained):
+    assert push(trained, "mine").repo_id == "me/mine"
+    assert ("models", "me/mine") in hub.repos
+
+
+def test_a_second_push_sends_what_has_changed(hub, trained, tmp_path):
+    push(trained, "me/mine")
+    sent = len(hub.writes())
+    again = push(trained, "me/mine")
+    assert len(hub.messages) == 1  # nothing has changed
+    assert again.url is not None
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "notes.json").write_text("{}")
+    push(copy, "me/mine")
+    assert [len(hub.messages), arrived(hub)["notes.json"]] == [2, b"{}"]
+    assert not [path for method, path in hub.writes()[sent:] if method == "PUT"]  # of weights
+
+
+def test_old_shards_go_and_all_else_stays(hub, trained):
+    push(trained, "me/mine")
+    others = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "demo.ipynb": b"{}"}
+    hub.head("me/mine").update(others)
+    done = push(trained, "me/mine")
+    assert set(done.removed) == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert set(arrived(hub)) == {*contents(trained), "README.md", "demo.ipynb"}
+    assert len(hub.messages) == 2
+    done = push(trained, "me/mine", replace_content=True)
+    assert done.removed == ["demo.ipynb"]
+    assert set(arrived(hub)) == {*contents(trained), "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"}, "a model of another type (llama)"),
+        ({"data/train.csv": b"a,b"}, "other content (data/train.csv)"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "has a adapter"),
+    ],
+)
+def test_other_content_is_refused_unless_it_is_to_be_replaced(hub, trained, files, message, monkeypatch, capsys):
+    hub.add("me/mine", {**files, "README.md": b"Mine."})
+    check_refused(monkeypatch, capsys, trained, message, "push", trained, "me/mine")
+    check_refused(monkeypatch, capsys, trained, message, "push", trained, "me/mine", "--dry-run")
+    assert len(hub.repos["models", "me/mine"]) == 1
+    assert not hub.writes()
+    push(trained, "me/mine", replace_content=True)
+    assert set(arrived(hub)) == {*contents(trained), "README.md"}
+
+
+def test_a_repository_with_nothing_but_a_card_is_empty(hub, trained):
+    hub.add("me/mine", {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"})
+    push(trained, "me/mine")
+    assert {"LICENSE", "model.safetensors"} <= set(arrived(hub))
+
+
+def test_a_dry_run_sends_nothing_that_writes(hub, trained, monkeypatch, capsys):
+    code, printed = run(monkeypatch, capsys, "push", trained, "me/mine", "--dry-run")
+    assert code == 0, printed
+    assert hub.requests  # it has asked
+    assert not hub.writes()
+    assert not hub.repos
+    for part in (
+        "model.safetensors",
+        "training_args.bin: a pickle",
+        "pipeline_tag: image-text-to-text",
+        "would be made",
+    ):
+        assert part in printed
+    size = (trained / "tokenizer.json").stat().st_size
+    assert f"{size / 1000:.1f} kB  tokenizer.json" in printed
+
+
+def test_a_dry_run_without_the_hub(hub, trained, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.delenv("HF_TOKEN")
+    code, printed = run(monkeypatch, capsys, "push", trained, "me/mine", "--dry-run")
+    assert code == 0, printed
+    assert "model.safetensors" in printed
+    assert "The Hub cannot be reached" in printed
+
+
+def test_a_public_repository_does_not_take_what_should_be_private(hub, trained, monkeypatch, capsys):
+    push(trained, "me/mine")
+    check_refused(monkeypatch, capsys, trained, "exists and is public", "push", trained, "me/mine", "--private")
+
+
+# --- the card ---
+
+
+def card(hub) -> str:
+    return arrived(hub)["README.md"].decode()
+
+
+def test_a_card_that_someone_wrote_stays(hub, trained, tmp_path):
+    own = "---\nlicense: mit\n---\n\n# Ours\n\nBy hand.\n"
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "README.md").write_text(own)
+    push(folder, "me/mine")
+    assert card(hub) == own
+    for _ in range(2):  # the folder has a card that the package wrote, or none
+        done = push(trained, "me/mine")
+        assert card(hub) == own
+        assert "someone wrote" in done.left_out["README.md"]
+    push(trained, "me/mine", replace_content=True)
+    assert card(hub) != own
+    assert not (trained / "README.md").exists()  # nothing is written in the folder
+
+
+def test_what_was_added_to_the_metadata_on_the_hub_stays(hub, trained):
+    """In a repository that was made on the Hub's pages, and in the editor for metadata there."""
+    hub.add("me/mine", {"README.md": b"---\nlicense: mit\n---\n"})
+    push(trained, "me/mine")
+    assert front_matter(card(hub).encode())["license"] == "mit"
+    written = card(hub)
+    edited = written.replace("license: mit", "license: mit\nlanguage: en\npipeline_tag: other").replace(
+        "tags:", "tags:\n- mine"
+    )
+    hub.head("me/mine")["README.md"] = edited.replace("pipeline_tag: image-text-to-text\n", "").encode()
+    push(trained, "me/mine")
+    before, after = (front_matter(text.encode()) for text in (written, card(hub)))
+    assert after.pop("language") == "en"
+    assert set(after.pop("tags")) == {*before.pop("tags"), "mine"}
+    assert after == before  # what the files say is said anew
+
+
+# --- failures ---
+
+
+def test_no_token(hub, trained, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    check_refused(monkeypatch, capsys, trained, "There is no token of the Hub here", "push", trained, "me/mine")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        ("hf_wrong", "me/mine", "does not accept your token"),
+        ("hf_wrong", "mine", "does not accept your token"),
+        ("hf_reader", "me/mine", "may not write to me/mine"),
+        ("hf_me", "others/mine", "may not write to others/mine"),
+        ("hf_me", "me/no/name", "is no id of a repository"),
+        ("hf_me", "me/-", "is no id of a repository"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_tokens_and_names_that_are_wrong(hub, trained, token, repo, message, there, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", token)
+    if there:
+        for name in ("me/mine", "others/mine"):
+            hub.add(name, {})
+    check_refused(monkeypatch, capsys, trained, message, "push", trained, repo)
+    assert not hub.messages
+
+
+def test_a_private_repository_that_the_token_does_not_see(hub, trained, monkeypatch, capsys):
+    hub.add("team/mine", {})
+    monkeypatch.setattr(
+        hub,
+        "intercept",
+        lambda r: refusal(404, "RepoNotFound", "No") if r.url.path.startswith("/api/models") else None,
+    )
+    check_refused(monkeypatch, capsys, trained, "team/mine exists on the Hub", "push", trained, "team/mine")
+
+
+def test_no_network(hub, trained, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    check_refused(monkeypatch, capsys, trained, "The Hub cannot be reached", "push", trained, "me/mine")
+
+
+@pytest.mark.parametrize(
+    ("place", "answer", "message"),
+    [
+        ("preupload", refusal(403, None, "Over quota"), "Over quota"),
+        ("/lfs/", Response(status_code=400), "me/mine is as it was"),
+        ("objects/batch", refusal(403, None, "Storage is full"), "Storage is full"),
+        ("commit", refusal(500, None, "Internal"), "me/mine is as it was"),
+        ("commit", refusal(412, None, "A commit has happened since"), "push again"),
+        ("validate-yaml", Response('{"errors": [{"message": "bad license"}]}', 400), "bad license"),
+    ],
+)
+def test_an_upload_that_fails_changes_nothing(hub, trained, place, answer, message, monkeypatch, capsys):
+    hub.add("me/mine", {"LICENSE": b"MIT"})
+    monkeypatch.setattr(hub, "intercept", lambda request: answer if place in request.url.path else None)
+    check_refused(monkeypatch, capsys, trained, message, "push", trained, "me/mine")
+    assert arrived(hub) == {"LICENSE": b"MIT"}
+    monkeypatch.setattr(hub, "intercept", lambda request: None)
+    push(trained, "me/mine")
+    assert set(arrived(hub)) == {*contents(trained), "README.md", "LICENSE"}
+
+
+def test_a_commit_of_someone_else_meanwhile_is_noticed(hub, trained, monkeypatch, capsys):
+    hub.add("me/mine", {})
+
+    def meanwhile(request):
+        if "/commit/" in request.url.path:
+            hub.repos["models", "me/mine"].append({"theirs.txt": b"x"})
+
+    monkeypatch.setattr(hub, "intercept", meanwhile)
+    check_refused(monkeypatch, capsys, trained, "Someone else has changed me/mine", "push", trained, "me/mine")
+    assert hub.head("me/mine") == {"theirs.txt": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "There is no folder"),
+        ("file", "There is no folder"),
+        ("empty", "no checkpoint and no data set"),
+        ("inside", "It has checkpoints in 1_align: name one of them"),
+        ("other", "a model of the type llama, and no AGE-VLM"),
+        ("pickled", "no weights as safetensors"),
+        ("truncated", "model.safetensors is damaged"),
+        ("config", "config.json is damaged"),
+        ("shards", "lacks model-00002-of-00002.safetensors"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(hub, trained, change, message, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "in"
+    if change == "file":
+        folder.write_text("x")
+    elif change in ("empty", "inside"):
+        folder.mkdir()
+        if change == "inside":
+            shutil.copytree(trained, folder / "1_align")
+    elif change != "missing":
+        shutil.copytree(trained, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if change == "other":
+        config.write_text('{"model_type": "llama"}')
+    elif change == "pickled":
+        weights.rename(folder / "pytorch_model.bin")
+    elif change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif change == "config":
+        config.write_text(config.read_text()[:100])
+    elif change == "shards":
+        shards = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    check_refused(monkeypatch, capsys, tmp_path, message, "push", folder, "me/mine")
+    assert not hub.requests
+
+
+# --- other content ---
+
+
+def test_an_adapter(hub, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base", "peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    assert push(tmp_path, "me/mine").kind == "adapter"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(arrived(hub))
