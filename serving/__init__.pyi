@@ -1,2 +1,3 @@
 from .batching import Batcher as Batcher
+from .batching import BatcherClosedError as BatcherClosedError
 from .batching import PendingReply as PendingReply

@@ -20,6 +20,10 @@ from ..inference.replies import Reply, reply
 Messages = Sequence[Mapping[str, Any]]
 
 
+class BatcherClosedError(RuntimeError):
+    """The batcher was closed before the reply was whole."""
+
+
 class PendingReply:
     """A reply that is being written; [`Batcher.submit`] makes it.
 
@@ -60,7 +64,7 @@ class PendingReply:
         Raises:
             ValueError: if the conversation cannot be answered: a bad image, logits that are not finite.
             CancelledError: after `cancel`.
-            RuntimeError: if the batcher was closed before the reply was whole.
+            BatcherClosedError: if the batcher was closed before the reply was whole.
             TimeoutError: after `timeout` seconds.
         """
         return self.future.result(timeout)
@@ -98,14 +102,14 @@ class Batcher:
     their lengths, images and longest replies. Greedy replies are those of one conversation alone. An image of an AGE-VLM is
     encoded once, and its features are kept for the next turns.
 
-    A batch runs for at least `turn` tokens. Then, if requests wait, it pauses and its unfinished rows queue behind those that
-    wait, so that a long reply does not hold up short ones; rows that go on are read again together with the newcomers. An
-    error of one request is raised to that one: its neighbors are then answered singly.
+    While others wait, a batch pauses after `turn` tokens, or sooner the more they are: after `turn` times its part of all
+    requests. Its unfinished rows queue behind those that wait, so that a long reply does not hold up short ones; rows that go
+    on are read again together with the newcomers. An error of one request is raised to that one: its neighbors are then answered singly.
 
     Args:
         max_batch_size: most conversations in one pass, which bounds the memory.
         max_wait: seconds that a first request waits for others.
-        turn: tokens that a batch writes before others get their turn.
+        turn: most tokens that a batch writes before others get their turn.
         known_images: images whose features are kept.
     """
 
@@ -155,7 +159,7 @@ class Batcher:
             settings: of `generate`; greedy decoding by default.
 
         Raises:
-            RuntimeError: if the batcher is closed.
+            BatcherClosedError: if the batcher is closed.
             ValueError: if the reply may have no token.
         """
         if max_new_tokens < 1:
@@ -163,7 +167,7 @@ class Batcher:
         pending = PendingReply(messages, max_new_tokens, maps, on_piece, settings)
         with self._changed:
             if self.closed:
-                raise RuntimeError("the batcher is closed")
+                raise BatcherClosedError("the batcher is closed")
             if self._thread.ident is None:  # in the process that asks, into which threads are not forked
                 self._thread.start()
             self._waiting.append(pending)
@@ -171,7 +175,7 @@ class Batcher:
         return pending
 
     def close(self) -> None:
-        """Ends the thread after the token that is being written. Requests that wait or are in flight end with a RuntimeError."""
+        """Ends the thread after the token that is being written. Requests that wait or are in flight end with a BatcherClosedError."""
         with self._changed:
             self.closed = True
             self._changed.notify()
@@ -179,11 +183,12 @@ class Batcher:
             self._thread.join()
 
     @property
-    def has_waiting(self) -> bool:
-        return any(not pending.future.done() for pending in self._waiting)
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return sum(not pending.future.done() for pending in self._waiting)
 
     def _run(self) -> None:
-        reason: BaseException = RuntimeError("the batcher was closed before the reply was whole")
+        reason: BaseException = BatcherClosedError("the batcher was closed before the reply was whole")
         try:
             self.model.eval()
             while batch := self._next_batch():
@@ -281,5 +286,7 @@ class _Pauses(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         self.steps += 1
-        pause = self.batcher.closed or (self.steps >= self.batcher.turn and self.batcher.has_waiting)
+        waiting, rows = self.batcher.waiting, len(self.batch)
+        turn_ends = waiting > 0 and self.steps * (rows + waiting) >= self.batcher.turn * rows
+        pause = self.batcher.closed or turn_ends
         return torch.tensor([pause or pending.future.done() for pending in self.batch], device=input_ids.device)

@@ -35,7 +35,7 @@ from ..inference.generation import count_tokens, load_model, render_chat
 from ..inference.grounding import Calibration, find_calibration, ground_reply
 from ..inference.replies import Reply, conversation_images
 from ..processing.image_processing_agevlm import load_image, to_rgb
-from .batching import Batcher, PendingReply
+from .batching import Batcher, BatcherClosedError, PendingReply
 
 MAX_BODY = 32 * 2**20
 """Bytes of the longest request."""
@@ -255,10 +255,8 @@ def _as_response() -> Iterator[None]:
         yield
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
-    except RuntimeError as error:
-        if "closed" in str(error):
-            raise HTTPException(503, str(error)) from error
-        raise
+    except BatcherClosedError as error:
+        raise HTTPException(503, str(error)) from error
 
 
 def _error(status: int, message: str) -> dict[str, Any]:

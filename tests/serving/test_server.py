@@ -17,6 +17,7 @@ import openai
 import pytest
 import torch
 from command_line import run
+from documents import ROOT, blocks
 from evaluation_cases import age_vlm, picture
 from PIL import Image
 
@@ -346,12 +347,31 @@ def test_other_models_chat_and_have_no_maps(llava_server):
         assert "no cross-attention" in refused.text
 
 
+def test_a_server_without_its_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "agevlm.serving.server")
+    code, printed = run(monkeypatch, capsys, "serve", tmp_path)
+    assert (code, "pip install 'agevlm[serve]'" in printed) == (2, True), printed
+
+
 def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, printed = run(monkeypatch, capsys, "serve", tmp_path, "--host", "127.0.0.1", "--port", port)
     assert code == 2
     assert "in use" in printed
+
+
+def test_the_client_of_the_page(age_vlm_server, tmp_path, monkeypatch, capsys):
+    url, batcher, processor = age_vlm_server
+    (tmp_path / "demo_output").mkdir()
+    (tmp_path / "demo_output" / "example.png").write_bytes(png(0))
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "serving.md", "py")
+    code = code.replace("http://localhost:8000", url).replace('model="demo_output/checkpoint"', f"model={NAME!r}")
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    text = expected(batcher, processor, 0, "Is there a dog in the image?", max_new_tokens=64).text
+    assert capsys.readouterr().out == text
 
 
 @pytest.mark.minutes
