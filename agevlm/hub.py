@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -24,6 +26,11 @@ MODEL_TYPE = "agevlm"
 
 PATIENCE = 8.0
 """Seconds in which the Hub must answer whether it has a repository."""
+
+ANSWER_LASTS = 60.0
+"""Seconds in which the Hub is not asked again for the same: a model is loaded in several blocks of [`loading`]."""
+
+_answers: dict[tuple[str, Kind], tuple[float, Exception | None]] = {}
 
 # Names that begin like paths, and names of files.
 _PATH = re.compile(r"[./~\\]|.*\.(jsonl?|ya?ml|parquet|arrow|csv|txt|safetensors|bin|pth?|ckpt|gguf|zip|tar|gz)$")
@@ -52,7 +59,10 @@ def ask_hub(name: str, kind: Kind) -> Exception | None:
     if is_path:
         raise FileNotFoundError(f"{_missing(name, kind)}: name one that exists, or a {kind} of the Hub as OWNER/NAME.")
 
-    error: Exception | None = None
+    asked, error = _answers.get((name, kind), (-math.inf, None))
+    if time.monotonic() - asked < ANSWER_LASTS:
+        return error
+    error = None
     try:
         within_patience(lambda: HfApi().repo_info(name, repo_type=kind.replace(" ", ""), timeout=PATIENCE))
     except Exception as failure:
@@ -61,6 +71,7 @@ def ask_hub(name: str, kind: Kind) -> Exception | None:
         raise FileNotFoundError(
             f"{_missing(name, kind)}, and the Hub has no {kind} of this name: correct the name, or log in with `hf auth login` if it is private."
         ) from error
+    _answers[name, kind] = time.monotonic(), error
     return error
 
 

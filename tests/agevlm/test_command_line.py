@@ -600,6 +600,7 @@ def silent_hub(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(hub, "PATIENCE", 0.3)
+        monkeypatch.setattr(hub, "_answers", {})
         yield
 
 
@@ -660,6 +661,19 @@ def test_models_of_the_hub(monkeypatch, tmp_path):
     assert hub.find_model("me/mine") == str(cached / "snapshots" / "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.find_model("me/mine") == "me/mine"
+
+
+def test_the_hub_is_asked_once_for_a_model_and_again_later(monkeypatch):
+    for down in (False, True):
+        asked = fake_hub(monkeypatch, "me/mine", down=down)
+        for _ in range(3):  # as a model, its configuration and its processor are loaded
+            assert (hub.ask_hub("me/mine", "model") is None) != down
+        assert asked == ["me/mine"]
+        hub.ask_hub("me/mine", "data set")
+        monkeypatch.setattr(hub, "ANSWER_LASTS", 0)
+        hub.ask_hub("me/mine", "model")
+        assert asked == ["me/mine"] * 3
+        monkeypatch.undo()
 
 
 def test_no_code_in_weights_runs(world, command, tmp_path):

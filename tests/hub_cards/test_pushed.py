@@ -102,11 +102,8 @@ def test_a_pushed_model_works_where_agevlm_is_not_installed(hub_server, checkpoi
     assert found["tokens"] == tokens.tolist()
     assert found["answers"] == [answer, answer]
 
-    hub_server.requests.clear()
     printed = agevlm(stranger, "ask", "--model", "me/loaded", "--image", picture, "What is in this image?", "--max-new-tokens", 8)  # fmt: skip
     assert " ".join(answer.split()) in " ".join(printed.split())
-    asked = [path for method, path in hub_server.requests if path == "/api/models/me/loaded"]
-    assert len(asked) == 1, hub_server.requests
 
 
 @pytest.mark.parametrize("sent", ["SIGKILL", "SIGINT"])
