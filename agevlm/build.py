@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -153,16 +152,35 @@ def _split_gguf(path: str) -> tuple[str, dict[str, Any]]:
     return folder or os.curdir, {"gguf_file": name}
 
 
-def _load_llama(path: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    path, kwargs = _split_gguf(path)
+def load_llama(name: str, dtype: torch.dtype | str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """The text model of an AGE-VLM, by its name as [`from_parts`] takes it.
+
+    Raises:
+        ValueError: if it is not a Llama, or a file is damaged.
+        OSError: if files are missing.
+    """
+    path, kwargs = _split_gguf(resolve_package_file(name))
+    if revision is not None:
+        kwargs["revision"] = revision
     # Before the weights: a wrong architecture should not cost a download of them.
-    with loading(path) as place:
+    with loading(path, revision) as place:
         config = AutoConfig.from_pretrained(place, **kwargs)
     _check_llama(config)
-    if kwargs:
+    if "gguf_file" in kwargs:
         # By default Transformers keeps GGUF weights packed, in float32 kernels that are slow to train through.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, **kwargs)
+
+
+def load_vision(name: str, dtype: torch.dtype | str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """The vision model of an AGE-VLM, by its name as [`from_parts`] takes it, without its pooling head.
+
+    Raises:
+        ValueError: if a file is damaged.
+        OSError: if files are missing.
+    """
+    kwargs = {} if revision is None else {"revision": revision}
+    return load_pretrained(AutoModel, name, prepare=remove_pooling_head, dtype=dtype, **kwargs)
 
 
 def from_parts(
@@ -193,10 +211,10 @@ def from_parts(
     # `load_timm` knows the place of a model's weights, and Transformers the name of its own.
     names = [part if isinstance(part, str) else part.name_or_path for part in (text_model, vision_model)]
     if isinstance(text_model, str):
-        text_model = _load_llama(resolve_package_file(text_model), dtype)
+        text_model = load_llama(text_model, dtype)
     _check_llama(text_model.config)
     if isinstance(vision_model, str):
-        vision_model = load_pretrained(AutoModel, vision_model, prepare=remove_pooling_head, dtype=dtype)
+        vision_model = load_vision(vision_model, dtype)
     places = [
         getattr(part, "place", None) or locate_part(name)
         for part, name in zip((text_model, vision_model), names, strict=True)
@@ -252,49 +270,6 @@ def fresh_modules(model: AgeVlmForConditionalGeneration) -> dict[str, nn.Module]
         "model.multi_modal_projector": model.model.multi_modal_projector,
         **{f"model.language_model.cross_attn.{layer}": block for layer, block in blocks.items()},
     }
-
-
-@torch.no_grad()
-def load_trained_weights(model: AgeVlmForConditionalGeneration, file: str | os.PathLike) -> dict[str, str]:
-    """Loads what training added to a model's parts, and returns the metadata of the file.
-
-    Args:
-        model: assembled from the same parts.
-        file: a safetensors file of the adapter's and the gated blocks' parameters, under the model's names, and of any
-            other parameters that were trained, such as the tower's last block.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is not a safetensors file, lacks a parameter of adapter or blocks, or has one that the model
-            does not have, has in another shape or with values that are not finite; the model is then unchanged.
-    """
-    file = Path(resolve_package_file(file))
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file} of trained weights.")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    parameters = dict(model.named_parameters())
-    fresh = {
-        f"{prefix}.{name}" for prefix, module in fresh_modules(model).items() for name, _ in module.named_parameters()
-    }
-    if missing := sorted(fresh - tensors.keys()):
-        raise ValueError(f"{file} lacks {len(missing)} trained parameter(s) of this model: {', '.join(missing[:3])}")
-    if unknown := sorted(tensors.keys() - parameters.keys()):
-        raise ValueError(
-            f"{file} has {len(unknown)} tensor(s) that this model does not have: {', '.join(unknown[:3])}"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != (shape := parameters[name].shape):
-            raise ValueError(f"{file}: {name} has the shape {tuple(tensor.shape)}, but in this model {tuple(shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {name} has values that are not finite: its training has diverged")
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
-    return metadata
 
 
 def find_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
@@ -406,7 +381,6 @@ def build_checkpoint(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     chat_template: str | None = None,
-    trained_weights: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
     **config_kwargs: Any,
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
@@ -424,15 +398,13 @@ def build_checkpoint(
         chat_template: a Jinja template for texts, which gets image support
             ([`~agevlm.processing.processing_agevlm.add_image_support`]); by default the
             tokenizer's own.
-        trained_weights: a file for [`load_trained_weights`]; by default adapter and cross-attention are untrained.
         dtype: of the parts loaded here.
         config_kwargs: as for [`from_parts`].
 
     Raises:
         FileExistsError: if `output_dir` holds something already.
-        ValueError: if the text model is not a Llama, no token can stand for an image, the chat template is invalid, or the
-            trained weights do not match the parts, `image_mean`, `image_std` or `image_size` is invalid, or the vision model
-            gives no grid of tokens for an image of that size.
+        ValueError: if the text model is not a Llama, no token can stand for an image, the chat template, `image_mean`,
+            `image_std` or `image_size` is invalid, or the vision model gives no grid of tokens for an image of that size.
         OSError: if a part's files are missing.
     """
     _check_image_statistics(
@@ -466,8 +438,6 @@ def build_checkpoint(
         )
         _check_vocabulary(tokenizer, model)
         _check_vision(model, image_size)
-        if trained_weights is not None:
-            load_trained_weights(model, trained_weights)
         if damaged := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
             raise ValueError(f"{damaged[0]} has values that are not finite: the part that it comes from is damaged.")
         model.save_pretrained(partial)

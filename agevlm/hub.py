@@ -109,11 +109,12 @@ def _missing(name: str, kind: Kind) -> str:
     return f"there is no folder {name}" if kind == "model" else f"no such file or folder: {name}"
 
 
-def find_model(name: str | os.PathLike) -> str:
+def find_model(name: str | os.PathLike, revision: str | None = None) -> str:
     """What to load a model or a processor from, for `from_pretrained`.
 
     Args:
         name: a folder, or the id of a model on the Hub.
+        revision: of the Hub.
 
     Returns:
         The name itself, or the folder in the cache that has the model where the Hub does not answer.
@@ -134,7 +135,7 @@ def find_model(name: str | os.PathLike) -> str:
     if (error := ask_hub(name, "model")) is None:
         return name
     try:
-        cached = snapshot_download(name, local_files_only=True)
+        cached = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
         raise unreachable(name, "model", error) from error
     return name if is_offline_mode() else cached  # by its name, each file would be asked for several times
@@ -152,14 +153,14 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def loading(name: str | os.PathLike) -> Iterator[str]:
+def loading(name: str | os.PathLike, revision: str | None = None) -> Iterator[str]:
     """Finds a model ([`find_model`]), and makes one error of all that can go wrong while it is loaded in the block.
 
     Raises:
         OSError: if there is no such model, or it lacks a file.
         ValueError: if one of its files is damaged, or does not fit the others; names the file where it can be found out.
     """
-    place = find_model(name)
+    place = find_model(name, revision)
     try:
         yield place
     except (ImportError, MemoryError):
@@ -201,20 +202,33 @@ def load_pretrained(
         ValueError: if one of its files is damaged, the checkpoint lacks weights of the model or has them in other shapes, or it
             has weights that an AGE-VLM does not have.
     """
-    from .modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel
-
-    with loading(name) as place:
+    revision = kwargs.get("revision")
+    with loading(name, revision) as place:
         adapter, base = Path(place, "adapter_config.json"), None
         if adapter.is_file() and not Path(place, "config.json").is_file():
             base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if base is not None:  # by itself, because Transformers tells of the adapter's weights only
         load_pretrained(model_class, base, prepare=prepare, **kwargs)
-    with loading(name) as place:
+    with loading(name, revision) as place:
         model, found = model_class.from_pretrained(
             place, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     if prepare is not None:
         prepare(model)
+    check_loaded(model, found, name)
+    return model
+
+
+def check_loaded(model: PreTrainedModel, found: dict[str, Any], name: str | os.PathLike) -> None:
+    """
+    Args:
+        found: what `from_pretrained` gave as its loading info.
+
+    Raises:
+        ValueError: if the model has weights that it did not find, or found in other shapes, or an AGE-VLM found others.
+    """
+    from .modeling_agevlm.modeling_agevlm import AgeVlmPreTrainedModel
+
     missing = sorted(found["missing_keys"] & model.state_dict().keys())
     shapes = [
         f"{key} has the shape {tuple(there)}, and {tuple(here)} in the model"
@@ -222,19 +236,18 @@ def load_pretrained(
     ]
     unexpected = sorted(found["unexpected_keys"]) if isinstance(model, AgeVlmPreTrainedModel) else []
     problems = [
-        *([f"it lacks {_shorten(missing)}, which would be random"] if missing else []),
-        *([_shorten(shapes, "; ")] if shapes else []),
-        *([f"it has {_shorten(unexpected)}, which the model does not have"] if unexpected else []),
+        *([f"it lacks {shorten(missing)}, which would be random"] if missing else []),
+        *([shorten(shapes, "; ")] if shapes else []),
+        *([f"it has {shorten(unexpected)}, which the model does not have"] if unexpected else []),
     ]
     if problems:
         raise ValueError(
             f"{name} does not have the weights of its {type(model).__name__}: {'; '.join(problems)}. Copy or save it again, or "
             "name another model."
         )
-    return model
 
 
-def _shorten(names: Sequence[str], separator: str = ", ") -> str:
+def shorten(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:5]) + (f"{separator}and {len(names) - 5} more" if len(names) > 5 else "")
 
 

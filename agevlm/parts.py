@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PART_NAMES = ("text_model", "vision_model")
 
+_TEXT, _VISION, _HEAD = "model.language_model.", "model.vision_tower.", "lm_head.weight"
+
 PARTS_FILE = "parts.json"
 """Of a folder that has only what was trained."""
 
@@ -77,15 +79,16 @@ def locate_part(name: str, revision: str | None = None, by_order: bool = False) 
         revision: of the Hub, if it was named.
         by_order: as for [`~agevlm.load_timm`].
     """
+    ordered = {"by_order": True} if by_order else {}
     if name.startswith(PACKAGE_PREFIX):
-        return {"package_file": name, **({"by_order": True} if by_order else {})}
+        return {"package_file": name, **ordered}
     if is_hub_id(name):
         from huggingface_hub import try_to_load_from_cache
 
         # The commit is the name of the folder in the cache that it was loaded from.
         if isinstance(file := try_to_load_from_cache(name, "config.json", revision=revision), str):
             return {"hub_id": name, "revision": Path(file).parent.name}
-    return {}
+    return ordered
 
 
 def is_hub_id(name: str) -> bool:
@@ -94,20 +97,34 @@ def is_hub_id(name: str) -> bool:
 
 
 def part_tensors(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
-    """The parameters and buffers of each part of an [`~agevlm.AgeVlmForConditionalGeneration`], by their names in it, tied ones once;
-    and as `fresh` those that no part brings: the adapter's and the cross-attention's."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    """The parameters and buffers of each part of an [`~agevlm.AgeVlmForConditionalGeneration`], by their names in it, in the order of
+    the names, tied ones once; and as `fresh` those that no part brings: the adapter's and the cross-attention's."""
     found: dict[str, dict[str, torch.Tensor]] = {"text_model": {}, "vision_model": {}, "fresh": {}}
-    for name, tensor in sorted(state.items()):
-        if name.startswith("model.vision_tower."):
+    for name, tensor in sorted(model.state_dict().items()):
+        if name == _HEAD and model.config.tie_word_embeddings:
+            continue
+        if name.startswith(_VISION):
             found["vision_model"][name] = tensor
-        elif name.startswith(("model.language_model.", "lm_head.")) and ".cross_attn." not in name:
+        elif name.startswith((_TEXT, _HEAD)) and ".cross_attn." not in name:
             found["text_model"][name] = tensor
         else:
             found["fresh"][name] = tensor
     return found
+
+
+def name_part_tensors(part: str, model: PreTrainedModel, *, tied: bool) -> dict[str, torch.Tensor]:
+    """The same of a part by itself, under the names that they have in the whole model.
+
+    Args:
+        part: `text_model` or `vision_model`.
+        tied: whether the whole model's head is its embedding.
+    """
+    if part == "vision_model":
+        named = {f"{_VISION}{name}": tensor for name, tensor in model.state_dict().items()}
+    else:
+        named = {f"{_TEXT}{name}": tensor for name, tensor in model.model.state_dict().items()}
+        named |= {} if tied else {_HEAD: model.lm_head.weight.detach()}
+    return dict(sorted(named.items()))
 
 
 def describe_parts(model: PreTrainedModel, places: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..hub import load_pretrained, load_processor
+from ..deltas import load_checkpoint
+from ..hub import load_processor
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
@@ -86,7 +87,7 @@ def load_model(
         raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
     processor = load_processor(name)
     check_processor(processor, str(name))
-    model = load_pretrained(AutoModelForImageTextToText, name, dtype=dtype)
+    model = load_checkpoint(AutoModelForImageTextToText, name, dtype=dtype)
     return model.to(device).eval(), processor
 
 

@@ -32,9 +32,9 @@ import agevlm
 from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
 from agevlm.build import fresh_modules
 from agevlm.data import DataPart, compute_features
+from agevlm.deltas import load_checkpoint
 from agevlm.evaluation import evaluate_scenes, measure_similarity
 from agevlm.files import new_file
-from agevlm.hub import load_pretrained
 from agevlm.resume import digest, fingerprint, refuse_changes, resume_or_refuse
 from agevlm.trainer import AgeVlmTrainer, Recipe, load_recipe
 from agevlm.trainer.parser import parse, read_yaml
@@ -169,7 +169,7 @@ def _parts(recipe: Recipe) -> Iterator[DataPart]:
 
 @cache
 def _checkpoint_digest(folder: Path) -> str:
-    model = load_pretrained(AgeVlmForConditionalGeneration, folder)
+    model = load_checkpoint(AgeVlmForConditionalGeneration, folder)
     files = sorted(file for pattern in ("*.json", "*.jinja") for file in folder.glob(pattern))
     return digest([fingerprint(model), *((file.name, file.read_text(encoding="utf-8")) for file in files)])
 
@@ -240,7 +240,7 @@ def _read_result(folder: Path) -> dict[str, Any]:
 
 def prepare_features(variant: Variant, laboratory: Laboratory) -> None:
     """Computes what is missing of the frozen tower's features of a variant's training images."""
-    model = load_pretrained(AgeVlmForConditionalGeneration, laboratory.checkpoint).to(laboratory.device).eval()
+    model = load_checkpoint(AgeVlmForConditionalGeneration, laboratory.checkpoint).to(laboratory.device).eval()
     scenes = load_from_disk(laboratory.scenes[variant.scenes])["train"]
     compute_features(model, laboratory.load_processor(variant), [scenes], laboratory.features(variant))
 

@@ -50,6 +50,9 @@ class AgeVlmArgumentsMixin:
         tokens_per_batch (`int`, *optional*):
             Most text tokens of a device's batch, all rows padded to its longest, in place of
             `per_device_train_batch_size`; see [`~agevlm.trainer.sampling.GroupedBatches`].
+        save_trained_only (`bool`, defaults to `False`):
+            Save checkpoints and the final model as deltas ([`agevlm.deltas`]), which have what was trained and name the parts
+            that all else comes from. Not with PEFT, whose checkpoints are small anyway, and not with FSDP or DeepSpeed.
         optim (`str`):
             As in Transformers, or `"muon"`: [`~agevlm.trainer.optimizer.Muon`] for matrices and AdamW for the rest, with
             the `optim_args` of [`~agevlm.trainer.optimizer.MuonOptions`].
@@ -79,6 +82,7 @@ class AgeVlmArgumentsMixin:
         default=None, metadata={"help": "Learning rates by group of parameters."}
     )
     tokens_per_batch: int | None = field(default=None, metadata={"help": "Most text tokens of a device's batch."})
+    save_trained_only: bool = field(default=False, metadata={"help": "Save what was trained, and name the parts."})
     optim: str = field(default=TrainingArguments.optim, metadata={"help": "Transformers' optimizers, or muon."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log losses that are NaN as 0."})
 

@@ -60,6 +60,8 @@ def stage_settings(
         first: whether it starts from the recipe's `model`, and not from the stage before.
     """
     settings = {name: value for name, value in recipe.items() if name != "stages" and (first or name != "model")}
+    where = ("text_model", "vision_model")  # compared by their digests, wherever they are
+    settings["model_args"] = {name: value for name, value in recipe["model_args"].items() if name not in where}
     given = {"bf16": args.bf16, **recipe["training"]}
     training = {name: value for name, value in given.items() if not name.startswith(_FREE) and name not in _STEP}
     settings["training"] = {**training, **_step(args, datasets["train_dataset"])}

@@ -15,11 +15,13 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from ..deltas import check_knows_parts, load_trained_into, write_trained
 from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
 from ..hub_cards.push import PICKLES
+from ..parts import PARTS_FILE
 from .guards import check_weights
 from .stages import AnyTrainer
 
@@ -76,6 +78,16 @@ class CheckpointsMixin(AnyTrainer):
 
     _unfinished: str | None = None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if getattr(self.args, "save_trained_only", False):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "save_trained_only needs the whole weights in one process, and FSDP and DeepSpeed share them among "
+                    "several: leave it out, and save the final model as a delta with agevlm.deltas.save_trained."
+                )
+            check_knows_parts(self.model)
+
     def _get_output_dir(self, trial=None) -> str:
         return self._unfinished or super()._get_output_dir(trial)
 
@@ -84,7 +96,10 @@ class CheckpointsMixin(AnyTrainer):
         if isinstance(self.model, FSDPModule):
             original = next(c for c in type(self.model).__mro__[1:] if issubclass(c, PreTrainedModel))
             type(self.model).__name__, type(self.model).__module__ = original.__name__, original.__module__
-        super()._save(output_dir, state_dict)
+        if getattr(self.args, "save_trained_only", False):
+            self._save_trained(output_dir or self.args.output_dir)
+        else:
+            super()._save(output_dir, state_dict)
         for file in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
             set_ordinary_permissions(file)
 
@@ -92,6 +107,30 @@ class CheckpointsMixin(AnyTrainer):
         """As in Transformers, without pickles."""
         with _leaving_pickles_out():
             return super().push_to_hub(*args, **kwargs)
+
+    def _save_trained(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # With what trains and has not moved yet, so that a later step can go back to it.
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_trained(model, output_dir, trains=trains)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if Path(resume_from_checkpoint, PARTS_FILE).is_file():
+            load_trained_into(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if Path(self.state.best_model_checkpoint, PARTS_FILE).is_file():
+            load_trained_into(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # uploads go on in the background: not from a folder that is about to be renamed

@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
-from ..hub import MODEL_TYPE, load_pretrained, load_processor, loading
+from ..hub import MODEL_TYPE, load_processor, loading
 from ..plots import CURVES, draw_training
 from ..terminal import console, say
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -77,10 +77,14 @@ class ModelArgs:
             and on CPUs with instructions for it, and float32 on other CPUs. `training.bf16` is true by default where the
             model is loaded in bfloat16.
         attn_implementation: `eager` is fastest for short texts on CPUs; by default `sdpa`.
+        text_model: where a delta's text model is, if the delta does not name it; as for [`~agevlm.from_parts`].
+        vision_model: the same of its vision model.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
     attn_implementation: str | None = None
+    text_model: str | None = None
+    vision_model: str | None = None
 
 
 @dataclass
@@ -279,8 +283,10 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 
 
 def _load(model_class: type[PreTrainedModel], source: str | os.PathLike, recipe: Recipe) -> PreTrainedModel:
+    from ..deltas import load_checkpoint
+
     given = {name: value for name, value in dataclasses.asdict(recipe.model_args).items() if value is not None}
-    return load_pretrained(model_class, source, **given)
+    return load_checkpoint(model_class, source, **given)
 
 
 def resolve_model_args(recipe: Recipe, model: PreTrainedModel | None = None) -> ModelArgs:
@@ -409,6 +415,8 @@ def train(
             config = AgeVlmConfig.from_pretrained(place)
     else:
         config = base_model(model).config
+    if len(stages) > 1 and any(args.save_trained_only for args in every_args):
+        _check_parts_are_found(recipe.model_args, config)
     stores: dict[str, FeatureStore] = {}
     for stage, args in zip(stages, every_args, strict=True):
         check_fit(stage, args, config)
@@ -581,6 +589,19 @@ def check_fit(stage: Recipe, args: AgeVlmTrainingArguments, config: PreTrainedCo
             f"The vision tower trains in the stage {args.stage}, so the features in {stage.features} are wrong after the "
             "first step: leave out `features`, or choose a stage that freezes the tower."
         )
+
+
+def _check_parts_are_found(model_args: ModelArgs, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: if a stage's delta would not know where to load a part from.
+    """
+    for name, part in (getattr(config, "parts", None) or {}).items():
+        if getattr(model_args, name) is None and not {"hub_id", "package_file"} & part.keys():
+            raise ValueError(
+                f"training.save_trained_only: the next stage cannot load the {name.replace('_', ' ')}, which was in a local folder or "
+                f"file. Name it as model_args.{name}, or leave save_trained_only out."
+            )
 
 
 @contextlib.contextmanager

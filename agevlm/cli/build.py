@@ -11,14 +11,22 @@ from .options import parse_json, parse_numbers
 
 
 def build(
-    text: Annotated[
-        str,
-        typer.Option(help="Llama-architecture checkpoint: folder, Hub id, .gguf file, or package:MODULE/FILE.gguf."),
-    ],
-    vision: Annotated[
-        str, typer.Option(help="Vision backbone: folder or Hub id, or with --vision-weights a timm name.")
-    ],
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist yet.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Llama-architecture checkpoint: folder, Hub id, .gguf file, or package:MODULE/FILE.gguf."),
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision backbone: folder or Hub id, or with --vision-weights a timm name.")
+    ] = None,
+    delta: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of a delta, to make a whole checkpoint of; --text and --vision name the parts that it "
+            "does not find itself, a timm model by its weight file."
+        ),
+    ] = None,
     vision_weights: Annotated[
         str | None, typer.Option(help="Weight file of the timm model named by --vision, or package:MODULE/FILE.")
     ] = None,
@@ -44,9 +52,6 @@ def build(
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja file, or package:MODULE/FILE; the tokenizer's own template by default.")
     ] = None,
-    trained_weights: Annotated[
-        str | None, typer.Option(help="Safetensors file of what training added to these parts.")
-    ] = None,
     cross_attention_layers: Annotated[
         str | None, typer.Option(help="Merged indices of the blocks, as 2,7,12,17; four spread evenly by default.")
     ] = None,
@@ -59,7 +64,7 @@ def build(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the adapter's and the cross-attention's untrained weights.")] = 0,
 ) -> None:
-    """Assemble an AGE-VLM from a Llama and a vision backbone, and save it with its processor."""
+    """Assemble an AGE-VLM from a Llama and a vision backbone, or from a delta and its parts, and save it with its processor."""
     numbers = {
         "image_mean": parse_numbers(image_mean, "--image-mean", float),
         "image_std": parse_numbers(image_std, "--image-std", float),
@@ -68,6 +73,19 @@ def build(
     timm_args = parse_json(vision_args, "--vision-args")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'.")
+
+    if delta is not None:
+        given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+        if others := [name for name in given if name not in ("delta", "text", "vision", "out", "dtype")]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ValueError(f"{options} goes with an assembly of parts: a delta has its own settings.")
+        from ..deltas import write_whole
+
+        write_whole(delta, out, text, vision, dtype=dtype)
+        say_saved(out, f"The parts and what {delta} has trained.")
+        return
+    if text is None or vision is None:
+        raise ValueError("Name the parts with --text and --vision, or a delta with --delta.")
 
     import torch
 
@@ -92,7 +110,6 @@ def build(
         image_token=image_token,
         image_size=image_size,
         chat_template=None if chat_template is None else Path(resolve_package_file(chat_template)).read_text("utf-8"),
-        trained_weights=trained_weights,
         dtype=dtype,
         visual_position_embedding=visual_position_embedding,
         cross_attention_sink=cross_attention_sink,

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from trl import get_peft_config, get_quantization_config
 
 from agevlm import AgeVlmForConditionalGeneration, read_rows
-from agevlm.hub import load_pretrained
+from agevlm.deltas import load_checkpoint
 from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments
 
 
@@ -28,7 +28,7 @@ def run(
         trainer_kwargs: further arguments of the trainer.
     """
     quantization_config = get_quantization_config(model_args)
-    model = load_pretrained(
+    model = load_checkpoint(
         AgeVlmForConditionalGeneration,
         model_args.model_name_or_path,
         revision=model_args.model_revision,
