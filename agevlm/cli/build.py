@@ -80,8 +80,10 @@ def build(
             options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             raise ValueError(f"{options} goes with an assembly of parts: a delta has its own settings.")
         from ..deltas import write_whole
+        from ..hub_cards.model import write_model_card
 
         write_whole(delta, out, text, vision, dtype=dtype)
+        write_model_card(out)
         say_saved(out, f"The parts and what {delta} has trained.")
         return
     if text is None or vision is None:

@@ -35,7 +35,7 @@ from transformers import (
 
 import agevlm
 from agevlm import cli
-from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load_timm, load_trained_weights
+from agevlm.build import build_checkpoint, find_image_token, fresh_modules, load_timm
 from agevlm.files import resolve_package_file
 from agevlm.hub import load_pretrained
 
@@ -213,57 +213,6 @@ def test_a_file_in_a_package_is_found_without_importing_it(package):
         resolve_package_file("package:no_such_weights/a.bin")
     with pytest.raises(ModuleNotFoundError, match="not installed"):
         resolve_package_file("package:some_weights.models/a.bin")
-
-
-@pytest.fixture
-def trained(checkpoint, tmp_path) -> tuple[agevlm.AgeVlmForConditionalGeneration, dict[str, torch.Tensor], Path]:
-    """An assembled model, and a file of other values for its fresh parameters and one of the tower's."""
-    model = agevlm.AgeVlmForConditionalGeneration.from_pretrained(checkpoint)
-    names = [name for name, _ in model.named_parameters() if "cross_attn" in name or "multi_modal_projector" in name]
-    names.append(next(name for name, _ in model.named_parameters() if "vision_tower" in name))
-    tensors = {name: torch.randn_like(model.get_parameter(name)).bfloat16() for name in names}
-    save_file(tensors, tmp_path / "trained.safetensors", {"classes": "cat,dog"})
-    return model, tensors, tmp_path / "trained.safetensors"
-
-
-def test_trained_weights_arrive(trained):
-    model, tensors, file = trained
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert load_trained_weights(model, file) == {"classes": "cat,dog"}
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, tensors[name].float() if name in tensors else before[name])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("lacking", r"lacks 1 trained parameter\(s\) of this model: .*gate"),
-        ("unknown", r"1 tensor\(s\) that this model does not have: model.extra"),
-        ("shape", r"gate has the shape \(2,\), but in this model \(1,\)"),
-        ("nan", r"gate has values that are not finite"),
-        ("rubbish", "is not a safetensors file"),
-    ],
-)
-def test_trained_weights_that_do_not_match_are_refused_and_change_nothing(trained, change, message):
-    model, tensors, file = trained
-    gate = next(name for name in tensors if name.endswith("gate"))
-    if change == "lacking":
-        del tensors[gate]
-    elif change == "unknown":
-        tensors["model.extra"] = torch.zeros(1)
-    elif change == "shape":
-        tensors[gate] = torch.zeros(2)
-    elif change == "nan":
-        tensors[gate] = torch.full((1,), float("nan"))
-    save_file(tensors, file)
-    if change == "rubbish":
-        file.write_bytes(b"rubbish")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        load_trained_weights(model, file)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(FileNotFoundError, match="no file"):
-        load_trained_weights(model, file.with_name("missing"))
 
 
 def test_fresh_modules_are_what_neither_part_brings(checkpoint):
@@ -637,7 +586,7 @@ def test_the_same_seed_builds_the_same_model(monkeypatch, capsys, text_dir, tmp_
     assert any(not torch.equal(value, built["other"][name]) for name, value in built["first"].items())
 
 
-def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
+def test_command_line_builds_from_packages_with_a_template(
     monkeypatch, capsys, text_dir, timm_weights, package, tmp_path
 ):
     write_gguf(LlamaForCausalLM.from_pretrained(text_dir), package / "llama.gguf", tiny_tokenizer())
@@ -665,21 +614,6 @@ def test_command_line_builds_from_packages_with_a_template_and_trained_weights(
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         == f"user>{IMAGE}a dog?\n"
     )
-
-    tensors = {
-        f"{part}.{name}": torch.randn_like(value)
-        for part, module in fresh_modules(model).items()
-        for name, value in module.named_parameters()
-    }
-    save_file(tensors, tmp_path / "trained.safetensors")
-    code, printed = run(
-        monkeypatch, capsys, *arguments, "--image-token", IMAGE, "--out", tmp_path / "trained",
-        "--trained-weights", tmp_path / "trained.safetensors",
-    )  # fmt: skip
-    assert code == 0, printed
-    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained").state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.equal(trained[name], tensors.get(name, value)), name
 
 
 def test_a_gguf_file_in_the_current_folder_is_found(tmp_path, monkeypatch):

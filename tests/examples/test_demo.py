@@ -24,12 +24,14 @@ from agevlm import AgeVlmForConditionalGeneration
 from agevlm.build import build_checkpoint, load_timm
 from agevlm.cli.commands import app
 from agevlm.data import build_scenes
+from agevlm.deltas import TRAINED_FILE, save_trained
 from agevlm.evaluation import evaluate_scenes
 from agevlm.evaluation.answers import Question
 from agevlm.files import resolve_package_file
+from agevlm.hub import load_processor
 from agevlm.inference.generation import load_model
+from agevlm.trainer.stages import group_parameters
 from research.assets.openmoji import export_openmoji, export_photographs
-from research.weights import save_trained, trained_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +46,16 @@ SMALL = [
 ]
 
 
+def trained_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, torch.nn.Parameter]:
+    """What the demo's stages train."""
+    groups = group_parameters(model)
+    trained = ("adapter", "cross_attention", "vision_last_block")
+    return {name: parameter for group in trained for name, parameter in groups[group].items()}
+
+
 @pytest.fixture(scope="module")
 def tiny_parts(tmp_path_factory):
-    """Options of `agevlm build` for tiny parts, and a file of trained weights that fits them."""
+    """Options of `agevlm build` for tiny parts, and a delta of them."""
     folder = tmp_path_factory.mktemp("parts")
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder / "text")
@@ -60,8 +69,12 @@ def tiny_parts(tmp_path_factory):
     for name, parameter in model.named_parameters():
         if name.endswith(".gate"):
             torch.nn.init.constant_(parameter, 0.5)
-    save_trained(model, folder / "trained.safetensors", {"classes": CLASSES})
-    return options, folder / "trained.safetensors"
+    with torch.no_grad():
+        for parameter in group_parameters(model)["vision_last_block"].values():
+            parameter.add_(0.5)
+    metadata = {"classes": CLASSES}
+    save_trained(model, folder / "delta", load_processor(folder / "model"), dtype=torch.bfloat16, metadata=metadata)
+    return options, folder / "delta"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +90,8 @@ def play(tiny_parts, commands):
     def run(*command: str | Path) -> None:
         words = [str(word) for word in command]
         commands.append(words[1:])
+        if "--delta" in words:  # the shipped one finds its parts in packages
+            words += map(str, tiny_parts[0][:4])
         if words[0] == str(demo.AGEVLM):
             app(words[1:], standalone_mode=False)
         else:
@@ -181,7 +196,10 @@ def test_the_own_run_was_trained_and_its_frozen_parts_were_not(output):
 
 
 def test_the_checkpoint_is_the_shipped_model(output, tiny_parts):
-    model, shipped = AgeVlmForConditionalGeneration.from_pretrained(output / "checkpoint"), load_file(tiny_parts[1])
+    model, shipped = (
+        AgeVlmForConditionalGeneration.from_pretrained(output / "checkpoint"),
+        load_file(tiny_parts[1] / TRAINED_FILE),
+    )
     assert all(torch.equal(p.bfloat16(), shipped[name]) for name, p in trained_parameters(model).items())
 
 
@@ -249,7 +267,8 @@ def test_weights_that_do_not_fit_are_named_and_not_used(
         raise RuntimeError("training begins")
 
     monkeypatch.setattr(demo, "train", train)
-    (tmp_path / "damaged").write_text("no weights")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / TRAINED_FILE).write_text("no weights")
     weights = {"No such file": tmp_path / "missing", "is not a safetensors file": tmp_path / "damaged"}
     options = ["--output-dir", tmp_path / "output", "--steps", steps]
     options += ["--weights", weights.get(problem, tiny_parts[1])]
@@ -290,8 +309,9 @@ def test_held_out_scenes_are_the_same_however_many_are_trained_on(assets, tmp_pa
 
 
 def test_shipped_weights_answer_about_held_out_scenes(assets, tmp_path):
-    parts = [*demo.PARTS, "--trained-weights", demo.WEIGHTS, "--dtype", str(demo.fastest_dtype())[len("torch.") :]]
-    app([*map(str, ["build", *parts, "--out", tmp_path / "checkpoint"])], standalone_mode=False)
+    dtype = str(demo.fastest_dtype())[len("torch.") :]
+    command = ["build", "--delta", demo.WEIGHTS, "--dtype", dtype, "--out", tmp_path / "checkpoint"]
+    app([*map(str, command)], standalone_mode=False)
     demo.check_weights(demo.WEIGHTS, demo.CLASSES.split(","))
     scenes = held_out_scenes(assets, tmp_path / "scenes", 1, 6)
     scenes = scenes.filter(lambda kind: kind == "existence", input_columns="kind")
