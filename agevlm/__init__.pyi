@@ -9,6 +9,8 @@ from .data.readers import read_rows as read_rows
 from .data.scene_builder import build_scenes as build_scenes
 from .data.teachers import MaskTeacher as MaskTeacher
 from .data.teachers import load_teacher as load_teacher
+from .deltas import load_trained as load_trained
+from .deltas import save_trained as save_trained
 from .evaluation.benchmark import evaluate as evaluate
 from .evaluation.benchmark import evaluate_cv_bench as evaluate_cv_bench
 from .evaluation.benchmark import evaluate_pope as evaluate_pope

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.slow
 # The inputs are in braces: the name of a folder or a file of `world`, whose kind `KINDS` says. `out` is the output.
 COMMANDS = {
     "build": "build --text {text} --vision {vision} --image-size 64 --out {out}",
+    "build --delta": "build --delta {delta} --text {text} --vision {vision} --out {out}",
     "scenes": "scenes --cutouts {cutouts} --backgrounds {backgrounds} --train 2 --validation 1 --test 1 --image-size 64 "
     "--max-objects 2 --out {out}",
     "masks": "masks {boxes} --teacher sam --checkpoint {sam} --device cpu --out {out}",
@@ -100,6 +101,10 @@ def world(tmp_path_factory):
     for part in (tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id), tokenizer):
         part.save_pretrained(folder / "text")
     tiny_vision().save_pretrained(folder / "vision")
+    model, processor = agevlm.build_checkpoint(
+        str(folder / "text"), str(folder / "vision"), folder / "whole", image_size=64
+    )
+    agevlm.save_trained(model, folder / "delta", processor)
     save_checkpoint(folder / "sam")
     (folder / "recipe").write_text(RECIPE)
     (folder / "images").mkdir()
@@ -261,6 +266,9 @@ PART = [fault for fault in MODEL if fault not in (broken_template, failing_templ
 FAULTS: dict[str, list[Callable[[Path], Any]]] = {
     "model": MODEL,
     "text": PART,
+    "delta": [missing, empty, text, in_file("trained.safetensors", truncated), in_file("trained.safetensors", no_bytes),
+              in_file("parts.json", truncated), in_file("parts.json", nested), in_file("parts.json", number),
+              in_file("config.json", truncated), in_file("tokenizer.json", truncated), broken_template],
     "vision": [fault for fault in PART if "tokenizer" not in fault.__name__],
     "dataset": [missing, empty, text, part("state.json", truncated), part("state.json", nested),
                 part("dataset_info.json", number), part("data-00000-of-00001.arrow", truncated)],
@@ -279,7 +287,7 @@ FAULTS: dict[str, list[Callable[[Path], Any]]] = {
 }  # fmt: skip
 FILES = ("sam", "recipe", "image")
 KINDS = {
-    "text": "text", "vision": "vision", "model": "model", "rows": "dataset", "boxes": "dataset", "captions": "dataset", "scenes": "splits", "sam": "sam",
+    "text": "text", "vision": "vision", "model": "model", "delta": "delta", "rows": "dataset", "boxes": "dataset", "captions": "dataset", "scenes": "splits", "sam": "sam",
     "recipe": "recipe", "image": "image", "images": "images", "cutouts": "pictures", "backgrounds": "pictures",
     "rows.json": "json", "llava.json": "json", "pope.json": "json", "cv.jsonl": "json",
     "grit.parquet": "table", "downloaded": "shards", "flickr30k": "entities", "photographs": "images",
@@ -315,6 +323,8 @@ SKIPPED = {
         "chat",
     },
     "rows": {"data prepare"},
+    "text": {"build --delta"},
+    "vision": {"build --delta"},
     "rows.json": {"data check --model"},
 }
 
@@ -436,6 +446,7 @@ FOLDERS = [command for command in OUTPUTS if "{out}." not in COMMANDS[command] a
 # Each command's last step before its output is written.
 LAST_STEP = {
     "build": "agevlm.build.from_parts",
+    "build --delta": "agevlm.deltas.load_processor",
     "scenes": "agevlm.data.scene_builder.quiet_datasets",
     "masks": "agevlm.data.teachers.SamTeacher.masks",
     "features": "agevlm.data.features.image_digest",
