@@ -61,7 +61,7 @@ def read_parts(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         parts = values.get("parts", {}) if whole else values
         if not all(isinstance(parts[name], dict) and isinstance(parts[name]["digests"], dict) for name in parts):
             raise ValueError("a part has no digests")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): replace the file, or name another model.") from error
     return parts
 
