@@ -167,6 +167,8 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
     is_compileable = True
     is_croppable = True
     supports_early_init = False
+    # Not in `__dict__`, whose tensors are inputs of an exported program: those of the text layer would be inputs twice.
+    __slots__ = ("text_layer",)
 
     def __init__(self, text_layer: CacheLayerMixin):
         super().__init__()
@@ -754,7 +756,7 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         seq_length = inputs_embeds.shape[1]
         # The positions of one token do not say anything, and compiled code must not read a value. Continuous batching has
         # a cache of another class, which keeps the texts apart.
-        if isinstance(cache, Cache) and seq_length > 1 and not is_tracing(inputs_embeds):
+        if isinstance(cache, Cache) and not is_tracing(inputs_embeds) and seq_length > 1:
             # In a cached text the position ids may skip some, but not start anew.
             is_token = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
             if attention_mask is not None:
@@ -784,10 +786,13 @@ class AgeVlmTextModel(AgeVlmPreTrainedModel):
         map_index = map_members = None
         if map_queries is not None:
             # First the tokens of any phrase, in order, then tokens of no phrase as padding. Compiled code must not read how
-            # many there are, and keeps all.
+            # many there are, and keeps all in their places.
             asked = map_queries.any(dim=1)
-            num_rows = asked.shape[1] if is_tracing(asked) else int(asked.sum(-1).max())
-            map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :num_rows]
+            if is_tracing(asked):
+                map_index = torch.arange(asked.shape[1], device=asked.device).expand_as(asked)
+            else:
+                num_rows = int(asked.sum(-1).max())
+                map_index = asked.int().argsort(dim=-1, descending=True, stable=True)[:, :num_rows]
             map_members = map_queries.gather(2, map_index[:, None].expand(-1, map_queries.shape[1], -1))
         return AgeVlmCrossAttentionInputs(
             visible=visible,
