@@ -1,5 +1,6 @@
 from .attention import Attention as Attention
 from .attention import attend as attend
+from .export import export_model as export_model
 from .generation import load_model as load_model
 from .grounding import Calibration as Calibration
 from .grounding import Grounded as Grounded

@@ -7,7 +7,7 @@ import typer
 
 from .. import __version__
 from . import app as app_command
-from . import ask, build, data, eval, features, push, serve, train
+from . import ask, build, data, eval, export, features, push, serve, train
 
 app = typer.Typer(
     help="AGE-VLM: vision-language models that are taught where to look.",
@@ -44,6 +44,7 @@ for command in (
     ask.ask,
     ask.attention,
     eval.similarity,
+    export.export,
     serve.serve,
     serve.chat,
     app_command.app,

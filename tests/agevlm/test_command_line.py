@@ -76,6 +76,7 @@ COMMANDS = {
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
     "serve": "serve {model} --port 0",
     "chat": "chat {model} --image {image}",
+    "export": "export {model} --format torch --out {out}",
 }
 
 RECIPE = """
@@ -321,6 +322,7 @@ SKIPPED = {
         "eval scenes",
         "serve",
         "chat",
+        "export",
     },
     "rows": {"data prepare"},
     "text": {"build --delta"},
@@ -420,6 +422,7 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
         ("ask", ["--phrase", "[/b]", "--heatmap", "x.png"], "[/b]"),
         ("serve", ["--dtype", "[/b]"], "[/b]"),
         ("chat", ["--device", "[/b]"], "[/b]"),
+        ("export", ["--format", "[/b]"], "[/b]"),
     ],
 )
 def test_a_wrong_option_ends_in_one_message(name, options, culprit, monkeypatch, capsys, world, tmp_path):
