@@ -279,6 +279,7 @@ def export_model(
 
     size = processor.image_processor.size
     with new_folder(folder) as partial, _tracing(model):
+        processor.save_pretrained(partial)  # first, so that a disk that is full says so at once
         exporter = OnnxExporter() if format == "onnx" else DynamoExporter()
         components, described = {}, {}
         for name, graph in _graphs(model, (size["height"], size["width"]), maps).items():
@@ -292,7 +293,6 @@ def export_model(
             described[name] = graph.describe(name + FORMATS[format])
         whole = ExportedModel(components, exporter.export_format, model.config, model.generation_config)
         whole.save_pretrained(partial)
-        processor.save_pretrained(partial)
         text_config = model.config.text_config
         graphs = {
             "format": format,

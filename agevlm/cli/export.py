@@ -16,7 +16,9 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32, float16, bfloat16, or auto, as the checkpoint was saved.")
     ] = "float32",
-    maps: Annotated[bool, typer.Option(help="The decoder also takes phrases and returns their attention maps.")] = False,
+    maps: Annotated[
+        bool, typer.Option(help="The decoder also takes phrases and returns their attention maps.")
+    ] = False,
     opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest that the exporter knows by default.")] = None,
 ) -> None:
     """Write a model as graphs for ONNX Runtime or PyTorch, which run without Transformers."""

@@ -468,6 +468,7 @@ LAST_STEP = {
     "eval pope": "agevlm.evaluation.answers.answer_batch",
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
+    "export": "agevlm.inference.export._graphs",
 }
 # What an interrupted run leaves for the next one to continue.
 KEPT = {
