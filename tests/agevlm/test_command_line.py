@@ -565,7 +565,13 @@ def test_an_interrupt(name, command, tmp_path, monkeypatch):
     assert without_kept(tree(tmp_path), name) == before
 
 
-@pytest.mark.parametrize("name", [name for name in OUTPUTS if name != "train"])
+# An export takes as long as many others together.
+PRINTING = [
+    pytest.param(name, marks=pytest.mark.minutes) if name == "export" else name for name in OUTPUTS if name != "train"
+]
+
+
+@pytest.mark.parametrize("name", PRINTING)
 def test_names_that_look_like_markup(name, command, world, tmp_path):
     """A name is printed as it is, at the latest when the work is done."""
     (tmp_path / "[b]:cat:[").mkdir()
