@@ -19,6 +19,8 @@ from .model import is_generated, read_results, render_model_card, result_files
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoCard
 
+Kind = Literal["model", "adapter", "delta", "data set"]
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 """Files of these names stay here: they can run code where they are loaded, and Transformers reads safetensors."""
 
@@ -30,14 +32,12 @@ LEFT_OUT = {
 }
 """What stays here, by reason: patterns of paths."""
 
-_KINDS = {
+_KINDS: dict[str, Kind] = {
     "dataset_dict.json": "data set", "state.json": "data set", "parts.json": "delta", "config.json": "model",
     "adapter_config.json": "adapter",
 }  # fmt: skip
 _SHARDS = ("*.safetensors", "*.safetensors.index.json", "*.arrow")
 _EVERYWHERE = (".git*", "README.md", "LICENSE*", "ATTRIBUTION.md")
-
-Kind = Literal["model", "adapter", "delta", "data set"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def push(
 
 def _kind(names: Collection[str]) -> Kind | None:
     """What files of these names are, in a folder or a repository."""
-    return next((kind for name, kind in _KINDS.items() if name in names), None)  # type: ignore[return-value]
+    return next((kind for name, kind in _KINDS.items() if name in names), None)
 
 
 def _folder_kind(folder: Path) -> Kind:
@@ -260,7 +260,9 @@ def _keep_metadata(card: RepoCard, former: Mapping[str, Any]) -> None:
     """Gives a card the metadata of a former one that it lacks, such as a license that someone chose on the Hub."""
     for name, value in former.items():
         if name == "tags":
-            card.data.tags = list(dict.fromkeys([*card.data.tags, *([value] if isinstance(value, str) else value)]))
+            card.data["tags"] = list(
+                dict.fromkeys([*(card.data.get("tags") or []), *([value] if isinstance(value, str) else value)])
+            )
         elif name != "model-index" and card.data.get(name) is None:  # results are of the weights that they came with
             card.data[name] = value
 
