@@ -16,6 +16,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,23 @@ def write_whole(
         if provenance := model_provenance(name):
             write_provenance(partial, provenance)
     return model
+
+
+def write_as_delta(folder: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """Makes a delta of a whole checkpoint: its other files, and what [`save_trained`] writes in place of its weights.
+
+    Args:
+        output_dir: does not exist yet.
+
+    Raises:
+        ValueError: as [`save_trained`].
+        OSError: if there is no model in the folder.
+    """
+    model = load_pretrained(AgeVlmForConditionalGeneration, folder)
+    shutil.copytree(
+        folder, output_dir, ignore=shutil.ignore_patterns("*.safetensors*", "checkpoint-*", ".unfinished*")
+    )
+    write_trained(model, output_dir)
 
 
 def read_trained(folder: str | os.PathLike) -> dict[str, torch.Tensor]:

@@ -71,6 +71,11 @@ def base_models(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [part["hub_id"] for part in parts.values() if "hub_id" in part]
 
 
+def unnamed_parts(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The parts that were in local folders or files, so that only their digests are known."""
+    return [name for name, part in parts.items() if not {"hub_id", "package_file"} & part.keys()]
+
+
 def locate_part(name: str, revision: str | None = None, by_order: bool = False) -> dict[str, Any]:
     """Where a part is found that was just loaded by its name: the fields before `dtype`.
 

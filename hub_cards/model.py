@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..files import update_folder
-from ..parts import read_parts
+from ..parts import PARTS_FILE, read_parts, unnamed_parts
 from ..provenance import identify, read_provenance
 
 MARK = "Written by agevlm from the files in this folder. Delete this line to keep changes of your own."
@@ -114,6 +114,7 @@ def render_model_card(
     if adapter and base is None and adapter.get("base_model_name_or_path"):
         base = identify(adapter["base_model_name_or_path"])
     data = _distinct(source for stage in stages for source in stage.get("data", []))
+    needs_agevlm = needs_agevlm or (folder / PARTS_FILE).is_file()
     untrained = not stages and bool(provenance.get("untrained"))
 
     licenses = _licenses(
@@ -144,6 +145,7 @@ def render_model_card(
         adapter=_adapter_name(adapter),
         base=base,
         needs_agevlm=needs_agevlm,
+        unnamed=unnamed_parts(read_parts(folder)) if needs_agevlm else [],
         untrained=untrained,
         layers=_layers(text_config),
         num_layers=text_config.get("num_hidden_layers"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -71,6 +72,7 @@ def push(
     *,
     private: bool = False,
     replace_content: bool = False,
+    delta: bool = False,
     dry_run: bool = False,
     token: str | None = None,
 ) -> Push:
@@ -85,7 +87,8 @@ def push(
         repo_id: OWNER/NAME, or NAME alone for your own.
         private: make a new repository private.
         replace_content: remove all that the repository has and the folder does not have, whatever it is.
-        dry_run: only find out what would be done; nothing is written anywhere.
+        delta: push what was trained in a whole checkpoint, and the names and digests of its parts ([`~agevlm.deltas`]).
+        dry_run: only find out what would be done; nothing is sent.
         token: of the Hub; by default HF_TOKEN or that of `hf auth login`.
 
     Raises:
@@ -107,6 +110,17 @@ def push(
     if not dry_run and token is None and get_token() is None:
         raise PermissionError(
             "There is no token of the Hub here: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+        )
+    if delta and kind == "model":
+        from ..deltas import write_as_delta
+
+        with tempfile.TemporaryDirectory() as work:
+            made = Path(work, folder.absolute().name)
+            write_as_delta(folder, made)
+            return push(made, repo_id, private=private, replace_content=replace_content, dry_run=dry_run, token=token)
+    if delta and kind != "delta":
+        raise ValueError(
+            f"Only a model can be pushed as a delta, and {folder} has none but {kind} files: leave --delta out."
         )
     api = HfApi(token=token, library_name="agevlm", library_version=__version__)
     repo_type = "dataset" if kind == "data set" else "model"

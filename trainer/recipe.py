@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..data.mixture import DataPart, read_mixture
 from ..files import update_folder
 from ..hub import MODEL_TYPE, load_processor, loading
+from ..parts import unnamed_parts
 from ..plots import CURVES, draw_training
 from ..terminal import console, say
 from .parser import apply_override, check_fields, parse, read_mapping
@@ -596,8 +597,8 @@ def _check_parts_are_found(model_args: ModelArgs, config: PreTrainedConfig) -> N
     Raises:
         ValueError: if a stage's delta would not know where to load a part from.
     """
-    for name, part in (getattr(config, "parts", None) or {}).items():
-        if getattr(model_args, name) is None and not {"hub_id", "package_file"} & part.keys():
+    for name in unnamed_parts(getattr(config, "parts", None) or {}):
+        if getattr(model_args, name) is None:
             raise ValueError(
                 f"training.save_trained_only: the next stage cannot load the {name.replace('_', ' ')}, which was in a local folder or "
                 f"file. Name it as model_args.{name}, or leave save_trained_only out."

@@ -26,6 +26,12 @@ def push(
             "refused.",
         ),
     ] = False,
+    delta: Annotated[
+        bool,
+        typer.Option(
+            "--delta", help="Push what was trained, some megabytes, and name the parts; loading it needs agevlm."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would go up, be left out and be removed, and the card.")
     ] = False,
@@ -33,7 +39,7 @@ def push(
     """Push a checkpoint or a data set to the Hugging Face Hub, with its card, in one commit and without pickles."""
     from ..hub_cards.push import push as push_folder
 
-    done = push_folder(folder, repo_id, private=private, replace_content=replace, dry_run=dry_run)
+    done = push_folder(folder, repo_id, private=private, replace_content=replace, delta=delta, dry_run=dry_run)
     _report(done, dry_run)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,11 +12,18 @@ from command_line import check_refused, run
 from hub_server import HubServer, front_matter, refusal
 from safetensors.torch import save_file
 from starlette.responses import Response
+from tiny import tiny_tokenizer
 from tiny_laboratory import tiny_checkpoint
+from tiny_models import tiny_llama, tiny_vision
 
+from agevlm import AgeVlmForConditionalGeneration, build_checkpoint, save_trained
+from agevlm.hub import load_processor
+from agevlm.hub_cards.model import render_model_card
 from agevlm.hub_cards.push import push
 
 pytestmark = pytest.mark.slow
+
+SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "weights" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +323,61 @@ def test_an_adapter(hub, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     assert push(tmp_path, "me/mine").kind == "adapter"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(arrived(hub))
+
+
+# --- deltas ---
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A whole checkpoint whose parts are in folders, with one tensor of the tower trained."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    tiny_vision().save_pretrained(tmp_path / "vision")
+    model, _ = build_checkpoint(str(tmp_path / "text"), str(tmp_path / "vision"), tmp_path / "whole", image_size=64)
+    torch.nn.init.normal_(next(model.model.vision_tower.parameters()))
+    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "training_args.bin").write_bytes(b"pickle")
+    return tmp_path / "whole"
+
+
+def test_a_delta_of_a_checkpoint_is_pushed_and_loaded_by_its_name(hub, whole, tmp_path, monkeypatch, capsys):
+    before = contents(whole)
+    code, printed = run(monkeypatch, capsys, "push", whole, "me/mine", "--delta", "--dry-run")
+    assert code == 0, printed
+    assert not hub.messages
+    code, printed = run(monkeypatch, capsys, "push", whole, "me/mine", "--delta")
+    assert code == 0, printed
+    assert contents(whole) == before
+    found = arrived(hub)
+    assert len(hub.messages) == 1
+    assert {"trained.safetensors", "parts.json", "config.json", "tokenizer.json"} <= found.keys()
+    assert not {"model.safetensors", "training_args.bin"} & found.keys()
+    card = found["README.md"].decode()
+    assert "`agevlm` is needed" in card
+    assert "agevlm build --delta me/mine --text TEXT_MODEL --vision VISION_MODEL" in card
+    parts = ["--text", tmp_path / "text", "--vision", tmp_path / "vision"]
+    code, printed = run(monkeypatch, capsys, "build", "--delta", "me/mine", *parts, "--out", tmp_path / "again")
+    assert code == 0, printed
+    models = [AgeVlmForConditionalGeneration.from_pretrained(folder) for folder in (whole, tmp_path / "again")]
+    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())
+    save_trained(models[0], tmp_path / "delta", load_processor(whole))
+    push(tmp_path / "delta", "me/other", delta=True)
+    assert arrived(hub, "me/other")["trained.safetensors"] == found["trained.safetensors"]
+
+
+def test_the_card_of_a_delta_with_parts_of_packages_says_how_it_is_loaded():
+    card = str(render_model_card(SHIPPED, repo_id="me/demo"))
+    assert "`agevlm` is needed" in card
+    assert 'load_model("me/demo")' in card
+    assert "agevlm build" not in card
+
+
+def test_what_is_no_model_is_not_pushed_as_a_delta(hub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base", "peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    check_refused(
+        monkeypatch, capsys, tmp_path, "Only a model can be pushed as a delta", "push", tmp_path, "me/mine", "--delta"
+    )
+    assert not hub.messages
