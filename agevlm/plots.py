@@ -428,6 +428,46 @@ def draw_bars(
     _save(figure, path)
 
 
+def draw_grounding_scores(scores: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Writes a PNG of what [`~agevlm.evaluation.grounding.Grounding`] has scored: each score with its interval and its chance, and
+    how often things are there at each confidence.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    reliability = scores.get("calibration_error")
+    shown = {name: row for name, row in scores.items() if "chance" in row}
+    figure = new_figure(9 if reliability else 5.5, 3.6)
+    panels = figure.subplots(1, 2 if reliability else 1, squeeze=False)[0]
+    axis = panels[0]
+    for place, row in enumerate(shown.values()):
+        ends = [[row["score"] - row["low"]], [row["high"] - row["score"]]]
+        axis.errorbar([row["score"]], [place], xerr=np.clip(ends, 0, None), fmt="o", color=COLORS[0], capsize=3)
+        axis.plot([row["chance"]] * 2, [place - 0.35, place + 0.35], color="#b00020", linestyle="--", linewidth=1.2)
+        if "best_on_grid" in row:
+            axis.plot(row["best_on_grid"], place, "|", color=COLORS[2], markersize=16)
+    names = {
+        "there": "AUROC: there",
+        "there_answer": "AUROC: in answers",
+        "box_iou": "box IoU",
+        "yes_no": "yes/no answers",
+    }
+    axis.set_yticks(range(len(shown)), [names.get(name, name.replace("_", " ")) for name in shown])
+    axis.set(xlim=(0, 1.02), ylim=(len(shown) - 0.4, -0.6))
+    axis.set_title("value with 95% interval\nred: chance; green: best box of whole cells", fontsize=9)
+    if reliability:
+        confidence, share, count = zip(*reliability["bins"], strict=True)
+        axis = panels[1]
+        axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle=":")
+        axis.scatter(confidence, share, [8 + 120 * n / max(count) for n in count], color=COLORS[0], alpha=0.7)
+        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="confidence", ylabel="share that is there")
+        axis.set_title(f"{reliability['phrases']} phrases, error {reliability['score']:.3f}", fontsize=9)
+    for axis in panels:
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def _points(log: LogHistory, key: str) -> dict[int, float]:
     """The finite values of a log history, by step."""
     return {entry["step"]: entry[key] for entry in log if key in entry and math.isfinite(entry[key])}

@@ -7,9 +7,12 @@ from .benchmark import Benchmark as Benchmark
 from .benchmark import Evaluation as Evaluation
 from .benchmark import evaluate as evaluate
 from .benchmark import evaluate_cv_bench as evaluate_cv_bench
+from .benchmark import evaluate_grounding as evaluate_grounding
 from .benchmark import evaluate_pope as evaluate_pope
 from .benchmark import evaluate_scenes as evaluate_scenes
 from .cv_bench import CvBench as CvBench
+from .grounding import Grounding as Grounding
+from .grounding import calibrate as calibrate
 from .pope import Pope as Pope
 from .scenes import Scenes as Scenes
 from .similarity import Similarity as Similarity

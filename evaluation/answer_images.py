@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import claim, new_file, unfinished_path
 from ..inference.generation import open_image
+from ..inference.grounding import Calibration, ground_reply
+from ..inference.replies import Reply
 from ..resume import digest
 from .answers import Question, answer
 
@@ -111,6 +114,7 @@ def answer_images(
     out: str | os.PathLike,
     *,
     settings: dict[str, Any] | None = None,
+    ground: Calibration | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 64,
 ) -> dict[str, str]:
@@ -123,6 +127,8 @@ def answer_images(
         out: `.jsonl` with `{"image", "question", "answer"}` a line, or `.csv` with these columns, in the order of `asked`. An
             image that cannot be read has no answer, and the reason as `error`.
         settings: what else the answers depend on, such as the model's name.
+        ground: also write the `phrases` that question and answer name, as [`~agevlm.inference.grounding.Grounded`] has them; in `.csv`
+            as JSON.
 
     Returns:
         the images that could not be read, with the reason.
@@ -157,7 +163,13 @@ def answer_images(
     with claim(work):
         answers = answer(
             *(model, processor, questions, work / "answers.jsonl"),
-            settings={**(settings or {}), "images": digest(asked), "unreadable": sorted(bad)},
+            settings={
+                **(settings or {}),
+                "images": digest(asked),
+                "unreadable": sorted(bad),
+                "calibration": None if ground is None else asdict(ground),
+            },
+            inspect=None if ground is None else functools.partial(_grounded, ground),
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             progress="images",
@@ -166,14 +178,25 @@ def answer_images(
         for number, entry in enumerate(asked):
             row = {"image": entry.image, "question": entry.question}
             given = answers.get(f"{number}")
-            rows.append({**row, **({"answer": given["answer"]} if given else {"error": bad[entry.place]})})
+            rows.append({**row, **(given or {"error": bad[entry.place]})})
         with new_file(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             if out.suffix == ".jsonl":
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:
-                columns = ["image", "question", "answer", *(["error"] if bad else [])]
-                writer = csv.DictWriter(file, columns)
+                more = ["phrases"] if ground is not None else []
+                writer = csv.DictWriter(file, ["image", "question", "answer", *more, *(["error"] if bad else [])])
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(
+                    {**row, "phrases": json.dumps(row["phrases"], ensure_ascii=False)} if "phrases" in row else row
+                    for row in rows
+                )
     shutil.rmtree(work)
     return bad
+
+
+def _grounded(
+    calibration: Calibration, model: Any, processor: Any, questions: Sequence[Question], replies: Sequence[Reply]
+) -> list[dict[str, Any]]:
+    pairs = zip(questions, replies, strict=True)
+    found = [ground_reply(model, processor, given, q.text, calibration=calibration).to_dict() for q, given in pairs]
+    return [{"phrases": grounded["phrases"]} for grounded in found]

@@ -14,7 +14,9 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import name_full_disk, new_file
-from ..inference.generation import Batch, check_processor, generate_greedily, read_batch, render_question
+from ..inference.attention import cross_attention_layers
+from ..inference.generation import ask_about, check_processor
+from ..inference.replies import Reply, reply
 from ..processing.image_processing_agevlm import to_rgb
 from ..resume import FIX, digest, fingerprint, refuse_changes
 
@@ -30,10 +32,11 @@ class Question:
         expected: the right answer as the benchmark writes it.
         kind: the group that it is scored in: a category, a task.
         source: where its image is from: a data set, a scene.
-        choices: the texts to choose from, of a multiple-choice question.
+        choices: the texts to choose from, of a multiple-choice question; of a scene, the classes of all scenes.
         span: characters `(start, end)` of a phrase in `text` that names something in the image.
         mask: COCO RLE of what the phrase names.
         objects: COCO RLE of each object in the image.
+        names: what each of `objects` is called.
     """
 
     key: str
@@ -46,6 +49,7 @@ class Question:
     span: tuple[int, int] | None = None
     mask: Mapping[str, Any] | None = None
     objects: tuple[Mapping[str, Any], ...] = ()
+    names: tuple[str, ...] = ()
 
     def open_image(self) -> Image.Image:
         """The image, RGB.
@@ -59,8 +63,8 @@ class Question:
             raise ValueError(f"question {self.key}: {error or type(error).__name__}") from error
 
 
-Inspect = Callable[[PreTrainedModel, ProcessorMixin, Sequence[Question], Batch], Sequence[Mapping[str, Any]]]
-"""What else to write down of each question of a batch, beside its answer."""
+Inspect = Callable[[PreTrainedModel, ProcessorMixin, Sequence[Question], Sequence[Reply]], Sequence[Mapping[str, Any]]]
+"""What else to write down of each question of a batch, beside its answer. Replies of an AGE-VLM have maps."""
 
 
 def answer_batch(
@@ -71,14 +75,16 @@ def answer_batch(
     inspect: Inspect | None = None,
 ) -> list[dict[str, Any]]:
     """Answers questions together: for each its `answer`, without spaces at its ends, and what `inspect` gives."""
-    images = [question.open_image() for question in questions]
-    prompts = [render_question(processor, question.text) for question in questions]
-    batch = read_batch(model, processor, prompts, images)
-    asked = [f"question {question.key} ({question.text!r})" for question in questions]
-    tokens = generate_greedily(model, processor, batch.inputs, max_new_tokens, asked)
-    texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    more = inspect(model, processor, questions, batch) if inspect is not None else [{}] * len(texts)
-    return [{"answer": text.strip(), **found} for text, found in zip(texts, more, strict=True)]
+    replies = reply(
+        model,
+        processor,
+        [ask_about(question.text, question.open_image()) for question in questions],
+        max_new_tokens=max_new_tokens,
+        maps=inspect is not None and bool(cross_attention_layers(model.config)),
+        names=[f"question {question.key} ({question.text!r})" for question in questions],
+    )
+    more = inspect(model, processor, questions, replies) if inspect is not None else [{}] * len(replies)
+    return [{"answer": given.text.strip(), **found} for given, found in zip(replies, more, strict=True)]
 
 
 # --- all questions ---

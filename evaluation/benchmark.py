@@ -6,7 +6,7 @@ A benchmark of your own is an object with the attributes of [`Benchmark`]; give 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,7 @@ from ..files import check_new_folder, update_folder
 from ..inference.generation import load_model
 from .answers import Inspect, Question, answer
 from .cv_bench import CvBench
+from .grounding import Grounding
 from .pope import Pope
 from .scenes import Scenes
 
@@ -53,6 +54,10 @@ class Benchmark(Protocol):
     def inspect(self) -> Inspect | None:
         """What to write down of each question beside its answer; None for nothing."""
 
+    @property
+    def draw(self) -> Callable[[Scores, Path], None] | None:
+        """Writes a figure of the scores, `plot.png` of the output; None for none."""
+
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """What the questions depend on, for a model of this configuration; values that JSON can hold."""
 
@@ -66,7 +71,7 @@ class Benchmark(Protocol):
         """The scores as tables."""
 
 
-BENCHMARKS: dict[str, type[Benchmark]] = {"pope": Pope, "cv-bench": CvBench, "scenes": Scenes}
+BENCHMARKS: dict[str, type[Benchmark]] = {"pope": Pope, "cv-bench": CvBench, "scenes": Scenes, "grounding": Grounding}
 """The benchmarks by the name of their command, `agevlm eval NAME`."""
 
 
@@ -182,6 +187,8 @@ def evaluate(
     found = Evaluation(settings, scores, asked, answers, benchmark.tables(scores, settings))
     if out is not None:
         found.save(out)
+        if benchmark.draw is not None:
+            benchmark.draw(scores, Path(out) / "plot.png")
     return found
 
 
@@ -221,6 +228,18 @@ def evaluate_scenes(
 ) -> Evaluation:
     """[`evaluate`] a model on grounded scenes. See [`~agevlm.evaluation.scenes.Scenes`] for `data`, `split`."""
     return evaluate(Scenes(data, split), model, out, **settings)
+
+
+def evaluate_grounding(
+    model: str | os.PathLike | tuple[PreTrainedModel, ProcessorMixin],
+    out: str | os.PathLike | None = None,
+    *,
+    data: "str | os.PathLike | Dataset",
+    split: str = Grounding.split,
+    **settings: Any,
+) -> Evaluation:
+    """[`evaluate`] a model's grounded answers. See [`~agevlm.evaluation.grounding.Grounding`] for `data`, `split`."""
+    return evaluate(Grounding(data, split), model, out, **settings)
 
 
 # --- tables ---

@@ -142,6 +142,7 @@ class CvBench:
     prompt_suffix = "Answer with the option's letter from the given choices directly."
     max_new_tokens = 128
     inspect = None
+    draw = None
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Which questions are asked."""

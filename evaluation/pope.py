@@ -150,6 +150,7 @@ class Pope:
     prompt_suffix = ""  # POPE asks the question alone
     max_new_tokens = 128
     inspect = None
+    draw = None
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Which questions are asked."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
 from ..inference.attention import cross_attention_layers, find_phrase
-from ..inference.generation import Batch
+from ..inference.replies import Reply
 from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle, message_text
 from ..trainer.losses import attention_iou, pointing_chances, pointing_hits
@@ -68,6 +68,7 @@ class Scenes:
     title = "grounded scenes"
     prompt_suffix = ""  # the scenes' own answers are trained with the question alone
     max_new_tokens = 32
+    draw = None
 
     @property
     def _is_folder(self) -> bool:
@@ -83,8 +84,9 @@ class Scenes:
 
         Answers of one kind are about as long as each other, which saves time: a batch waits for its longest answer.
 
-        `span` is the first phrase that names something in the image, if there is one, `mask` is what it names, and
-        `objects` are the masks of all that any conversation about the scene names.
+        `span` is the first phrase that names something in the image, if there is one, `mask` is what it names,
+        `objects` and `names` are the masks and the classes of all that any conversation about the scene names, and `choices` are
+        the classes of all scenes, asked for or there.
 
         Args:
             limit: the first questions of each kind; all by default.
@@ -94,13 +96,16 @@ class Scenes:
         rows = list(dataset.remove_columns("images"))
         first: dict[int, int] = {}
         objects: dict[str, dict[str, Mapping[str, Any]]] = {}
+        classes: set[str] = set()
         questions: list[Question] = []
         place = self.data if self._is_folder else "the data"
         for number, row in enumerate(rows):
             try:
                 first.setdefault(row["scene"], number)
                 found = objects.setdefault(str(row["scene"]), {})
-                found |= {phrase["mask"]["counts"]: phrase["mask"] for phrase in row["grounding"] if _is_there(phrase)}
+                named = {_name(row, phrase): phrase["mask"] for phrase in row["grounding"]}
+                classes |= named.keys()
+                found |= {name: mask for name, mask in named.items() if _mask(mask).any()}
                 questions += self._questions_of(
                     row, len(questions), functools.partial(_image, images, first[row["scene"]])
                 )
@@ -109,8 +114,11 @@ class Scenes:
                     f"{place}, row {number}: is not a grounded scene ({type(error).__name__}: {error}); build the scenes anew "
                     "with `agevlm scenes`"
                 ) from error
+        choices = tuple(sorted(classes))
         questions = [
-            replace(q, objects=tuple(objects[q.source].values())) if q.span is not None else q for q in questions
+            replace(q, objects=tuple(found.values()), names=tuple(found), choices=choices)
+            for q in questions
+            for found in [objects[q.source]]
         ]
         questions.sort(key=lambda question: KINDS.index(question.kind))
         return first_of_each(questions, limit, lambda question: question.kind)
@@ -143,26 +151,23 @@ class Scenes:
         return questions
 
     def inspect(
-        self, model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], batch: Batch
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        questions: Sequence[Question],
+        replies: Sequence[Reply],
     ) -> list[dict[str, Any]]:
         """Of an AGE-VLM the scores of the maps of the questions' phrases, as `maps`; see [`score_maps`]."""
-        if not any(question.span for question in questions) or not cross_attention_layers(model.config):
-            return [{} for _ in questions]
-        spans: list[list[tuple[int, int]]] = []
-        for question, prompt in zip(questions, batch.prompts, strict=True):
-            shift = find_phrase(prompt, question.text)[0]
-            spans.append([(shift + question.span[0], shift + question.span[1])] if question.span else [])
-        queries = processor.get_map_queries(
-            batch.offsets, spans, batch.inputs["attention_mask"].cpu(), text=batch.prompts
-        )
-        outputs = model.model(**batch.inputs, map_queries=queries.to(model.device), use_cache=False)
-        maps = outputs.cross_attention_maps[:, :, 0].float().cpu()
-        return [
-            {"maps": score_maps(maps[:, row], question, batch.grid, processor.image_processor)}
-            if question.span
-            else {}
-            for row, question in enumerate(questions)
-        ]
+        found: list[dict[str, Any]] = []
+        for question, given in zip(questions, replies, strict=True):
+            if question.span is None or given.maps is None:
+                found.append({})
+                continue
+            start = find_phrase(given.prompt, question.text)[0]
+            maps = given.maps.of_span(start + question.span[0], start + question.span[1])[:, 0]
+            grid = (maps.shape[1], maps.shape[2])
+            found.append({"maps": score_maps(maps.flatten(1), question, grid, processor.image_processor)})
+        return found
 
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]
@@ -279,6 +284,10 @@ def score_maps(
 
 def _image(images: "Dataset", row: int) -> Image.Image:
     return images[row]["images"][0]
+
+
+def _name(row: Mapping[str, Any], phrase: Mapping[str, Any]) -> str:
+    return message_text(row["messages"][phrase["message"]])[phrase["start"] : phrase["end"]]
 
 
 def _is_there(phrase: Mapping[str, Any]) -> bool:

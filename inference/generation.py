@@ -304,32 +304,3 @@ def check_finite(model: PreTrainedModel, finite: torch.Tensor | None, asked: Seq
         f"{model.name_or_path or type(model).__name__} computes numbers that are not finite (NaN or infinity) for {place}, "
         f"so nothing that it says can be scored or shown. {reason}"
     )
-
-
-@torch.no_grad()
-def generate_greedily(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    inputs: Mapping[str, Any],
-    max_new_tokens: int,
-    asked: Sequence[str],
-) -> torch.Tensor:
-    """The tokens `(B, T)` that the model writes after its inputs.
-
-    Args:
-        asked: what each row asks, for the message.
-
-    Raises:
-        ValueError: if a logit is not finite ([`check_finite`]).
-    """
-    finite = FiniteLogits()
-    tokens = model.generate(
-        **inputs,
-        **GREEDY,
-        **KEEP_INVALID,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        logits_processor=[finite],
-    )
-    check_finite(model, finite.rows, asked)
-    return tokens[:, inputs["input_ids"].shape[1] :]

@@ -127,6 +127,7 @@ def reply(
     streamer: BaseStreamer | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     stop_strings: str | list[str] | None = None,
+    names: Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Reply]:
     """Replies to conversations, all as one padded batch.
@@ -140,6 +141,7 @@ def reply(
         streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`, -1 for replies that are whole.
         stopping_criteria: as for `generate`.
         stop_strings: texts that end a reply, which has them.
+        names: what each conversation is, for the message; by default its last text.
         settings: of `generate`; greedy decoding by default.
 
     Raises:
@@ -168,7 +170,8 @@ def reply(
             stopping_criteria=StoppingCriteriaList([ends, *(stopping_criteria or ())]),
             return_dict_in_generate=True,
         )
-        check_finite(model, finite.rows, [f"the question {_last_text(messages)!r}" for messages in conversations])
+        asked = names or [f"the question {_last_text(messages)!r}" for messages in conversations]
+        check_finite(model, finite.rows, asked)
         if maps:
             _read_last_token(model, inputs["attention_mask"], out)
     lengths, stopped = ends.lengths.tolist(), ends.stopped.tolist()

@@ -2,12 +2,15 @@
 """`agevlm ask` and `agevlm attention`: questions about images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..terminal import say, say_saved
+from ..terminal import console, say, say_saved
 from .options import check_figure, check_text
+
+if TYPE_CHECKING:
+    from ..inference.grounding import Grounded
 
 
 def _check_question(question: str) -> str:
@@ -48,19 +51,29 @@ def ask(
             help="Words of the question whose attention --heatmap shows, the last place where they occur; all by default."
         ),
     ] = None,
+    ground: Annotated[
+        bool,
+        typer.Option(
+            "--ground",
+            help="Also say where it is what question and answer name, and whether it is there. An AGE-VLM needs `agevlm calibrate` for the latter.",
+        ),
+    ] = False,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(help="Figure to write: the image with the points and boxes of --ground.", callback=check_figure),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> None:
     """Ask a question about an image, or about many images."""
     if out is not None:
-        if heatmap is not None or phrase is not None:
-            raise ValueError("--heatmap and --phrase are for one image: leave them out, or leave out --out.")
-        _ask_many(
-            model, image, None if question is None else _check_question(question), out, batch_size, max_new_tokens
-        )
+        if heatmap is not None or phrase is not None or boxes is not None:
+            raise ValueError("--heatmap, --phrase and --boxes are for one image: leave them out, or leave out --out.")
+        question = None if question is None else _check_question(question)
+        _ask_many(model, image, question, out, batch_size, max_new_tokens, ground)
         return
     if question is None:
         raise ValueError("The question is missing: write what you want to know about the image.")
-    from ..inference.attention import Phrase, attend, check_cross_attention, find_phrase
+    from ..inference.attention import Phrase, find_phrase, show_reply
 
     question = _check_question(question)
     if Path(image).is_dir():
@@ -69,40 +82,85 @@ def ask(
         raise ValueError("--phrase says what --heatmap shows: name the figure to write with --heatmap.")
     start, end = (0, len(question)) if phrase is None else find_phrase(question, phrase)
 
-    from transformers import AutoConfig
+    if boxes is not None and not ground:
+        raise ValueError("--boxes draws what --ground finds: add --ground.")
 
-    from ..evaluation.answers import Question, answer_batch
-    from ..hub import loading
-    from ..inference.generation import load_model, open_image
+    from ..inference.generation import ask_about, load_model, open_image
+    from ..inference.grounding import find_calibration, ground_reply
+    from ..inference.replies import reply
 
     picture = open_image(image)
-    if heatmap is not None:
-        with loading(model) as place:
-            config = AutoConfig.from_pretrained(place)
-        check_cross_attention(config, model)
+    maps = heatmap is not None or ground
+    if maps:
+        _check_maps(model)
     vlm, processor = load_model(model)
-    if heatmap is None:
-        (found,) = answer_batch(vlm, processor, [Question("question", lambda: picture, question)], max_new_tokens)
-        say(found["answer"])
-        return
-    shown = Phrase(question[start:end], "question", start, end)
-    attention = attend(vlm, processor, picture, question, phrases=[shown], max_new_tokens=max_new_tokens)
-    say(attention.answer.strip())
-    attention.draw(heatmap)
+    calibration = find_calibration(vlm, model) if ground else None
+    (found,) = reply(vlm, processor, [ask_about(question, picture)], max_new_tokens=max_new_tokens, maps=maps)
+    say(found.text.strip())
+    if heatmap is not None:
+        shown = Phrase(question[start:end], "question", start, end)
+        show_reply(vlm, processor, found, question, [shown]).draw(heatmap)
+    if ground:
+        grounded = ground_reply(vlm, processor, found, question, calibration=calibration)
+        _say_phrases(grounded)
+        if boxes is not None:
+            grounded.draw(boxes)
 
 
-def _ask_many(model: str, images: str, question: str | None, out: Path, batch_size: int, max_new_tokens: int) -> None:
+def _check_maps(model: str) -> None:
+    """Refuses a model without maps before its weights are loaded."""
+    from transformers import AutoConfig
+
+    from ..hub import loading
+    from ..inference.attention import check_cross_attention
+
+    with loading(model) as place:
+        config = AutoConfig.from_pretrained(place)
+    check_cross_attention(config, model)
+
+
+def _say_phrases(grounded: "Grounded") -> None:
+    """A table of what is where."""
+    from rich.table import Table
+
+    table = Table("phrase", "in", "point", "box", "confidence", "there")
+    for phrase in grounded.phrases:
+        table.add_row(
+            phrase.text,
+            phrase.source,
+            *(
+                "–" if place is None else ", ".join(f"{side:g}" for side in place)
+                for place in (phrase.point, phrase.box)
+            ),
+            "–" if phrase.confidence is None else f"{phrase.confidence:.2f}",
+            {True: "there", False: "not there", None: "–"}[phrase.there],
+        )
+    if grounded.phrases:
+        console().print(table)
+    else:
+        say("Question and answer name nothing that an image can show.")
+    if grounded.reason is not None:
+        say(f"No confidence: {grounded.reason}.")
+
+
+def _ask_many(
+    model: str, images: str, question: str | None, out: Path, batch_size: int, max_new_tokens: int, ground: bool
+) -> None:
     from ..evaluation.answer_images import LISTS, OUTPUTS, answer_images, read_image_list
     from ..inference.generation import load_model
+    from ..inference.grounding import find_calibration
 
     if not (Path(images).is_dir() or images.endswith(LISTS)):
         raise ValueError(f"--image {images}: with --out, name a folder of images or a list ({', '.join(LISTS)}).")
     if out.suffix not in OUTPUTS:  # before the model is loaded
         raise ValueError(f"--out {out}: the name must end with {' or '.join(OUTPUTS)}.")
     asked = read_image_list(images, question)
+    if ground:
+        _check_maps(model)
     vlm, processor = load_model(model)
+    settings = {"settings": {"model": model}, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     bad = answer_images(
-        vlm, processor, asked, out, settings={"model": model}, batch_size=batch_size, max_new_tokens=max_new_tokens
+        vlm, processor, asked, out, ground=find_calibration(vlm, model) if ground else None, **settings
     )
     say_saved(out, f"{len(asked)} answers." if not bad else f"{len(asked)} images, {len(bad)} of them cannot be read.")
 

@@ -48,6 +48,7 @@ for command in (
     serve.serve,
     serve.chat,
     app_command.app,
+    eval.calibrate,
 ):
     app.command()(command)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..terminal import console
+from ..terminal import console, say_saved
 from .options import check_text, parse_names
 
 Model = Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")]
@@ -54,6 +54,11 @@ _BENCHMARKS = {
         _option("data", Path, ..., "Folder of grounded scenes that `agevlm scenes` has written."),
         _option("split", str, "test", "Split of the scenes."),
     ),
+    "grounding": (
+        "Grounded answers on scenes: points, boxes and whether things are there, with intervals. Of an AGE-VLM.",
+        _option("data", Path, ..., "Folder of grounded scenes that `agevlm scenes` has written."),
+        _option("split", str, "test", "Split of the scenes; another one than the calibration's."),
+    ),
 }
 # The options of all benchmarks: the arguments of `agevlm.evaluation.evaluate`.
 _MODEL_AND_PLACE = (
@@ -95,6 +100,37 @@ def _command(name: str) -> Callable[..., None]:
 
 COMMANDS = {name: _command(name) for name in _BENCHMARKS}
 """The commands of `agevlm eval`, by name."""
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Folder of an AGE-VLM, which gets the file grounding.json.")],
+    data: Annotated[Path, typer.Option(help="Folder of grounded scenes that `agevlm scenes` has written.")],
+    split: Annotated[str, typer.Option(help="Split of the scenes, which no result is measured on.")] = "validation",
+    limit: Annotated[int | None, typer.Option(help="Only the first scenes.", min=1)] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Choose how a model's maps give points, boxes and the confidence that a thing is there: on validation scenes."""
+    from ..evaluation.grounding import calibrate as make_calibration
+    from ..inference.attention import check_cross_attention
+    from ..inference.generation import load_model
+    from ..inference.grounding import CALIBRATION_FILE
+
+    if not model.is_dir():
+        raise FileNotFoundError(
+            f"no such folder: {model}; name the folder of a model, which the calibration is written to"
+        )
+    vlm, processor = load_model(model, device, dtype)
+    check_cross_attention(vlm.config, str(model))
+    found = make_calibration(vlm, processor, data, split, limit=limit, batch_size=batch_size)
+    found.save(model)
+    facts = found.data
+    say_saved(
+        model / CALIBRATION_FILE,
+        f"{facts['phrases']} phrases, {facts['absent']} of them absent, in {facts['scenes']} scenes; blocks before layers "
+        f"{', '.join(map(str, found.layers or ()))}, threshold {found.threshold:g}, point {found.point}.",
+    )
 
 
 def similarity(

@@ -59,6 +59,7 @@ COMMANDS = {
     "ask": "ask --model {model} --image {image} Cat?",
     "ask --heatmap": "ask --model {model} --image {image} Cat? --heatmap {out}.png",
     "ask --out": "ask --model {model} --image {images} --out {out}.jsonl Cat?",
+    "ask --ground": "ask --model {model} --image {image} Cat? --ground --boxes {out}.png",
     "attention": "attention --model {model} --image {image} --answer cat Cat? --out {out}",
     "app": "app {model} --port 47860",
     "similarity": "similarity --model {model} --data {rows} --limit 8 --out {out}",
@@ -74,6 +75,8 @@ COMMANDS = {
     "eval pope": "eval pope --model {model} --data {pope.json} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval cv-bench": "eval cv-bench --model {model} --data {cv.jsonl} --images {images} --limit 1 --max-new-tokens 1 --out {out}",
     "eval scenes": "eval scenes --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
+    "calibrate": "calibrate {model} --data {scenes} --split train",
+    "eval grounding": "eval grounding --model {model} --data {scenes} --split train --limit 1 --max-new-tokens 1 --out {out}",
     "serve": "serve {model} --port 0",
     "chat": "chat {model} --image {image}",
     "export": "export {model} --format torch --out {out}",
@@ -320,10 +323,15 @@ SKIPPED = {
         "eval pope",
         "eval cv-bench",
         "eval scenes",
+        "ask --ground",
+        "calibrate",
+        "eval grounding",
         "serve",
         "chat",
         "export",
     },
+    "image": {"ask --ground"},
+    "scenes": {"calibrate", "eval grounding"},
     "rows": {"data prepare"},
     "text": {"build --delta"},
     "vision": {"build --delta"},
@@ -419,6 +427,7 @@ def test_a_wrong_input_ends_in_one_message(case, command, world, tmp_path):
         ("eval pope", ["--prompt-suffix", "\udcff"], "--prompt-suffix is not UTF-8"),
         ("eval pope", ["--categories", "[/b]"], "[/b]"),
         ("eval scenes", ["--split", "[/b]"], "[/b]"),
+        ("calibrate", ["--split", "[/b]"], "[/b]"),
         ("ask", ["--phrase", "[/b]", "--heatmap", "x.png"], "[/b]"),
         ("serve", ["--dtype", "[/b]"], "[/b]"),
         ("chat", ["--device", "[/b]"], "[/b]"),
@@ -456,6 +465,7 @@ LAST_STEP = {
     "train": "agevlm.trainer.trainer.AgeVlmTrainer.train",
     "ask --heatmap": "agevlm.inference.attention.Attention.draw",
     "ask --out": "agevlm.evaluation.answers.answer_batch",
+    "ask --ground": "agevlm.inference.grounding.Grounded.draw",
     "attention": "agevlm.inference.attention.Attention.draw",
     "similarity": "agevlm.evaluation.similarity.measure_similarity",
     "data check --report": "agevlm.data.check.check_row",
@@ -469,6 +479,7 @@ LAST_STEP = {
     "eval cv-bench": "agevlm.evaluation.answers.answer_batch",
     "eval scenes": "agevlm.evaluation.answers.answer_batch",
     "export": "agevlm.inference.export._graphs",
+    "eval grounding": "agevlm.evaluation.answers.answer_batch",
 }
 # What an interrupted run leaves for the next one to continue.
 KEPT = {
@@ -478,6 +489,7 @@ KEPT = {
     "eval pope": "out",
     "eval cv-bench": "out",
     "eval scenes": "out",
+    "eval grounding": "out",
 }
 
 

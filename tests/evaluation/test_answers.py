@@ -188,11 +188,12 @@ def test_what_is_inspected_stands_beside_the_answer(tmp_path):
     model, processor = age_vlm()
     seen = []
 
-    def inspect(model, processor, questions, batch):
-        assert [image.size for (image,) in batch.images] == [q.open_image().size for q in questions]
-        assert batch.inputs["input_ids"].shape == batch.offsets.shape[:2]
-        for prompt, offsets, mask in zip(batch.prompts, batch.offsets, batch.inputs["attention_mask"], strict=True):
-            assert offsets[mask.bool()][-1, 1] == len(prompt)
+    def inspect(model, processor, questions, replies):
+        assert [given.images[0].size for given in replies] == [q.open_image().size for q in questions]
+        for question, given in zip(questions, replies, strict=True):
+            assert question.text in given.prompt
+            assert given.maps.text == given.prompt + given.text
+            assert given.maps.maps.shape[:3] == (4, len(given.maps.ids), 1)
         seen.append([q.key for q in questions])
         return [{"length": len(q.text)} for q in questions]
 

@@ -36,6 +36,7 @@ class Lengths:
     prompt_suffix = "Be brief."
     max_new_tokens = 3
     inspect = None
+    draw = None
 
     def settings(self, config):
         return {"unit": self.unit, "model_type": config.model_type}
@@ -110,7 +111,7 @@ def test_commands_have_the_options_of_their_benchmark_and_of_the_runner():
         assert options.keys() == {*own, *shared} - {"benchmark", "progress"}
         for option, parameter in options.items():
             expected = own[option] if option in own else shared[option].default
-            if name == "scenes" and option == "data":
+            if name in ("scenes", "grounding") and option == "data":
                 expected = inspect.Parameter.empty
             assert option == "out" or parameter.default == expected, (name, option)
 
