@@ -7,13 +7,14 @@ One engine for answers of benchmarks, masks of teachers, cached features, runs o
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import new_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -33,11 +34,28 @@ def fingerprint(model: "nn.Module") -> str:
     import torch
 
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in stored_tensors(model):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return sha.hexdigest()[:16]
+
+
+def stored_tensors(model: "nn.Module") -> "Iterator[tuple[str, torch.Tensor]]":
+    """The weights and buffers of a model as they are stored, by name and in the order of names.
+
+    A quantized weight of torchao or quanto is one tensor that wraps several: integers and scales.
+    """
+
+    def unwrap(name: str, tensor: "torch.Tensor") -> "Iterator[tuple[str, torch.Tensor]]":
+        if not hasattr(tensor, "__tensor_flatten__"):
+            yield name, tensor
+            return
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from unwrap(f"{name}.{part}", getattr(tensor, part))
+
+    for name, tensor in sorted(model.state_dict().items()):
+        yield from unwrap(name, tensor)
 
 
 def changed(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

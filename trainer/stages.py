@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
@@ -141,7 +142,7 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
     resolved = []
     for group in resolve_groups(preset):
         members = {id(parameter): parameter for parameter in groups[group].values()}.values()  # tied ones count once
-        if not all(parameter.is_floating_point() for parameter in members):
+        if any(is_quantized(parameter) for parameter in members):
             raise ValueError(
                 f"The group '{group}' has weights of 4 or 8 bits, which do not train: train LoRA beside them."
             )
@@ -152,6 +153,11 @@ def freeze(model: AgeVlmForConditionalGeneration, preset: str | Sequence[str]) -
             model.model.vision_tower.float()
         resolved.append(TrainableGroup(group, len(members), sum(parameter.numel() for parameter in members)))
     return resolved
+
+
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a parameter keeps integers and scales. Those of torchao and quanto say that their type is floating point."""
+    return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, DTensor)
 
 
 def print_trainable(model: nn.Module, groups: Sequence[TrainableGroup], title: str) -> None:
@@ -196,6 +202,13 @@ class StagesMixin(AnyTrainer):
         if not isinstance(base, AgeVlmForConditionalGeneration):
             raise ValueError(
                 f"{type(self).__name__} trains AgeVlmForConditionalGeneration, got {type(base).__name__}."
+            )
+        if base is model and getattr(base, "is_quantized", False):
+            method = base.hf_quantizer.quantization_config.quant_method
+            raise ValueError(
+                f"The model is quantized ({getattr(method, 'value', method)}), and trains beside LoRA only: leave `stage` out, and "
+                "give the trainer `get_peft_model(model, LoraConfig(target_modules=LORA_TARGET_MODULES, "
+                "modules_to_save=lora_modules_to_save(model.config)))`, or load the model without quantization."
             )
         if args.stage is not None:
             if base is not model:

@@ -5,6 +5,7 @@ Nothing else is imported here, so that from the first moment an interrupt ends i
 """
 
 import io
+import logging
 import signal
 import sys
 from types import FrameType
@@ -20,6 +21,11 @@ def main() -> None:
     """Entry point: whatever goes wrong ends in one message and an exit code, and never in a traceback without `--debug`."""
     # SIGTERM, which clusters send, ends the work as Ctrl-C does, so that what it has begun is removed.
     before = signal.signal(signal.SIGTERM, _terminate)
+    for name in (
+        "torch.utils._pytree",
+        "bitsandbytes",
+    ):  # they tell of torchao's own code, and of every layer of every pass
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from .commands import app
 
