@@ -93,7 +93,7 @@ def identify(name: str | os.PathLike) -> dict[str, str]:
     if match := _SNAPSHOT.search(os.path.abspath(name)):
         return {"name": (id := match[1].replace("--", "/")), "id": id, "revision": match[2]}
     if name.startswith(PACKAGE_PREFIX) or "://" in name or os.path.exists(name) or not is_hub_id(name):
-        return {"name": re.split(r"[/\\]", os.path.normpath(name) if os.path.exists(name) else name.rstrip("/"))[-1]}
+        return {"name": re.split(r"[/\\]", (os.path.abspath(name) if os.path.exists(name) else name).rstrip("/"))[-1]}
     return {"name": name, "id": name}
 
 
@@ -105,6 +105,8 @@ def describe(name: str | os.PathLike, kind: Kind = "model") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if os.path.isdir(name):
         facts = _card_facts(Path(name, "README.md"))
+        if (made := read_provenance(name).get("kind")) is not None:
+            facts["kind"] = made
         attribution = Path(name, "ATTRIBUTION.md")
         if "license" not in facts and attribution.is_file():
             facts |= _one_or_all("license", find_licenses(attribution.read_text(encoding="utf-8")))

@@ -47,6 +47,8 @@ def write_model_card(
     needs_agevlm: bool = False,
     title: str | None = None,
     overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> AgeVlmModelCard | None:
     """Writes the card of a checkpoint, `README.md`, from what lies in its folder: the configuration, where it comes from
@@ -61,6 +63,7 @@ def write_model_card(
         needs_agevlm: the folder has the trained part only, which `agevlm` loads.
         title: by default the name of the repository or the folder.
         overwrite: also replace a card that someone wrote.
+        config, adapter: the content of `config.json` and `adapter_config.json`, of a model that is not saved yet.
         fields: metadata that replace those found, such as `license`, `language`, `datasets` and `base_model`; `tags` are
             added.
 
@@ -76,7 +79,16 @@ def write_model_card(
     if not overwrite and readme.is_file() and not is_generated(readme.read_text(encoding="utf-8")):
         return None
     found = [*read_results([folder], required=False), *read_results(results or [])]
-    card = render_model_card(folder, found, repo_id=repo_id, needs_agevlm=needs_agevlm, title=title, **fields)
+    card = render_model_card(
+        folder,
+        found,
+        repo_id=repo_id,
+        needs_agevlm=needs_agevlm,
+        title=title,
+        config=config,
+        adapter=adapter,
+        **fields,
+    )
     with update_folder(folder) as partial:
         card.save(partial / "README.md")
         for path, text in result_files(found).items():
@@ -97,6 +109,8 @@ def render_model_card(
     repo_id: str | None = None,
     needs_agevlm: bool = False,
     title: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> AgeVlmModelCard:
     """The card that [`write_model_card`] writes.
@@ -107,8 +121,10 @@ def render_model_card(
     folder = Path(folder)
     name = repo_id or os.path.basename(os.path.abspath(folder))
     provenance = read_provenance(folder)
-    config, adapter = (_read_json(folder / file) for file in ("config.json", "adapter_config.json"))
-    adapter = {} if config else adapter
+    if config is None and adapter is None:
+        config, adapter = (_read_json(folder / file) for file in ("config.json", "adapter_config.json"))
+    config = config or {}
+    adapter = {} if config else adapter or {}
     parts, stages = provenance.get("parts") or _parts_of(folder), provenance.get("stages", [])
     base = provenance.get("base")
     if adapter and base is None and adapter.get("base_model_name_or_path"):
@@ -176,7 +192,7 @@ def _base_fields(
     if not ids:
         return {}
     relation = "adapter" if is_adapter else "finetune" if trained or (base and "id" in base) else "merge"
-    return {"base_model": ids, "base_model_relation": relation}
+    return {"base_model": ids[0] if len(ids) == 1 else ids, "base_model_relation": relation}
 
 
 def _license_fields(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -345,7 +361,11 @@ def _setting(value: Any) -> str:
 def _data_table(data: Sequence[Mapping[str, Any]]) -> str | None:
     if not data:
         return None
-    columns = [key for key in ("split", "rows", "stages", "license") if any(source.get(key) for source in data)]
+    columns = [
+        key
+        for key in ("configuration", "split", "rows", "weight", "settings", "license")
+        if any(source.get(key) for source in data)
+    ]
     rows = [[_link(source, "datasets/"), *(_setting(source.get(key)) for key in columns)] for source in data]
     return _table([["data set", *columns], *rows])
 
@@ -372,7 +392,7 @@ def _limits(
     ]
     if languages:
         limits.append(f"The texts that it was trained with are in: {', '.join(languages)}. Others were not tried.")
-    if stages and any(source.get("synthetic") for source in data):
+    if stages and any(source.get("kind") == "grounded scenes" for source in data):
         limits.append(
             "It was trained on composed scenes, with few wordings. Expect little on photographs and other questions."
         )

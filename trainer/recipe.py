@@ -55,6 +55,7 @@ from ..files import update_folder
 from ..hub import MODEL_TYPE, load_processor, loading
 from ..parts import unnamed_parts
 from ..plots import CURVES, draw_training
+from ..provenance import describe
 from ..terminal import console, say
 from .parser import apply_override, check_fields, parse, read_mapping
 
@@ -393,6 +394,7 @@ def train(
     from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
     from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
     from .bad_rows import say_left_out, skip_in_stage, write_skipped
+    from .cards import CardsMixin
     from .changes import KeepRecipe, check_begun, check_finished, stage_settings
     from .checkpoints import has_model, last_checkpoint, restore_float32, save_model
     from .guards import GuardsMixin
@@ -474,6 +476,9 @@ def train(
             if not given:
                 restore_float32(trainer.model, source)
             if not finished[number]:
+                if isinstance(trainer, CardsMixin):
+                    trainer.stage_name = recipe.stages[number].name if recipe.stages else None
+                    trainer.data_sources = _describe_data(stage) if trainer.is_world_process_zero() else []
                 counts = {}
                 if (bad := skipped[number]) is not None and trainer.is_world_process_zero():
                     counts["skipped_rows"] = write_skipped(bad, folders[number])
@@ -491,6 +496,8 @@ def train(
                     if recipe.stages:
                         _report_all(recipe, folders[: number + 1])
                 save_model(trainer)  # at the end, because a stage with a model is finished
+                if isinstance(trainer, CardsMixin):
+                    trainer.create_model_card()
             if number + 1 < len(stages):
                 model = trainer = None  # type: ignore[assignment]
                 gc.collect()  # model, trainer and optimizer refer to each other
@@ -555,6 +562,17 @@ def _say_what_is_missing(parts: Sequence[DataPart]) -> None:
         say(line)
     if lines:
         say("All processes wait for that. `agevlm data prepare RECIPE` does it before training, in several processes.")
+
+
+def _describe_data(stage: Recipe) -> list[dict[str, Any]]:
+    """What cards say of the data that a stage trains on."""
+    told = ("name", "split", "rows", "weight")
+    known = [{field: getattr(part, field) for field in told} for part in stage.data]
+    known = [{"configuration" if field == "name" else field: value for field, value in part.items()} for part in known]
+    return [
+        {**describe(part.path, "data set"), **{field: value for field, value in of.items() if value is not None}}
+        for part, of in zip(stage.data, known, strict=True)
+    ]
 
 
 def _read_data(stage: Recipe, seed: int) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AgeVlmTrainer`: Transformers' trainer with AGE-VLM's stages, guidance, batches, optimizer and checkpoints."""
 
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import Trainer
 
 from ..data.features import FeatureStore
 from ..data.readers import stored_images
 from .arguments import AgeVlmTrainingArguments
+from .cards import CardsMixin
 from .checkpoints import CheckpointsMixin
 from .guards import GuardsMixin
 from .guidance import GuidanceMixin
@@ -21,7 +20,7 @@ from .stages import StagesMixin
 
 
 class AgeVlmMixin(
-    GuardsMixin, StagesMixin, GuidanceMixin, HeatmapsMixin, OptimizerMixin, SamplingMixin, CheckpointsMixin
+    GuardsMixin, StagesMixin, GuidanceMixin, HeatmapsMixin, OptimizerMixin, SamplingMixin, CardsMixin, CheckpointsMixin
 ):
     """All that AGE-VLM adds to a trainer of Transformers or TRL."""
 
@@ -33,44 +32,7 @@ class AgeVlmMixin(
         """
         self.set_up_stage(model, args)
         self.set_up_guidance(model, args)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the card of Transformers' or TRL's trainer, with the arguments of both; so does `push_to_hub`.
-
-        Args:
-            model_name: title of the card.
-            dataset_name: one or several ids of data sets on the Hub; Transformers calls them `dataset_tags`.
-            tags: of the model.
-            kwargs: the other arguments of Transformers' `create_model_card`. TRL's card has no place for the names
-                (`dataset`) and the settings (`dataset_args`) of data sets.
-        """
-        ids, tags, tasks = (
-            [value] if isinstance(value, str) else list(value or [])
-            for value in (kwargs.pop("dataset_tags", None) or dataset_name, tags, kwargs.get("tasks"))
-        )
-        if hasattr(self, "_tag_names"):  # TRL's trainers have it
-            super().create_model_card(model_name, ids[0] if ids else None, tags)
-        else:
-            super().create_model_card(model_name=model_name, tags=[*tags], dataset_tags=ids or None, **kwargs)
-        if self.is_world_process_zero():  # what TRL's card does not know, and PEFT's replaces
-            path = Path(self.args.output_dir, "README.md")
-            card = ModelCard.load(path)
-            fields = {
-                "language": kwargs.get("language"),
-                "license": kwargs.get("license"),
-                "base_model": kwargs.get("finetuned_from"),
-                "pipeline_tag": tasks[0] if tasks else None,
-                "datasets": ids or None,
-                "tags": sorted({*(card.data.tags or []), *tags}),
-            }
-            card.data.__dict__.update({name: value for name, value in fields.items() if value is not None})
-            card.save(path)
+        self.set_up_card(model, args)
 
 
 class AgeVlmTrainer(AgeVlmMixin, Trainer):
