@@ -8,12 +8,13 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import new_folder, unfinished_path
+from ..hub_cards.dataset import tell_step
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from ..processing.rows import mask_to_rle, message_text, quiet_datasets, row_features
 from ..resume import digest, resume_or_refuse
@@ -37,6 +38,7 @@ def add_masks(
     overwrite: bool = False,
     save_every: int = 100,
     attribution: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Dataset | DatasetDict, Counter[str]]:
     """Add masks to a grounding data set, and write it as a new one: the same rows in the same order.
@@ -58,6 +60,7 @@ def add_masks(
         overwrite: also replace existing masks.
         save_every: number of rows after which work is saved.
         attribution: text for the data set's `ATTRIBUTION.md`.
+        provenance: of the data set, which the new one carries on (`agevlm.provenance`).
         progress: show a progress bar.
 
     Returns:
@@ -143,6 +146,12 @@ def add_masks(
                 (masked if isinstance(dataset, datasets.DatasetDict) else masked[""]).save_to_disk(partial)
                 if attribution:
                     (partial / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+                told = {
+                    **teacher.settings,
+                    "least score": min_score,
+                    "existing masks": "replaced" if overwrite else "kept",
+                }
+                tell_step(partial, provenance, "agevlm masks", {**told, "phrases": dict(outcomes)})
             shutil.rmtree(work)
     state.wait_for_everyone()
     return datasets.load_from_disk(output_dir), outcomes

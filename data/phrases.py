@@ -9,12 +9,13 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import new_folder
+from ..hub_cards.dataset import tell_step
 from ..processing.rows import import_datasets, message_text, place_images, quiet_datasets, row_features
 from . import english
 from .masks import replace_grounding
@@ -386,6 +387,7 @@ def add_phrases(
     max_phrases: int | None = None,
     num_proc: int | None = None,
     attribution: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Dataset | DatasetDict, Counter[str]]:
     """Add the phrases of its texts to a data set, and write it as a new one: the same rows in the same order.
@@ -402,6 +404,7 @@ def add_phrases(
         max_phrases: the most new phrases of a row: its first ones.
         num_proc: processes that share the work; by default this one does it. The result is the same.
         attribution: text for the data set's `ATTRIBUTION.md`.
+        provenance: of the data set, which the new one carries on (`agevlm.provenance`).
         progress: show progress bars.
 
     Returns:
@@ -459,6 +462,8 @@ def add_phrases(
         (labeled if isinstance(dataset, datasets.DatasetDict) else labeled[""]).save_to_disk(partial)
         if attribution:
             (partial / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+        found = {name.replace("_", " "): counts[name] for name in ("rows", "labeled", "phrases", "kept")}
+        tell_step(partial, provenance, "agevlm data phrases", {"texts of": ", ".join(roles), **found})
     return datasets.load_from_disk(output_dir), counts
 
 

@@ -23,7 +23,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from ..files import new_folder
+from ..hub_cards.dataset import tell_step
 from ..processing.rows import mask_to_rle, quiet_datasets, row_features
+from ..provenance import describe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -684,4 +686,23 @@ def build_scenes(
             splits.save_to_disk(partial)
         if attribution:
             (partial / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
+        sources = {"cut-outs": cutouts, "backgrounds": backgrounds}
+        provenance = {
+            "kind": "grounded scenes",
+            "language": "en",
+            "sources": [{"role": role, **describe(folder, "data set")} for role, folder in sources.items()],
+        }
+        settings = {
+            "classes": len(images),
+            "photographs": len(photographs),
+            "image size": image_size,
+            "most classes in a scene": max_objects,
+            "most existence questions about a scene": questions_per_scene,
+            "object size": list(object_size),
+            "least visible share of an object": min_visible,
+            "co-occurrence": cooccurrence,
+            **({"zero-shot classes": zero_shot_names} if zero_shot_names else {}),
+            "seed": seed,
+        }
+        tell_step(partial, provenance, "agevlm scenes", settings)
     return datasets.load_from_disk(output_dir)

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..files import check_new_folder, update_folder
 from ..inference.generation import load_model
+from ..provenance import identify
 from .answers import Inspect, Question, answer
 from .cv_bench import CvBench
 from .grounding import Grounding
@@ -110,6 +111,8 @@ class Evaluation:
 
         versions = {"agevlm": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
         results = {"settings": self.settings, "versions": versions, "scores": self.scores}
+        if "data" in self.settings:
+            results["data"] = identify(self.settings["data"])  # now, while it can be told whether it is a folder
         facts = [f"- {name}: {value}" for name, value in self.settings.items() if value not in (None, "")]
         report = "\n\n".join([f"# {self.title}", "\n".join(facts), *map(markdown_table, self.tables)])
         with update_folder(folder) as partial:

@@ -7,6 +7,7 @@ to another object (3D; Omni3D).
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,8 @@ class CvBench:
         Returns:
             Rows of `accuracy` (from 0 to 1), `questions` and `unparsed`, the answers without a choice in them, which are
             wrong: of each source, and each task that was asked. `2D` is the mean of ADE20K and COCO, `3D` is Omni3D, and
-            `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked. By the lenient rule,
+            `overall` the mean of 2D and 3D; their accuracy is None where a part was not asked. `chance` is the accuracy of the
+            most frequent letter. By the lenient rule,
             [`read_choice`]: `lenient_accuracy`; `lenient_unanswered`, the answers that it does not read, which are wrong;
             `lenient_only`, how many of the answers that are `unparsed` it reads.
         """
@@ -224,9 +226,12 @@ class CvBench:
                 whole = bool(accuracies) and None not in accuracies
                 return sum(accuracies) / len(accuracies) if whole else None
 
+            letters = Counter(question.expected for question in asked)
+            same = {question.key: letters.most_common(1)[0][0] for question in asked}
             unread = [question.key for question in asked if given[question.key] is None]
             return {
                 "accuracy": accuracy("accuracy", given),
+                "chance": accuracy("chance", same),
                 "questions": len(asked),
                 "unparsed": len(unread),
                 "lenient_accuracy": accuracy("lenient_accuracy", read),

@@ -221,12 +221,15 @@ class Pope:
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """The [`yes_no_scores`] of each category, and under `mean` the plain mean of each metric over the categories."""
+        """The [`yes_no_scores`] of each category and its `chance`, the accuracy of the more frequent answer; and under `mean` the
+        plain mean of each metric over the categories."""
         scores = {}
         for category in dict.fromkeys(question.kind for question in questions):
             asked = [question for question in questions if question.kind == category]
-            scores[category] = yes_no_scores([answers[q.key]["answer"] for q in asked], [q.expected for q in asked])
-        means = (*METRICS, "lenient_accuracy")
+            expected = [q.expected for q in asked]
+            scores[category] = yes_no_scores([answers[q.key]["answer"] for q in asked], expected)
+            scores[category]["chance"] = max(map(expected.count, ("yes", "no"))) / len(asked)
+        means = (*METRICS, "lenient_accuracy", "chance")
         mean = {metric: sum(row[metric] for row in scores.values()) / len(scores) for metric in means}
         counts = {name: sum(row[name] for row in scores.values()) for name in COUNTS}
         return {**scores, "mean": {**mean, **counts}}

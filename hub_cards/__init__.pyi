@@ -1,3 +1,5 @@
+from .dataset import AgeVlmDatasetCard as AgeVlmDatasetCard
+from .dataset import write_dataset_card as write_dataset_card
 from .model import AgeVlmModelCard as AgeVlmModelCard
 from .model import read_results as read_results
 from .model import write_model_card as write_model_card

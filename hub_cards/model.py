@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from ..files import update_folder
 from ..parts import PARTS_FILE, read_parts, unnamed_parts
@@ -26,17 +32,20 @@ _TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ("agevlm", "vision-language-model", "visual-grounding")
 
 
+def tidy(card: Any) -> Any:
+    """A card without the lines that conditions in its template leave empty."""
+    card.text = "\n" + re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
+    return card
+
+
 class AgeVlmModelCard(ModelCard):
     """The card of an AGE-VLM, of what training added to one (a delta), or of a PEFT adapter for one."""
 
     default_template_path = _TEMPLATES / "model.md.jinja"
 
     @classmethod
-    def from_template(cls, card_data, template_path=None, template_str=None, **template_kwargs):  # type: ignore[override]
-        """As in huggingface_hub; lines that conditions leave empty are left out."""
-        card = super().from_template(card_data, template_path, template_str, **template_kwargs)
-        card.text = "\n" + re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
-        return card
+    def from_template(cls, *args: Any, **kwargs: Any) -> Any:
+        return tidy(super().from_template(*args, **kwargs))
 
 
 def write_model_card(
@@ -125,6 +134,7 @@ def render_model_card(
         config, adapter = (_read_json(folder / file) for file in ("config.json", "adapter_config.json"))
     config = config or {}
     adapter = {} if config else adapter or {}
+    method = str(getattr(adapter.get("peft_type"), "value", adapter.get("peft_type", "PEFT")))
     parts, stages = provenance.get("parts") or _parts_of(folder), provenance.get("stages", [])
     base = provenance.get("base")
     if adapter and base is None and adapter.get("base_model_name_or_path"):
@@ -144,7 +154,7 @@ def render_model_card(
         "pipeline_tag": "image-text-to-text",
         **_base_fields(base, parts, bool(stages), bool(adapter) or needs_agevlm),
         "datasets": [source["id"] for source in data if "id" in source] or None,
-        "tags": [*TAGS, *([] if not adapter else [str(adapter.get("peft_type", "")).lower(), "transformers"])],
+        "tags": [*TAGS, *([method.lower(), "transformers"] if adapter else [])],
     }
     given = {field: value for field, value in fields.items() if value is not None}
     given["tags"] = [*found["tags"], *_flat([stage.get("tags") for stage in stages]), *_flat([given.get("tags")])]
@@ -158,14 +168,14 @@ def render_model_card(
         card_data,
         title=title or name.split("/")[-1],
         name=name,
-        adapter=_adapter_name(adapter),
+        adapter=_adapter_name(method, adapter),
         base=base,
         needs_agevlm=needs_agevlm,
         unnamed=unnamed_parts(read_parts(folder)) if needs_agevlm else [],
         untrained=untrained,
         layers=_layers(text_config),
         num_layers=text_config.get("num_hidden_layers"),
-        parts=_table([["", "built of"], *([f"{kind} model", _link(part)] for kind, part in parts.items())]) if parts else None,
+        parts=table([["", "built of"], *([f"{kind} model", link(part)] for kind, part in parts.items())]) if parts else None,
         figure=figure,
         stages=_stage_table(stages),
         curves="training.png" if (folder / "training.png").is_file() else None,
@@ -174,7 +184,7 @@ def render_model_card(
         pointing=any("pointing" in result["scores"] for result in results),
         intervals=any("interval" in row for result in results for row in result["scores"].values()),
         limits=_limits(config, stages, data, results, untrained),
-        licenses=_table([["", "license"], *licenses, *_licenses([(source["name"], source) for source in data])])
+        licenses=table([["", "license"], *licenses, *_licenses([(source["name"], source) for source in data])])
         if licenses or any("license" in source for source in data)
         else None,
         mark=MARK,
@@ -316,14 +326,14 @@ def _result_section(result: Mapping[str, Any]) -> dict[str, Any]:
         rows.append(
             [part.replace("_", " "), metric.replace("_", " "), _number(value), *(_number(row.get(key)) for key, _ in columns)]
         )  # fmt: skip
-    facts = [f"Data: {_link(data, 'datasets/')}"]
+    facts = [f"Data: {link(data, 'datasets/')}"]
     if settings.get("split"):
         facts.append(f"split {settings['split']}")
     if settings.get("limit") is not None:
         facts.append(f"**the first {settings['limit']} questions of each kind only**")
     facts += [f"weights in {settings['dtype']}"] if "dtype" in settings else []
     facts.append(f"measured with agevlm {result['versions']['agevlm']}")
-    return {"title": settings["benchmark"], "facts": ", ".join(facts) + ".", "rows": _table(rows)}
+    return {"title": settings["benchmark"], "facts": ", ".join(facts) + ".", "rows": table(rows)}
 
 
 # --- text ---
@@ -342,19 +352,21 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str | None:
     if not stages:
         return None
     keys = list(dict.fromkeys(key for stage in stages for key in stage.get("settings", {})))
-    rows = [[key, *(_setting(stage.get("settings", {}).get(key)) for stage in stages)] for key in keys]
-    return _table([["", *(stage["name"] for stage in stages)], *rows])
+    rows = [[key, *(setting(stage.get("settings", {}).get(key)) for stage in stages)] for key in keys]
+    return table([["", *(stage["name"] for stage in stages)], *rows])
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_setting(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {setting(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_setting(inner) for inner in value)
+        return ", ".join(setting(inner) for inner in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
@@ -366,13 +378,13 @@ def _data_table(data: Sequence[Mapping[str, Any]]) -> str | None:
         for key in ("configuration", "split", "rows", "weight", "settings", "license")
         if any(source.get(key) for source in data)
     ]
-    rows = [[_link(source, "datasets/"), *(_setting(source.get(key)) for key in columns)] for source in data]
-    return _table([["data set", *columns], *rows])
+    rows = [[link(source, "datasets/"), *(setting(source.get(key)) for key in columns)] for source in data]
+    return table([["data set", *columns], *rows])
 
 
 def _licenses(sources: Iterable[tuple[str, Mapping[str, Any] | None]]) -> list[list[str]]:
     return [
-        [f"{label} ({_link(source)})" if label != source["name"] else label, _setting(source["license"])]
+        [f"{label} ({link(source)})" if label != source["name"] else label, setting(source["license"])]
         for label, source in sources
         if source and source.get("license")
     ]
@@ -431,14 +443,12 @@ def _parts_of(folder: Path) -> dict[str, dict[str, str]]:
     return {kind: {"name": id, "id": id} for kind, id in ids.items() if id}
 
 
-def _adapter_name(adapter: Mapping[str, Any]) -> str | None:
-    if not adapter:
-        return None
-    rank = f" (rank {adapter['r']})" if adapter.get("r") else ""
-    return f"{'LoRA' if adapter.get('peft_type') == 'LORA' else adapter.get('peft_type', 'PEFT')}{rank}"
+def _adapter_name(method: str, adapter: Mapping[str, Any]) -> str | None:
+    rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
+    return f"{'LoRA' if method == 'LORA' else method} adapter{rank}" if adapter else None
 
 
-def _link(source: Mapping[str, Any], kind: str = "") -> str:
+def link(source: Mapping[str, Any], kind: str = "") -> str:
     return (
         f"[{source['id']}](https://huggingface.co/{kind}{source['id']})" if source.get("id") else _line(source["name"])
     )
@@ -448,10 +458,11 @@ def _line(text: Any) -> str:
     return " ".join(str(text).split())
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown: the first column of names, the others of values."""
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown, its columns of numbers to the right."""
     lines = [[_line(cell).replace("|", r"\|") for cell in row] for row in rows]
-    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    numbers = [all(re.match(r"[\d–-]", cell) for cell in column) for column in zip(*lines[1:], strict=True)]
+    lines.insert(1, ["---:" if is_number else "---" for is_number in (False, *numbers[1:])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -72,7 +72,10 @@ class CardsMixin(AnyTrainer):
             "versions": {name: importlib.metadata.version(name) for name in self._libraries()},
         }
         stage = {"name": name or ("LoRA" if is_peft else type(self).__name__), "settings": settings, "data": sources}
-        stage["tags"] = [*getattr(self, "_tag_names", ()), *(["attention-guidance"] if args.guidance_weight else [])]
+        stage["tags"] = [
+            *getattr(self, "_tag_names", ()),
+            *(["attention-guidance"] if "guidance_loss" in logged else []),
+        ]
         return {**self._origin, "stages": [*self._origin.get("stages", []), stage]}
 
     def _libraries(self) -> Iterable[str]:
@@ -140,7 +143,7 @@ def _count_trainable(model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             groups = [group for group, pattern in GROUPS.items() if re.search(rf"(^|\.){pattern}", name)]
             counts["LoRA" if ".lora_" in name else groups[0] if groups else "other"] += parameter.numel()
-    return {name.replace("_", " "): number for name, number in counts.items()}
+    return {name.replace("_", " "): counts[name] for name in (*GROUPS, "LoRA", "other") if counts[name]}
 
 
 def _lora(model: Any) -> dict[str, Any]:

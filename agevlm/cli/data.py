@@ -4,7 +4,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -122,7 +122,7 @@ def masks(
     from ..plots import draw_masks
 
     check_new_folder(out)  # before the models are loaded
-    rows, attribution = _read_saved(dataset)
+    rows, told = _read_saved(dataset)
     masked, outcomes = add_masks(
         rows,
         load_teacher(
@@ -138,7 +138,7 @@ def masks(
         min_score=min_score,
         overwrite=overwrite,
         save_every=save_every,
-        attribution=attribution,
+        **told,
     )
     if not process_state().is_main_process:
         return
@@ -152,12 +152,16 @@ def masks(
         draw_masks(next(iter(masked.values())) if isinstance(masked, datasets.DatasetDict) else masked, preview)
 
 
-def _read_saved(folder: Path) -> "tuple[Dataset | DatasetDict, str | None]":
-    """The data set of a folder, and the text of its `ATTRIBUTION.md`, where it has one."""
+def _read_saved(folder: Path) -> "tuple[Dataset | DatasetDict, dict[str, Any]]":
+    """The data set of a folder, and what a data set made from it carries on: `attribution` and `provenance`."""
     from ..data.readers import read_saved
+    from ..provenance import describe, read_provenance
 
-    attribution = folder / "ATTRIBUTION.md"
-    return read_saved(folder), attribution.read_text(encoding="utf-8") if attribution.is_file() else None
+    rows, attribution = read_saved(folder), folder / "ATTRIBUTION.md"
+    return rows, {
+        "attribution": attribution.read_text(encoding="utf-8") if attribution.is_file() else None,
+        "provenance": read_provenance(folder) or {"sources": [{"role": "rows", **describe(folder, "data set")}]},
+    }
 
 
 def check(
@@ -330,7 +334,7 @@ def phrases(
     from ..files import check_new_folder
 
     check_new_folder(out)  # before a model is loaded
-    rows, attribution = _read_saved(dataset)
+    rows, told = _read_saved(dataset)
     labeled, counts = add_phrases(
         rows,
         find_phrases if chunker == "rules" else SpacyChunker(spacy_model),
@@ -338,7 +342,7 @@ def phrases(
         roles=("user", "assistant") if roles == "all" else (roles,),
         max_phrases=max_phrases,
         num_proc=num_proc,
-        attribution=attribution,
+        **told,
     )
     for text in preview_phrases(
         next(iter(labeled.values())) if isinstance(labeled, datasets.DatasetDict) else labeled, preview

@@ -117,6 +117,7 @@ def test_the_scores_say_how_many_answers_only_the_lenient_rule_reads():
     scores = CvBench().score(questions, {q.key: {"answer": a} for q, a in zip(questions, answers, strict=True)})
     assert scores["Count"] == {
         "accuracy": 1 / 5,
+        "chance": 1.0,  # of "B", which is always right here
         "questions": 5,
         "unparsed": 3,  # "A or B" is A
         "lenient_accuracy": 2 / 5,

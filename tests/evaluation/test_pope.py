@@ -173,10 +173,11 @@ def test_pope_scores_are_means_of_the_categories():
             questions.append(Question(f"{category}/{number}", lambda: picture(0), "?", label, category))
             answers[f"{category}/{number}"] = {"answer": text}
     scores = Pope().score(questions, answers)
-    assert scores["random"] == yes_no_scores(["Yes", "No", "No", "Maybe"], ["yes", "no", "no", "yes"])
+    random = yes_no_scores(["Yes", "No", "No", "Maybe"], ["yes", "no", "no", "yes"])
+    assert scores["random"] == {**random, "chance": 0.5}
     assert scores["mean"] == {
         "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.75, "questions": 5, "neither": 1,
-        "lenient_accuracy": 0.375, "lenient_unanswered": 1, "lenient_only": 0,
+        "lenient_accuracy": 0.375, "lenient_unanswered": 1, "lenient_only": 0, "chance": 0.75,
     }  # fmt: skip
 
 
