@@ -84,15 +84,16 @@ def write_dataset_card(
     readme = Path(folder) / "README.md"
     if not overwrite and readme.is_file() and not is_generated(readme.read_text(encoding="utf-8")):
         return None
-    name = repo_id or os.path.basename(os.path.abspath(folder))
-    card = _render(Path(folder), name, {field: value for field, value in fields.items() if value is not None})
+    card = render_dataset_card(folder, repo_id=repo_id, **fields)
     with update_folder(folder) as partial:
         card.save(partial / "README.md")
     return card
 
 
-def _render(folder: Path, name: str, fields: Mapping[str, Any]) -> AgeVlmDatasetCard:
-    datasets = import_datasets()
+def render_dataset_card(folder: str | os.PathLike, *, repo_id: str | None = None, **fields: Any) -> AgeVlmDatasetCard:
+    """The card that [`write_dataset_card`] writes."""
+    datasets, folder = import_datasets(), Path(folder)
+    name = repo_id or os.path.basename(os.path.abspath(folder))
     saved = datasets.load_from_disk(os.fspath(folder))
     splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     tables = {split: f"{split}/*.arrow" if isinstance(saved, datasets.DatasetDict) else "*.arrow" for split in splits}
@@ -118,7 +119,7 @@ def _render(folder: Path, name: str, fields: Mapping[str, Any]) -> AgeVlmDataset
                     "data_files": [{"split": split, "path": path} for split, path in tables.items()],
                 }
             ],
-            **fields,
+            **{field: value for field, value in fields.items() if value is not None},
         }
     )
     limits = ["Phrases and masks are as good as what made them. Look at some before you train on them."]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
 from ..hub import MODEL_TYPE, PATIENCE, damaged_file
+from .dataset import render_dataset_card
 from .model import is_generated, read_results, render_model_card, result_files
 
 if TYPE_CHECKING:
@@ -251,10 +252,12 @@ def _make_card(folder: Path, kind: Kind, repo_id: str, former: str) -> dict[str,
         return {"README.md": own}
     if not is_generated(_split(former)[1]):
         return None
-    if kind == "data set":
-        return {"README.md": own} if own else {}
-    results = read_results([folder], required=False)
-    card = render_model_card(folder, results, repo_id=repo_id, needs_agevlm=kind == "delta")
+    results = [] if kind == "data set" else read_results([folder], required=False)
+    card = (
+        render_dataset_card(folder, repo_id=repo_id)
+        if kind == "data set"
+        else render_model_card(folder, results, repo_id=repo_id, needs_agevlm=kind == "delta")
+    )
     for text in (own, former):
         _keep_metadata(card, _split(text)[0])
     return {"README.md": str(card), **result_files(results)}
