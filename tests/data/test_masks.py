@@ -20,6 +20,7 @@ from tiny_sam import build_tiny_sam
 from agevlm.data.masks import add_masks
 from agevlm.data.teachers import load_teacher
 from agevlm.processing.rows import mask_from_rle, mask_to_rle, row_features
+from agevlm.provenance import describe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_sam_type")]
 
@@ -260,7 +261,8 @@ def uninterrupted(saved, checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     text = (saved / "ATTRIBUTION.md").read_text()
     teacher = load_teacher("sam", checkpoint, device="cpu")
-    add_masks(load_from_disk(saved), teacher, folder, save_every=2, batch_size=1, attribution=text, progress=False)
+    told = {"attribution": text, "provenance": {"sources": [{"role": "rows", **describe(saved, "data set")}]}}
+    add_masks(load_from_disk(saved), teacher, folder, save_every=2, batch_size=1, progress=False, **told)
     del segment_anything.sam_model_registry["tiny"]
     return bytes_of(folder)
 
