@@ -57,7 +57,7 @@ def test_a_trainer_pushes_no_pickle(name, trainer_hub, tmp_path):
     assert not pickles(files)
     assert not [path for path in files if path.startswith("checkpoint")]
     assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_agevlm.py"} <= set(files)
-    assert front_matter(files["README.md"])
+    assert front_matter(files["README.md"])["pipeline_tag"] == "image-text-to-text"
     assert push(tmp_path, "me/mine").repository == "exists"  # the command goes on with the same repository
     assert transformers.trainer.hf_api is transformers.utils.hub.hf_api
 
