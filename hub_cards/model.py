@@ -69,7 +69,7 @@ def write_model_card(
         folder: of a model, of a delta or of a PEFT adapter.
         repo_id: where it is going to be on the Hub; by default the folder's name stands for it.
         results: folders or files with `results.json`, beside those in the folder itself.
-        needs_agevlm: the folder has the trained part only, which `agevlm` loads.
+        needs_agevlm: the folder has the trained part only, which `agevlm` loads; known by itself where it has a `parts.json`.
         title: by default the name of the repository or the folder.
         overwrite: also replace a card that someone wrote.
         config, adapter: the content of `config.json` and `adapter_config.json`, of a model that is not saved yet.
@@ -130,6 +130,7 @@ def render_model_card(
     folder = Path(folder)
     name = repo_id or os.path.basename(os.path.abspath(folder))
     provenance = read_provenance(folder)
+    needs_agevlm = needs_agevlm or (folder / PARTS_FILE).is_file()
     if config is None and adapter is None:
         config, adapter = (_read_json(folder / file) for file in ("config.json", "adapter_config.json"))
     config = config or {}

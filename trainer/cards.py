@@ -126,6 +126,7 @@ class CardsMixin(AnyTrainer):
             repo_id=self.hub_model_id,
             title=model_name,
             overwrite=True,
+            needs_agevlm=getattr(self.args, "save_trained_only", False),
             config={} if adapter else config.to_dict(),
             adapter=adapter,
             language=kwargs.get("language"),
