@@ -246,7 +246,7 @@ def draw_grounding(
     axis = figure.subplots()
     axis.imshow(to_rgb(image))
     axis.set_axis_off()
-    outline = [patheffects.withStroke(linewidth=3.5, foreground="white")]
+    outline: list = [patheffects.withStroke(linewidth=3.5, foreground="white")]
     legend = []
     for phrase, color in zip(phrases, itertools.cycle(COLORS[:-1]), strict=False):
         shown = phrase["point"] is not None and phrase["there"] is not False

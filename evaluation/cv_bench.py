@@ -219,7 +219,7 @@ class CvBench:
         read = {key: read_choice(*text) for key, text in texts.items()}
 
         def row(asked: list[Question], *parts: dict[str, Any]) -> dict[str, Any]:
-            def accuracy(name: str, chosen: dict[str, str | None]) -> float | None:
+            def accuracy(name: str, chosen: Mapping[str, str | None]) -> float | None:
                 accuracies = [part[name] for part in parts]
                 if not parts and asked:
                     accuracies = [sum(chosen[question.key] == question.expected for question in asked) / len(asked)]

@@ -289,7 +289,8 @@ class Grounding(Scenes):
                 model, processor, found, question.text, [phrase for phrase, _ in known], calibration=calibration
             )
             assert found.maps is not None
-            grid = tuple(found.maps.maps.shape[-2:])
+            rows_of_cells, columns = found.maps.maps.shape[-2:]
+            grid = (rows_of_cells, columns)
             phrases = [
                 {**asdict(phrase), "class": name, **judge(phrase.point, phrase.box, name, question, grid, processor)}
                 for phrase, (_, name) in zip(grounded.phrases, known, strict=True)

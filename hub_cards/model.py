@@ -160,10 +160,10 @@ def render_model_card(
     given = {field: value for field, value in fields.items() if value is not None}
     given["tags"] = [*found["tags"], *_flat([stage.get("tags") for stage in stages]), *_flat([given.get("tags")])]
     evaluated = eval_results(results)
-    card_data = ModelCardData(
-        **{**found, **given},
-        **({"eval_results": evaluated, "model_name": name.split("/")[-1]} if evaluated else {}),
-    )
+    known: dict[str, Any] = {**found, **given}
+    if evaluated:
+        known |= {"eval_results": evaluated, "model_name": name.split("/")[-1]}
+    card_data = ModelCardData(**known)
     figure = _figure(folder)
     return AgeVlmModelCard.from_template(
         card_data,

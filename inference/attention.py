@@ -285,7 +285,8 @@ def show_reply(
     if model.config.get_text_config().cross_attention_sink:
         sink = (1 - stacked.sum((-3, -2, -1))).clamp(min=0).numpy()
     picture = found.images[image]
-    placed = (tuple(stacked.shape[-2:]), processor.image_processor, picture.size)
+    rows, columns = stacked.shape[-2:]
+    placed = ((rows, columns), processor.image_processor, picture.size)
     return Attention(
         image=picture,
         question=question,

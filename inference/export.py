@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         text_model, config = self.model.model.language_model, self.model.config.text_config
         cache, num_layers = DynamicCache(config=config), config.num_hidden_layers
         cache.layers = [_PastLayer(past["key"], past["value"]) for past in past_key_values[:num_layers]]
-        append_cross_attention_layers(cache, config)
+        append_cross_attention_layers(cache, config)  # type: ignore[arg-type]
         for layer, past in zip(cache.layers[num_layers:], past_key_values[num_layers:], strict=True):
             layer.lazy_initialization(past["key"], past["value"])
             layer.keys, layer.values = past["key"], past["value"]
@@ -212,11 +212,11 @@ def _map(function: Any, sizes: Any) -> Any:
     return function(sizes)
 
 
-def _flat(sizes: Any, prefix: str = "") -> dict[str, list]:
+def _flat(sizes: Any, prefix: Any = "") -> dict[str, list]:
     """All lists of sizes by the names that exporters give to tensors in nested structures, as `present.0.key`."""
     if isinstance(sizes, list) and not any(isinstance(value, dict) for value in sizes):
         return {prefix: sizes}
-    items = sizes.items() if isinstance(sizes, dict) else enumerate(sizes)
+    items: Iterable[tuple[Any, Any]] = sizes.items() if isinstance(sizes, dict) else enumerate(sizes)
     return {
         path: value
         for name, part in items
@@ -235,7 +235,7 @@ def _tracing(model: AgeVlmForConditionalGeneration) -> Iterator[None]:
     text_model.set_attn_implementation("eager")
     try:
         # Otherwise the trace takes for granted that no size is 0 or 1.
-        with contextlib.redirect_stdout(io.StringIO()), shape_settings.patch(backed_size_oblivious=True):
+        with contextlib.redirect_stdout(io.StringIO()), shape_settings.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             yield
     finally:
         text_model.set_attn_implementation(attention)

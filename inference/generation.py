@@ -55,11 +55,11 @@ def ask_about(text: str, image: Image.Image | None = None) -> list[dict[str, Any
     return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
 
 
-def render_chat(processor: ProcessorMixin, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+def render_chat(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
     """A conversation as the processor's chat template writes it. An AGE-VLM reads special tokens in its messages as text."""
     if isinstance(processor, AgeVlmProcessor):
         kwargs["sanitize_control_tokens"] = processor.sanitize_chats
-    return processor.apply_chat_template(messages, tokenize=False, **kwargs)
+    return processor.apply_chat_template(list(messages), tokenize=False, **kwargs)
 
 
 def load_model(
@@ -257,7 +257,7 @@ def _features(
             )
     rows = [known[key] for key in keys]
     known.forget(keys)
-    masks = [row.visual_attention_mask for row in rows]
+    masks: list[Any] = [row.visual_attention_mask for row in rows]
     return AgeVlmImageFeatures(
         last_hidden_state=torch.cat([row.last_hidden_state for row in rows]),
         pooler_output=torch.cat([row.pooler_output for row in rows]),

@@ -147,7 +147,7 @@ def reply(
     Raises:
         ValueError: if a logit is not finite, or an image has no image token or the reverse.
     """
-    prompts = [render_chat(processor, list(messages), add_generation_prompt=True) for messages in conversations]
+    prompts = [render_chat(processor, messages, add_generation_prompt=True) for messages in conversations]
     images = [conversation_images(messages) for messages in conversations]
     batch = read_batch(model, processor, prompts, images if any(images) else None, known)
     longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -158,7 +158,8 @@ def reply(
     finite = FiniteLogits()
     stops = StopStringCriteria(processor.tokenizer, stop_strings) if stop_strings else None
     ends = _Ends(width, torch.tensor(left, device=model.device), _end_tokens(model, processor), finite, stops)
-    with record_maps(model) if maps else contextlib.nullcontext([]) as recorded:
+    recording: Any = record_maps(model) if maps else contextlib.nullcontext([])
+    with recording as recorded:
         out = model.generate(
             **inputs,
             **{**GREEDY, **settings},
@@ -215,7 +216,7 @@ class _Ends(StoppingCriteria):
             stops = stops | self.stops(input_ids, scores)
         stops = stops & (written <= self.lengths) & ~self.stopped
         self.lengths, self.stopped = torch.where(stops, written, self.lengths), self.stopped | stops
-        ended = written >= self.lengths
+        ended: Any = written >= self.lengths
         return ended if self.finite.rows is None else ended | ~self.finite.rows
 
 
@@ -260,7 +261,7 @@ def read_reply(
     Raises:
         ValueError: if the model's outputs are not finite.
     """
-    prompt = render_chat(processor, list(messages), add_generation_prompt=True)
+    prompt = render_chat(processor, messages, add_generation_prompt=True)
     images = conversation_images(messages)
     batch = read_batch(model, processor, [prompt], [images] if images else None)
     encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)

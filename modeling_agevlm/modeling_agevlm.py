@@ -168,7 +168,8 @@ class AgeVlmCrossAttentionCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     # Not in `__dict__`, whose tensors are inputs of an exported program: those of the text layer would be inputs twice.
-    __slots__ = ("text_layer",)
+    # Computed, because type checkers take a literal for all attributes that there are.
+    __slots__ = dict.fromkeys(("text_layer",))
 
     def __init__(self, text_layer: CacheLayerMixin):
         super().__init__()

@@ -179,7 +179,7 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def mask_from_rle(rle: dict[str, Any], image_size: tuple[int, int] | None = None) -> np.ndarray:
+def mask_from_rle(rle: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode COCO RLE, `{"size": [height, width], "counts": str}`, to a mask, bool `(height, width)`.
 
     Args:

@@ -5,7 +5,7 @@ import functools
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class Sessions:
                 session.stopped = True
 
 
-def write(batcher: Batcher, messages: Messages, max_new_tokens: int) -> Iterator[str | Reply]:
+def write(batcher: Batcher, messages: Messages, max_new_tokens: int) -> Generator[str | Reply, None, None]:
     """The pieces of a reply as they are written, and last the reply with its maps. Closing it cancels the reply."""
     pending = batcher.submit(messages, max_new_tokens=max_new_tokens, maps=True)
     try:
@@ -127,7 +127,7 @@ def build_app(
     users = Sessions(model, processor) if sessions is None else sessions
     blocks = block_titles(model)
 
-    def run_model(messages: Messages, max_new_tokens: int) -> Iterator[str | Reply]:
+    def run_model(messages: Messages, max_new_tokens: int) -> Generator[str | Reply, None, None]:
         yield from write(batcher, messages, max_new_tokens)
 
     if gpu is not None:

@@ -284,7 +284,7 @@ class _Pauses(StoppingCriteria):
     def __init__(self, batcher: Batcher, batch: list[PendingReply]):
         self.batcher, self.batch, self.steps = batcher, batch, 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
         self.steps += 1
         waiting, rows = self.batcher.waiting, len(self.batch)
         turn_ends = waiting > 0 and self.steps * (rows + waiting) >= self.batcher.turn * rows

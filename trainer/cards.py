@@ -132,7 +132,7 @@ class CardsMixin(AnyTrainer):
             language=kwargs.get("language"),
             license=kwargs.get("license"),
             base_model=identify(base).get("id") if base else None,
-            pipeline_tag=(_listed(kwargs.get("tasks")) or [None])[0],
+            pipeline_tag=next(iter(_listed(kwargs.get("tasks"))), None),
             tags=_listed(tags),
         )
 

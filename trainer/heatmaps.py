@@ -54,7 +54,7 @@ class HeatmapsMixin(AnyTrainer):
         ):
             return
         with tempfile.TemporaryDirectory() as folder:
-            files = []
+            files: list[str] = []
             try:
                 for row in itertools.islice(data, _LOOKED_AT):
                     if len(files) == self.args.eval_heatmaps:
@@ -76,6 +76,7 @@ class HeatmapsMixin(AnyTrainer):
             return False
         model = base_model(self.model)
         targets, grid = batch.pop("map_targets")[0], collator.grid
+        assert grid is not None  # else there were no targets
         images = [to_rgb(image) for image in row_images(dict(row), collator.allow_urls)]
         features = {} if collator.features is None else {"mm_encoder_outputs": {"image": collator.features(images)}}
         names = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "map_queries")

@@ -2,7 +2,7 @@
 """`agevlm ask` and `agevlm attention`: questions about images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -158,7 +158,11 @@ def _ask_many(
     if ground:
         _check_maps(model)
     vlm, processor = load_model(model)
-    settings = {"settings": {"model": model}, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {
+        "settings": {"model": model},
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
     bad = answer_images(
         vlm, processor, asked, out, ground=find_calibration(vlm, model) if ground else None, **settings
     )
