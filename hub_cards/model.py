@@ -141,7 +141,6 @@ def render_model_card(
     if adapter and base is None and adapter.get("base_model_name_or_path"):
         base = identify(adapter["base_model_name_or_path"])
     data = _distinct(source for stage in stages for source in stage.get("data", []))
-    needs_agevlm = needs_agevlm or (folder / PARTS_FILE).is_file()
     untrained = not stages and bool(provenance.get("untrained"))
 
     licenses = _licenses(

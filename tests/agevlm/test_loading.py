@@ -16,8 +16,8 @@ from tiny_training import tiny_processor, tiny_trainable
 from transformers import AutoModelForImageTextToText
 
 from agevlm import AgeVlmForConditionalGeneration
-from agevlm.evaluation import answers
 from agevlm.hub import load_pretrained
+from agevlm.inference import generation
 from agevlm.trainer import recipe
 
 BLOCK = "model.language_model.cross_attn.0.q_proj.weight"
@@ -149,7 +149,7 @@ def test_all_ways_to_a_model_refuse_missing_weights(folder):
     config = {"model": str(folder), "data": [{"path": "rows"}], "training": {"output_dir": "out", "stage": "guide"}}
     (folder / "recipe.yaml").write_text(json.dumps(config))
     for load in (
-        lambda: answers.load_model(folder, "cpu"),
+        lambda: generation.load_model(folder, "cpu"),
         lambda: recipe.load_model(recipe.load_recipe(folder / "recipe.yaml")),
     ):
         with pytest.raises(ValueError, match=f"it lacks {BLOCK}"):
@@ -163,5 +163,7 @@ def test_no_other_way_leads_to_a_model():
     )
     files = [file for folder in ("agevlm", "data", "trainer", "evaluation", "examples", "research") for file in (ROOT / folder).rglob("*.py")]  # fmt: skip
     found = {file.relative_to(ROOT).as_posix(): len(pattern.findall(file.read_text())) for file in files}
-    # `fresh_model` has other blocks than its checkpoint, and `text_loss` reads the language model alone.
-    assert {file: count for file, count in found.items() if count} == {"agevlm/hub.py": 1, "research/runs.py": 2}
+    # A delta's tensors are checked as a checkpoint's are, `fresh_model` has other blocks than its checkpoint, and `text_loss`
+    # reads the language model alone.
+    expected = {"agevlm/hub.py": 1, "agevlm/deltas.py": 1, "research/runs.py": 2}
+    assert {file: count for file, count in found.items() if count} == expected
