@@ -74,10 +74,15 @@ def load(folder: Path, name: str) -> PreTrainedModel:
 # --- quality ---
 
 
-def examine(model: PreTrainedModel, processor: ProcessorMixin, scenes: Scenes, limit: int) -> dict[str, dict]:
-    """By question: its scene, its answer, the score that [`Scenes`] gives it, and whether its phrase points at its object."""
+def examine(
+    model: PreTrainedModel, processor: ProcessorMixin, scenes: Scenes, limit: int
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """By question: its scene, its answer, the score that [`Scenes`] gives it, and whether its phrase points at its object;
+    and the chance levels of both, as the mean over the questions."""
     found = evaluate(scenes, (model, processor), limit=limit, batch_size=16, progress=None)
-    return {
+    kinds = [row for kind, row in found.scores.items() if kind != "pointing"]
+    chance = sum(row["chance"] * row["questions"] for row in kinds) / sum(row["questions"] for row in kinds)
+    answers = {
         question.key: {
             "scene": question.source,
             "answer": found.answers[question.key]["answer"],
@@ -86,6 +91,7 @@ def examine(model: PreTrainedModel, processor: ProcessorMixin, scenes: Scenes, l
         }
         for question in found.questions
     }
+    return answers, {"score": chance, "pointing": found.scores["pointing"]["chance_any_object"]}
 
 
 def bootstrap(values: np.ndarray, scenes: np.ndarray, draws: int = 2000) -> dict[str, float]:
@@ -221,7 +227,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="that are written in a round of the speed")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="questions at once in the speed")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed that count")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks_output"))
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks_output"))
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -230,11 +236,11 @@ def main() -> None:
 
     checkpoint, scenes = args.demo / "checkpoint", Scenes(args.demo / "held_out_scenes")
     processor = load_processor(checkpoint)
-    models, answers, results = {}, {}, {}
+    models, answers, chances, results = {}, {}, {}, {}
     for name in BACK_ENDS:
         models[name] = load(checkpoint, name)
         start = time.perf_counter()
-        answers[name] = examine(models[name], processor, scenes, args.limit)
+        answers[name], chances[name] = examine(models[name], processor, scenes, args.limit)
         results[name] = {"weight_bytes": weight_bytes(models[name]), "file_bytes": file_bytes(models[name])}
         console.print(f"{name}: {len(answers[name])} questions in {time.perf_counter() - start:.0f} s")
     for name in BACK_ENDS:
@@ -252,15 +258,18 @@ def main() -> None:
         "tokens": args.tokens,
         "rounds": args.rounds,
         "device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads",
+        "chance": chances[BASE],
         "kinds": sorted({key.split("/")[0] for key in answers[BASE]}),
         **{name: version(name) for name in packages},
     }
     table = rows_of(results, args.batches)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quantization.json").write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
-    (args.out / "quantization.md").write_text(markdown_table(table) + "\n")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "quantization.json").write_text(
+        json.dumps({"setting": setting, "results": results}, indent=1) + "\n"
+    )
+    (args.output_dir / "quantization.md").write_text(markdown_table(table) + "\n")
     console.print(rich_table(table))
-    console.print(f"Written to {args.out}: quantization.json, quantization.md")
+    console.print(f"Written to {args.output_dir}: quantization.json, quantization.md")
 
 
 if __name__ == "__main__":
