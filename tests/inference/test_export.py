@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import skimage
 import torch
 from command_line import check_refused
 from documents import ROOT
+from PIL import Image, ImageDraw
 from tiny_models import IMAGE_SIZE, batch, images, pad, text, tiny_age_vlm, tiny_llama
 from tiny_training import picture, tiny_processor, tiny_trainable
 from transformers import DynamicCache, GenerationConfig
@@ -22,7 +24,9 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 
 from agevlm import cli
+from agevlm.cli.commands import app
 from agevlm.inference.export import export_model
+from agevlm.inference.generation import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -208,7 +212,7 @@ import json, sys
 sys.path.insert(0, {examples!r})
 import export_onnx
 from pathlib import Path
-from PIL import Image
+from PIL import Image, ImageDraw
 found = []
 for question, files in json.loads(sys.stdin.read()):
     images = [Image.open(file) for file in files]
@@ -341,3 +345,26 @@ def test_decoding_with_a_static_cache_exports_by_transformers_own_exporter():
     exported = OnnxExporter().export(decoder, dict(step), OnnxConfig(dynamic=True))
     found = exported(**step)
     torch.testing.assert_close(found.logits, model(**step).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.minutes
+@pytest.mark.timeout(3600)
+def test_the_example_answers_as_the_demo_model_does(tmp_path):
+    """Real weights and real pictures: a photograph, an icon with transparency, and both."""
+    command = ["build", "--delta", ROOT / "examples" / "weights" / "demo", "--dtype", "float32"]
+    app([*map(str, [*command, "--out", tmp_path / "checkpoint"])], standalone_mode=False)
+    app(["export", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "exported")], standalone_mode=False)
+    model, processor = load_model(tmp_path / "checkpoint", device="cpu")
+    photographs = Path(skimage.__file__).parent / "data"
+    cat, coffee = (Image.open(photographs / name).convert("RGB") for name in ("chelsea.png", "coffee.png"))
+    icon = Image.new("RGBA", (90, 120))
+    ImageDraw.Draw(icon).ellipse((10, 10, 80, 90), fill=(200, 30, 30, 128))
+    asked = [
+        ("Is there a cat in the image?", [cat]),
+        ("Is there a dog in the image?", [cat.resize((90, 300))]),
+        ("Where is the cup?", [coffee]),
+        ("What is in the image?", [icon]),
+        ("What is in the images?", [cat, coffee]),
+        ("What is the capital of France?", []),
+    ]
+    check_example(tmp_path / "exported", model, processor, asked, tmp_path, 16)
