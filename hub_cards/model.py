@@ -136,7 +136,8 @@ def render_model_card(
     config = config or {}
     adapter = {} if config else adapter or {}
     method = str(getattr(adapter.get("peft_type"), "value", adapter.get("peft_type", "PEFT")))
-    parts, stages = provenance.get("parts") or _parts_of(folder), provenance.get("stages", [])
+    exact = read_parts(folder) if (folder / PARTS_FILE).is_file() else config.get("parts") or {}
+    parts, stages = provenance.get("parts") or _parts_on_hub(exact), provenance.get("stages", [])
     base = provenance.get("base")
     if adapter and base is None and adapter.get("base_model_name_or_path"):
         base = identify(adapter["base_model_name_or_path"])
@@ -171,7 +172,7 @@ def render_model_card(
         adapter=_adapter_name(method, adapter),
         base=base,
         needs_agevlm=needs_agevlm,
-        unnamed=unnamed_parts(read_parts(folder)) if needs_agevlm else [],
+        unnamed=unnamed_parts(exact) if needs_agevlm else [],
         untrained=untrained,
         layers=_layers(text_config),
         num_layers=text_config.get("num_hidden_layers"),
@@ -433,13 +434,9 @@ def _layers(text_config: Mapping[str, Any]) -> list[int]:
     return [layer - number for number, layer in enumerate(merged)]
 
 
-def _parts_of(folder: Path) -> dict[str, dict[str, str]]:
-    """The parts on the Hub that a configuration names, where a folder says nothing else of them."""
-    try:
-        parts = read_parts(folder)
-    except FileNotFoundError:  # of an adapter
-        return {}
-    ids = {kind: parts.get(f"{kind}_model", {}).get("hub_id") for kind in ("text", "vision")}
+def _parts_on_hub(exact: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The parts that are models of the Hub, where a folder says nothing else of them."""
+    ids = {kind: exact.get(f"{kind}_model", {}).get("hub_id") for kind in ("text", "vision")}
     return {kind: {"name": id, "id": id} for kind, id in ids.items() if id}
 
 

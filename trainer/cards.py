@@ -31,7 +31,7 @@ class CardsMixin(AnyTrainer):
     def set_up_card(self, model: nn.Module, args) -> None:
         """Reads where a model comes from, before anything is written to its folder."""
         self._origin: dict[str, Any] = {}
-        if args.process_index:
+        if not args.should_save:
             return
         base = base_model(model)
         self._origin = model_provenance(base.name_or_path)
