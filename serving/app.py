@@ -2,6 +2,7 @@
 """The app: ask about images in a browser, and click any word to see where it looks."""
 
 import functools
+import secrets
 import socket
 import threading
 from collections import OrderedDict
@@ -35,16 +36,15 @@ MOST_WAITING = 64
 """Questions that wait for the model; further ones are refused."""
 
 
-def import_gradio() -> Any:
+def check_gradio() -> None:
     """
     Raises:
         ImportError: if Gradio is not installed.
     """
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}; for the app: pip install 'agevlm[app]'") from error
-    return gradio
 
 
 class Session:
@@ -103,7 +103,7 @@ def write(batcher: Batcher, messages: Messages, max_new_tokens: int) -> Generato
 
 def build_app(
     batcher: Batcher,
-    sessions: Sessions | None = None,
+    sessions: Sessions,
     *,
     title: str = "AGE-VLM",
     gpu: Callable[[Callable], Callable] | None = None,
@@ -120,11 +120,12 @@ def build_app(
         ValueError: if the model has no cross-attention.
         ImportError: if Gradio or matplotlib is not installed.
     """
-    gr = import_gradio()
-    model, processor = batcher.model, batcher.processor
+    check_gradio()
+    import gradio as gr
+
+    model = batcher.model
     check_cross_attention(model.config, type(model).__name__)
     page.legend()  # raises before a user needs matplotlib
-    users = Sessions(model, processor) if sessions is None else sessions
     blocks = block_titles(model)
 
     def run_model(messages: Messages, max_new_tokens: int) -> Generator[str | Reply, None, None]:
@@ -133,9 +134,13 @@ def build_app(
     if gpu is not None:
         run_model = gpu(run_model)
 
+    def session_of(request: gr.Request) -> Session:
+        """Who calls the app without a name shares nothing with others."""
+        return sessions[request.session_hash or secrets.token_hex()]
+
     def ask(message: dict[str, Any], block: str, grounded: bool, request: gr.Request) -> Iterator[dict]:
         """The answer as it is written, and last the conversation with it. Without an answer, the question stays in its box."""
-        session = users[request.session_hash]
+        session = session_of(request)
         if not session.writing.acquire(blocking=False):
             yield {notice: page.say("Wait for the answer that is being written, or stop it.", "alert")}
             return
@@ -182,7 +187,7 @@ def build_app(
                     text += piece
                     yield asked + page.show_answer(text)
 
-    def show(session: Session, block: str, grounded: bool, image: bool = False) -> dict[str, str]:
+    def show(session: Session, block: str, grounded: bool, image: bool = False) -> dict[str, Any]:
         """The map of the word that is chosen over the image that is, and what is grounded in it; with the `image` itself if it
         is another one. The model does not run."""
         talk = session.conversation
@@ -207,7 +212,7 @@ def build_app(
 
     def pick(block: str, grounded: bool, event: gr.EventData, request: gr.Request) -> gr.HTML:
         """Shows the map of the word that was clicked, or the image that was."""
-        session, data = users[request.session_hash], event._data
+        session, data = session_of(request), event._data
         if "image" in data:
             session.image = min(max(int(data["image"]), 0), len(session.conversation.images) - 1)
         else:
@@ -215,26 +220,26 @@ def build_app(
         return gr.HTML(**show(session, block, grounded, image="image" in data))
 
     def choose(block: str, grounded: bool, request: gr.Request) -> gr.HTML:
-        return gr.HTML(**show(users[request.session_hash], block, grounded))
+        return gr.HTML(**show(session_of(request), block, grounded))
 
     def renew(block: str, request: gr.Request) -> dict:
-        users.end(request.session_hash)
-        nothing = gr.HTML(**show(users[request.session_hash], block, False))
+        sessions.end(request.session_hash or "")
+        nothing = gr.HTML(**show(session_of(request), block, False))
         return {box: gr.MultimodalTextbox(value=None), conversation: "", notice: "", picture: nothing}
 
     def stop(request: gr.Request) -> None:
-        users[request.session_hash].stopped = True
+        session_of(request).stopped = True
 
     def leave(request: gr.Request) -> None:
-        users.end(request.session_hash)
+        sessions.end(request.session_hash or "")
 
     no_script: dict[str, Any] = {"js_on_load": None}
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.HTML(f"<h1>{page.escape(title)}</h1>", elem_id="title", **no_script)
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="seen"):
-                shown = {"image": "", "caption": page.say(WELCOME)}
-                templates = {"html_template": page.PICTURE, "css_template": page.PICTURE_CSS}
+                shown: dict[str, Any] = {"image": "", "caption": page.say(WELCOME)}
+                templates: dict[str, Any] = {"html_template": page.PICTURE, "css_template": page.PICTURE_CSS}
                 picture = gr.HTML("", elem_id="picture", **shown, **templates, **no_script)
                 with gr.Row(elem_id="options"):
                     block = gr.Dropdown(
@@ -257,7 +262,8 @@ def build_app(
         # As many as the model answers at once: whoever waits for it takes no thread from those who click.
         asking: dict[str, Any] = {"concurrency_limit": batcher.max_batch_size, "api_name": "ask"}
         now: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        everything, options = [box, writing, conversation, notice, picture], [block, grounded]
+        everything: list[Any] = [box, writing, conversation, notice, picture]
+        options: list[Any] = [block, grounded]
         box.submit(ask, [box, *options], everything, show_progress="hidden", **asking)
         box.stop(stop, **now)
         conversation.pick(pick, options, picture, **now)
@@ -306,7 +312,12 @@ def launch(app: "gr.Blocks", **settings: Any) -> tuple[Any, str, str | None]:
     Raises:
         OSError: if the port is taken.
     """
-    gr = import_gradio()
-    fonts = {"font": ["Segoe UI", "Helvetica Neue", "Arial", "sans-serif"], "font_mono": ["Consolas", "monospace"]}
+    check_gradio()
+    import gradio as gr
+
+    fonts: dict[str, Any] = {
+        "font": ["Segoe UI", "Helvetica Neue", "Arial", "sans-serif"],
+        "font_mono": ["Consolas", "monospace"],
+    }
     own = {"theme": gr.themes.Default(**fonts), "css": page.PAGE_CSS, "footer_links": [], "run_history": False}
     return app.launch(**{**own, "ssr_mode": False, "max_file_size": "30mb", **settings})

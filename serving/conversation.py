@@ -52,7 +52,7 @@ class Conversation:
     """Turns of one user with a model.
 
     Args:
-        calibration: of the model's grounding ([`find_calibration`]).
+        calibration: of the model's grounding ([`~agevlm.inference.grounding.find_calibration`]).
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, limits: Limits, calibration: Calibration):

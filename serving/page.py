@@ -124,7 +124,7 @@ def show_map(found: Attention | None, block: int | None) -> tuple[str, str]:
     if rest > 0.005:
         facts["other images"] = rest
     said = " · ".join(f"{name} <b>{value:.2f}</b>" for name, value in facts.items())
-    where = "average of all blocks" if block is None else f"block {found.blocks[block]}"
+    where = "all blocks" if block is None else f"block {found.blocks[block]}"
     return (
         layer,
         f'<p><b class="phrase">{escape(phrase.text)}</b> in the {phrase.source}, {where}</p><p>Attention: {said}</p>{legend()}',
@@ -193,6 +193,8 @@ PAGE_CSS = """
 .gradio-container { max-width: 1400px !important; overflow: clip !important; }
 #title h1 { font-size: 1.25rem; font-weight: 600; margin: 0; }
 #columns { align-items: flex-start; }
+/* A long answer scrolls, at its end, and does not push the question's box and its stop button away. */
+#writing { display: flex; flex-direction: column-reverse; max-height: 40vh; overflow-y: auto !important; }
 #conversation:not(:has(p)), #writing:not(:has(p)), #notice:not(:has(p)) { display: none; }
 @media (min-width: 800px) {
   #seen { position: sticky; top: 12px; }
@@ -204,7 +206,7 @@ PAGE_CSS = """
   #seen { display: contents; }
   #picture { --picture-height: 26vh; position: sticky; top: 0; z-index: 10; background: var(--body-background-fill); padding: 8px 0; }
   #picture .legend { display: none; }
-  #picture figcaption { max-height: 7em; overflow-y: auto; font-size: .9rem; }
+  #picture figcaption { max-height: 9em; overflow-y: auto; font-size: .9rem; line-height: 1.35; }
 }
 """
 
@@ -241,11 +243,11 @@ TURNS_CSS = """
 .question { background: var(--color-accent-soft); border: 1px solid var(--border-color-accent-subdued); margin-left: auto; }
 .answer { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); margin-top: 8px;
   max-width: 92%; }
-button { font: inherit; color: inherit; background: none; border: 0; padding: 0; margin: 0; cursor: pointer; border-radius: 3px; }
+button { font: inherit; color: inherit; background: none; transition: none; border: 0; padding: 0; margin: 0; cursor: pointer; border-radius: 3px; }
 button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px; }
 .word { text-decoration: underline dotted var(--body-text-color-subdued) 1px; text-underline-offset: 4px; }
 .word:hover { background: var(--background-fill-primary); text-decoration-style: solid; }
-.word[aria-pressed=true] { background: var(--color-accent); color: white; text-decoration: none; box-shadow: 0 0 0 2px var(--color-accent); }
+.word[aria-pressed=true] { background: var(--color-accent); color: #111; text-decoration: none; box-shadow: 0 0 0 2px var(--color-accent); }
 .thumb { line-height: 0; border: 2px solid var(--border-color-primary); border-radius: 6px; overflow: hidden; }
 .thumb[aria-pressed=true] { border-color: var(--color-accent); }
 .thumb img { height: 56px; width: auto; margin: 0; }

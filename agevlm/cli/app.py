@@ -20,9 +20,9 @@ def app(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto as it was saved.")] = "auto",
 ) -> None:
     """Ask a model in the browser, and click any word to see where it looks."""
-    from ..serving.app import check_port, import_gradio
+    from ..serving.app import check_gradio, check_port
 
-    import_gradio()
+    check_gradio()
     check_port(host, port)  # before the model is loaded
 
     from transformers import AutoConfig

@@ -435,7 +435,7 @@ def test_the_model_is_asked_by_the_function_that_gets_the_gpu(parts):
         return function
 
     with Batcher(*parts) as batcher:
-        build_app(batcher, gpu=gpu)
+        build_app(batcher, Sessions(*parts), gpu=gpu)
         (ask,) = decorated
         *pieces, last = ask([{"role": "user", "content": "Cat?"}], 3)
     assert "".join(pieces) == last.text
