@@ -41,7 +41,7 @@ def browser():
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
-        pytest.fail(INSTALL)
+        pytest.fail(INSTALL, pytrace=False)
     names = ("chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
         try:
@@ -49,7 +49,7 @@ def browser():
                 executable_path=next(filter(None, map(shutil.which, names)), None), args=FLAGS
             )
         except Error as error:
-            pytest.fail(f"{INSTALL} ({error})")
+            pytest.fail(f"{INSTALL} ({str(error).splitlines()[0]})", pytrace=False)
         yield opened
         opened.close()
 
