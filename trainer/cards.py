@@ -87,7 +87,8 @@ class CardsMixin(AnyTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        write_provenance(output_dir or self.args.output_dir, self.provenance())
+        if self.args.should_save:  # Transformers comes here in every process
+            write_provenance(output_dir or self.args.output_dir, self.provenance())
 
     def create_model_card(
         self,
