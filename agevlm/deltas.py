@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 from .build import load_llama, load_timm, load_vision
 from .files import new_folder, resolve_package_file
-from .hub import check_loaded, load_pretrained, load_processor, loading, shorten
+from .hub import adapter_base, check_loaded, load_pretrained, load_processor, loading, shorten
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .parts import DIGEST, PART_NAMES, PARTS_FILE, digest_tensors, name_part_tensors, part_tensors, read_parts
@@ -199,16 +199,23 @@ def load_checkpoint(
     vision_model: str | PreTrainedModel | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """[`~agevlm.hub.load_pretrained`] of a whole checkpoint, [`load_trained`] of a delta."""
-    if is_delta(name, kwargs.get("revision")):
+    """[`~agevlm.hub.load_pretrained`] of a whole checkpoint, [`load_trained`] of a delta, and of a PEFT adapter for a delta."""
+    revision = kwargs.get("revision")
+    if is_delta(name, revision):
         return load_trained(name, text_model, vision_model, **kwargs)
-    return load_pretrained(model_class, name, **kwargs)
+    if (base := adapter_base(name, revision)) is None or not is_delta(base):
+        return load_pretrained(model_class, name, **kwargs)
+    model = load_trained(base, text_model, vision_model, **{**kwargs, "revision": None})
+    with loading(name, revision) as place:
+        found = model.load_adapter(place, adapter_kwargs={"revision": revision})
+    check_loaded(model, found.to_dict(), name)
+    return model
 
 
 def load_trained(
     name: str | os.PathLike,
-    text_model: str | PreTrainedModel | None = None,
-    vision_model: str | PreTrainedModel | None = None,
+    text_model: str | os.PathLike | PreTrainedModel | None = None,
+    vision_model: str | os.PathLike | PreTrainedModel | None = None,
     *,
     dtype: torch.dtype | str | None = "auto",
     revision: str | None = None,
@@ -246,6 +253,7 @@ def load_trained(
     for part, given in zip(PART_NAMES, (text_model, vision_model), strict=True):
         entry = parts[part]
         source = entry.get("hub_id") or entry.get("package_file") if given is None else given
+        source = os.fspath(source) if isinstance(source, os.PathLike) else source
         if source is None:
             raise ValueError(
                 f"{name} knows its {_TITLES[part]} by digests alone, because it was in a local folder or file: name it with {part}=, or "

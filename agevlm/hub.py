@@ -203,11 +203,9 @@ def load_pretrained(
             has weights that an AGE-VLM does not have.
     """
     revision = kwargs.get("revision")
-    with loading(name, revision) as place:
-        adapter, base = Path(place, "adapter_config.json"), None
-        if adapter.is_file() and not Path(place, "config.json").is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if base is not None:  # by itself, because Transformers tells of the adapter's weights only
+    if (
+        base := adapter_base(name, revision)
+    ) is not None:  # by itself, because Transformers tells of the adapter's weights only
         load_pretrained(model_class, base, prepare=prepare, **kwargs)
     with loading(name, revision) as place:
         model, found = model_class.from_pretrained(
@@ -217,6 +215,24 @@ def load_pretrained(
         prepare(model)
     check_loaded(model, found, name)
     return model
+
+
+def adapter_base(name: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The model that a PEFT adapter was trained on; None for what is no adapter.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if the adapter's configuration is damaged.
+    """
+    from transformers.utils import cached_file
+
+    with loading(name, revision) as place:
+        adapter = cached_file(
+            place, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        if adapter is None or os.path.isfile(os.path.join(place, "config.json")):
+            return None
+        return json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def check_loaded(model: PreTrainedModel, found: dict[str, Any], name: str | os.PathLike) -> None:

@@ -39,6 +39,8 @@ def preprocess(folder: Path, images: list[Image.Image]) -> dict[str, np.ndarray]
     high, wide = settings["size"]["height"], settings["size"]["width"]
     pixels, sizes = np.zeros((len(images), 3, high, wide), np.float32), np.zeros((len(images), 2), np.int64)
     for i, image in enumerate(images):
+        if image.mode[0] in "IF":
+            raise ValueError(f"Image {i} has the mode {image.mode}, whose values are not of 8 bits: convert it to L.")
         image = ImageOps.exif_transpose(image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         w, h = image.size

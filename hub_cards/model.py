@@ -171,6 +171,7 @@ def render_model_card(
         name=name,
         adapter=_adapter_name(method, adapter),
         base=base,
+        link=link,
         needs_agevlm=needs_agevlm,
         unnamed=unnamed_parts(exact) if needs_agevlm else [],
         untrained=untrained,

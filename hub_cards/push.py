@@ -116,7 +116,7 @@ def push(
         from ..deltas import write_as_delta
 
         with tempfile.TemporaryDirectory() as work:
-            made = Path(work, folder.absolute().name)
+            made = Path(work, folder.resolve().name)
             write_as_delta(folder, made)
             return push(made, repo_id, private=private, replace_content=replace_content, dry_run=dry_run, token=token)
     if delta and kind != "delta":

@@ -136,7 +136,7 @@ def test_a_delta_is_the_whole_checkpoint_to_the_last_bit(case, parts, tmp_path):
     )
     for dtype in ("auto", torch.float32, torch.bfloat16):
         whole = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=dtype)
-        check_equal(load_trained(tmp_path / "delta", str(parts / text), str(parts / vision), dtype=dtype), whole)
+        check_equal(load_trained(tmp_path / "delta", parts / text, parts / vision, dtype=dtype), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -278,6 +278,24 @@ def test_every_loader_takes_a_delta_whose_parts_are_found(delta, parts, tmp_path
     assert is_delta(folder)
     assert not is_delta(delta.parent / "whole")
     assert model.name_or_path == str(folder)
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    loaded, _ = load_model(tmp_path / "adapter", "cpu")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
+        assert not torch.equal(loaded(input_ids=ids).logits, whole(input_ids=ids).logits)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith("0.self_attn.q_proj.lora_B.weight")},
+        file,
+    )
+    with pytest.raises(ValueError, match=r"lacks .*lora_B"):
+        load_model(tmp_path / "adapter", "cpu")
 
 
 def test_a_delta_becomes_a_whole_checkpoint(delta, parts, tmp_path, monkeypatch, capsys):

@@ -357,6 +357,11 @@ def test_a_delta_of_a_checkpoint_is_pushed_and_loaded_by_its_name(hub, whole, tm
     card = found["README.md"].decode()
     assert "`agevlm` is needed" in card
     assert "agevlm build --delta me/mine --text TEXT_MODEL --vision VISION_MODEL" in card
+    assert card.count("--model mine-whole ") == 2  # the commands of the card take what the one before them makes
+    assert "--model me/mine" not in card
+    (whole / "figures").mkdir()
+    monkeypatch.chdir(whole / "figures")
+    assert push("..", "me/mine", delta=True, dry_run=True).kind == "delta"
     parts = ["--text", tmp_path / "text", "--vision", tmp_path / "vision"]
     code, printed = run(monkeypatch, capsys, "build", "--delta", "me/mine", *parts, "--out", tmp_path / "again")
     assert code == 0, printed

@@ -264,6 +264,16 @@ def test_the_example_answers_as_the_model_does(onnx, tmp_path):
 # ---------------------------------------------------------------------------------------- what is refused
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_the_example_reads_no_more_than_8_bits(onnx, mode, monkeypatch):
+    """Pillow would clip 16-bit gray to white."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from export_onnx import preprocess
+
+    with pytest.raises(ValueError, match=f"mode {mode}, .*convert it to L"):
+        preprocess(onnx.folder, [Image.new(mode, (4, 4), 30000)])
+
+
 def test_wrong_settings_are_refused(onnx, tmp_path, monkeypatch, capsys):
     check = lambda message, *words: check_refused(  # noqa: E731
         monkeypatch, capsys, tmp_path, message, "export", onnx.checkpoint, "--out", tmp_path / "out", *words
