@@ -3,6 +3,7 @@
 
 import csv
 import functools
+import io
 import json
 import os
 import shutil
@@ -71,14 +72,16 @@ def read_image_list(source: str | os.PathLike, question: str | None = None) -> l
 
 def _read_entries(source: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     """Number of the line, and the entry."""
-    lines = text.splitlines()
     if source.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        if "image" not in (reader.fieldnames or ()):
-            raise ValueError(f'{source} has no column "image" in its first line; it has {reader.fieldnames}')
-        return [(reader.line_num, dict(row)) for row in reader]
+        reader = csv.DictReader(io.StringIO(text, newline=""))  # which keeps the line breaks in questions
+        try:
+            if "image" not in (reader.fieldnames or ()):
+                raise ValueError(f'{source} has no column "image" in its first line; it has {reader.fieldnames}')
+            return [(reader.line_num, dict(row)) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{source}, line {reader.line_num}: is not CSV ({error})") from error
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON and names may have the other line breaks of Unicode
         if not line.strip():
             continue
         if source.suffix == ".txt":
@@ -86,7 +89,7 @@ def _read_entries(source: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {number}: is not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise ValueError(f'{source}, line {number}: must be an object such as {{"image": "a.png"}}, got {entry}')
@@ -179,7 +182,11 @@ def answer_images(
             row = {"image": entry.image, "question": entry.question}
             given = answers.get(f"{number}")
             rows.append({**row, **(given or {"error": bad[entry.place]})})
-        with new_file(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        # A name that is not UTF-8 becomes an escape, which JSON reads.
+        with (
+            new_file(out) as partial,
+            open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
             if out.suffix == ".jsonl":
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:

@@ -20,8 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
     from openai.types.completion_usage import CompletionUsage
+    from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -43,11 +45,19 @@ MAX_BODY = 32 * 2**20
 MAX_IMAGES = 16
 """Images of the longest conversation."""
 
+MAX_PIXELS = 2 * 10**8
+"""Pixels of all its images, which small files can have: as many as 16 photographs of 12 megapixels."""
+
 # Those of Transformers' server that load or unload models, or fetch URLs by themselves, are left out.
 _ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
 # What a request may say of how its reply is written.
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p")
 _SETTINGS = ("repetition_penalty", "sequence_bias", "stop_strings")
+# Wider than OpenAI's. Far beyond, probabilities are not finite: to sample from them is an error, after which a GPU does nothing more.
+_RANGES = {"temperature": (0, 100), "top_p": (0, 1), "frequency_penalty": (-2, 100)}
+_MAX_BIAS = 100
+# Lower temperatures could not be told from greedy decoding, and overflow in the end.
+_LOWEST_TEMPERATURE = 0.01
 
 
 # --- conversations ---
@@ -65,7 +75,8 @@ def read_messages(messages: Any, max_images: int = MAX_IMAGES) -> list[dict[str,
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of at least one message")
-    found = []
+    found: list[dict[str, Any]] = []
+    images = pixels = 0
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -74,14 +85,17 @@ def read_messages(messages: Any, max_images: int = MAX_IMAGES) -> list[dict[str,
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list):
             raise ValueError(f"{place}.content must be a text or a list of parts")
-        found.append(
-            {
-                "role": message["role"],
-                "content": [_read_part(part, f"{place}.content[{index}]") for index, part in enumerate(parts)],
-            }
-        )
-    if (count := len(conversation_images(found))) > max_images:
-        raise ValueError(f"the conversation has {count} images, and this server answers about {max_images} at most")
+        content = []
+        for index, part in enumerate(parts):
+            content.append(_read_part(part, f"{place}.content[{index}]"))
+            if (image := content[-1].get("image")) is not None:  # before the next one takes memory
+                images, pixels = images + 1, pixels + image.width * image.height
+            if images > max_images or pixels > MAX_PIXELS:
+                raise ValueError(
+                    f"{place}.content[{index}]: this server answers about {max_images} images of {MAX_PIXELS // 10**6} megapixels "
+                    "together at most: send fewer or smaller ones"
+                )
+        found.append({"role": message["role"], "content": content})
     return found
 
 
@@ -99,6 +113,28 @@ def _read_part(part: Any, place: str) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
     raise ValueError(f"{place} must be a part of the type text or image_url with its content")
+
+
+def _check_settings(body: dict[str, Any]) -> dict[str, Any]:
+    """The body, with numbers that a model can sample with.
+
+    Raises:
+        ValueError: if there are others.
+    """
+    for name, (low, high) in _RANGES.items():
+        if body.get(name) is not None and not low <= float(body[name]) <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {body[name]!r}")
+    bias = {token: float(value) for token, value in (body.get("logit_bias") or {}).items()}
+    if not all(abs(value) <= _MAX_BIAS for value in bias.values()):
+        raise ValueError(f"the values of logit_bias must be from -{_MAX_BIAS} to {_MAX_BIAS}")
+    stop = body.get("stop") or None
+    if stop is not None and not all(
+        isinstance(text, str) and text for text in ([stop] if isinstance(stop, str) else stop)
+    ):
+        raise ValueError("stop must be a text or a list of texts")
+    if body.get("generation_config") is not None:
+        raise ValueError("generation_config is not read here: use OpenAI's settings")
+    return {**body, "logit_bias": bias or None, "stop": stop}
 
 
 def _question(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -203,11 +239,11 @@ class _Chat(ChatCompletionHandler):
             raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
         count = count_tokens(processor, prompt, conversation_images(messages))
         try:
-            config = self._build_generation_config(body, model.generation_config)
+            config = self._build_generation_config(_check_settings(body), model.generation_config)
         except Exception as error:  # whatever a value of another type leads to
             raise ValueError(f"a setting of the request cannot be read: {error}") from error
         if body.get("temperature") is not None or body.get("top_p") is not None:
-            config.do_sample = config.temperature != 0
+            config.do_sample = config.temperature is None or config.temperature >= _LOWEST_TEMPERATURE
         places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if config.max_new_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {config.max_new_tokens}")
@@ -338,9 +374,13 @@ def build_app(batcher: Batcher, processor: ProcessorMixin, name: str, *, max_bod
     app = build_server(manager, chat, nothing, nothing, nothing, nothing, chat.generation_state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
 
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(StarletteHTTPException)  # of which FastAPI's is one
+    async def refuse(request: Request, error: StarletteHTTPException) -> Response:
         return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError) -> Response:
+        return JSONResponse(_error(422, f"the body must be an object in JSON: {error.errors()[0]['msg']}"), 422)
 
     @app.post("/v1/attention")
     async def attention(request: Request, body: dict) -> Response:

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 from command_line import run
@@ -87,6 +88,27 @@ def test_lists_name_files_addresses_and_questions(parts, images, tmp_path):
     assert list(found[0]) == ["image", "question", "answer"]
 
 
+def test_questions_and_names_may_have_any_line_break(tmp_path):
+    rows = [("a,b.png", "Is it\nhere?"), ('"c".png', "Or\u2028there?\x0c!")]
+    with open(tmp_path / "list.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image", "question"), *rows])
+    entries = [json.dumps(dict(zip(("image", "question"), row, strict=True)), ensure_ascii=False) for row in rows]
+    (tmp_path / "list.jsonl").write_text("\n".join(entries), encoding="utf-8")
+    for kind in ("csv", "jsonl"):
+        assert [entry[:2] for entry in read_image_list(tmp_path / f"list.{kind}")] == rows
+
+
+def test_names_that_are_not_utf_8_are_written_too(parts, tmp_path):
+    (tmp_path / "images").mkdir()
+    name = os.fsdecode(b"\xff.png")
+    picture(0).save(tmp_path / "images" / name)
+    for kind in ("jsonl", "csv"):
+        out = tmp_path / f"answers.{kind}"
+        answer_images(*parts, read_image_list(tmp_path / "images", "Cat?"), out, max_new_tokens=5)
+    assert json.loads((tmp_path / "answers.jsonl").read_text(encoding="utf-8"))["image"] == name
+    assert r"\udcff.png" in (tmp_path / "answers.csv").read_text(encoding="utf-8")
+
+
 def test_an_image_that_cannot_be_read_costs_no_other_its_answer(parts, images, tmp_path):
     (images / "b.JPG").write_bytes((images / "b.JPG").read_bytes()[:150])
     bad = answer_images(*parts, read_image_list(images, "Cat?"), tmp_path / "x.jsonl", max_new_tokens=5)
@@ -139,6 +161,7 @@ def test_a_stopped_run_goes_on(parts, images, tmp_path, monkeypatch):
         ("x.jsonl", '{"image": "a.png", "question": 3}', "must be text"),
         ("x.csv", "picture,question\na.png,Cat?\n", 'no column "image"'),
         ("x.csv", "image\n", "lists no images"),
+        ("x.csv", "image\n" + "a" * 200_000, "x.csv, line 1: is not CSV"),
         ("x.txt", "\n \n", "lists no images"),
         ("x.txt", "a.png", "no question about a.png"),
     ],

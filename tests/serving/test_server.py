@@ -25,6 +25,7 @@ from agevlm.inference.attention import attend
 from agevlm.inference.grounding import find_calibration, ground
 from agevlm.inference.replies import reply
 from agevlm.processing import image_processing_agevlm
+from agevlm.serving import server
 
 pytestmark = pytest.mark.slow
 
@@ -102,12 +103,13 @@ def test_sampling_and_stop_strings(client, age_vlm_server):
         return client.chat.completions.create(**settings, **more).choices[0].message.content
 
     greedy = expected(batcher, processor, 0, max_new_tokens=12).text
-    assert said(temperature=0) == said() == greedy
+    assert said(temperature=0) == said(temperature=1e-45) == said() == greedy
     assert len({said(temperature=5.0) for _ in range(3)} | {greedy}) > 2
     assert said(stop="ss") == greedy[: greedy.index("ss") + 2]
     assert (
         said(frequency_penalty=4.0) == expected(batcher, processor, 0, max_new_tokens=12, repetition_penalty=5.0).text
     )
+    assert said(logit_bias={"65": 100}) == processor.decode([65] * 12)  # an integer, as clients send it
 
 
 def test_clients_who_ask_together_are_one_batch(client, age_vlm_server):
@@ -226,11 +228,22 @@ BAD = {
     "no role": ({"messages": [{"content": "a"}]}, 400, "messages\\[0\\] must be"),
     "a number": ({"messages": [{"role": "user", "content": 3}]}, 400, "text or a list"),
     "audio": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "content\\[0\\] must be"),
-    "images": ({"messages": ask(QUESTION, *[data_uri(png(0))] * 17)}, 400, "17 images"),
+    "images": (
+        {"messages": ask(QUESTION, *[data_uri(png(0))] * 17)},
+        400,
+        "content\\[16\\]: this server answers about 16",
+    ),
     "template": ({"messages": [{"role": "judge", "content": "a"}]}, (200, 400), ""),
     "other model": ({"messages": ask(), "model": "other"}, 400, "pinned to './tiny-age-vlm'"),
     "no number": ({"messages": ask(), "max_tokens": "many"}, 400, "setting"),
     "no token": ({"messages": ask(), "max_tokens": 0}, 400, "at least 1"),
+    "hot": ({"messages": ask(), "temperature": 1e30}, 400, "temperature must be from 0 to 100"),
+    "a temperature that is none": ({"messages": ask(), "temperature": float("nan")}, 400, "temperature must be"),
+    "top_p": ({"messages": ask(), "top_p": 2}, 400, "top_p must be from 0 to 1"),
+    "bias": ({"messages": ask(), "logit_bias": {"5": float("inf")}}, 400, "logit_bias must be from -100"),
+    "stop": ({"messages": ask(), "stop": [1]}, 400, "stop must be a text"),
+    "other settings": ({"messages": ask(), "generation_config": "{}"}, 400, "generation_config is not read"),
+    "no object": ([], 422, "must be an object in JSON"),
     "tools": ({"messages": ask(), "tools": [{}]}, 400, "no tools"),
     "unknown field": ({"messages": ask(), "colour": 1}, 422, "colour"),
     "long": ({"messages": ask("a b " * 400)}, 400, "256 at most"),
@@ -242,9 +255,21 @@ BAD = {
 def test_a_wrong_request_is_refused_with_a_reason(name, web):
     body, status, reason = BAD[name]
     for stream in (False, True):
-        found = web.post("/v1/chat/completions", json={"model": NAME, "stream": stream, **body})
+        request = {"model": NAME, "stream": stream, **body} if isinstance(body, dict) else body
+        content = json.dumps(request)  # with numbers that JSON does not have
+        found = web.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
         assert found.status_code in (status if isinstance(status, tuple) else (status,)), found.text
-        assert not reason or re.search(reason, found.text), found.text
+        assert not reason or re.search(reason, found.json()["error"]["message"]), found.text
+
+
+def test_images_together_have_a_largest_size(monkeypatch):
+    parts = ask(QUESTION, *[data_uri(png(0))] * 2)
+    pixels = picture(0).width * picture(0).height
+    monkeypatch.setattr(server, "MAX_PIXELS", 2 * pixels)
+    assert len(server.read_messages(parts)[0]["content"]) == 3
+    monkeypatch.setattr(server, "MAX_PIXELS", 2 * pixels - 1)
+    with pytest.raises(ValueError, match=r"messages\[0\].content\[1\]: this server .* send fewer or smaller"):
+        server.read_messages(parts)
 
 
 def test_a_body_without_a_length_is_limited_too(web):
