@@ -2,7 +2,8 @@
 #   docker build -t agevlm .
 #   docker run -p 8000:8000 -v "$PWD/demo_output/checkpoint:/model:ro" agevlm
 #   docker run --gpus all -v "$PWD:/work" -w /work agevlm eval scenes --model my-age-vlm --data my_scenes --out outputs/scenes
-# The image has PyTorch with CUDA, about 6 GB. Weights are mounted or come from the Hub, whose cache is /cache.
+# Its commands are tested in a new virtual environment; the image itself has not been built.
+# It has PyTorch with CUDA, about 6 GB. Weights are mounted or come from the Hub, whose cache is /cache.
 FROM python:3.11-slim
 
 COPY . /source
