@@ -223,7 +223,9 @@ def test_scenes_without_absent_things_cannot_calibrate(folders, monkeypatch):
     model, processor = load_model(folders / "age_vlm")
     kinds = ("position", "count")
     data = load_from_disk(folders / "scenes")["validation"].filter(lambda kind: kind in kinds, input_columns="kind")
-    with pytest.raises(ValueError, match=r"phrases in the questions .* some that are there and some that are not"):
+    with pytest.raises(
+        ValueError, match=r"phrases in the yes/no questions .* some that are there and some that are not"
+    ):
         calibrate(model, processor, data, progress=None)
 
 
