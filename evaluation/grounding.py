@@ -24,8 +24,8 @@ from ..inference.grounding import (
     find_points,
     find_regions,
     ground_reply,
-    map_features,
     noun_phrases,
+    phrase_features,
     trained_fingerprint,
 )
 from ..inference.replies import Reply, reply
@@ -59,6 +59,11 @@ def _known_phrases(question: Question, found: Reply) -> Iterator[tuple[Phrase, s
     for phrase in noun_phrases(question.text, found.text):
         if (name := _class_of(phrase, question)) is not None:
             yield phrase, name
+
+
+def _could_be_absent(source: str, question: Question) -> bool:
+    """Whether the words leave it open if a thing is there: in yes/no questions, and in answers. "Where is the dog?" does not."""
+    return source == "answer" or question.kind in YES_NO_KINDS
 
 
 def mask_box(mask: np.ndarray) -> torch.Tensor:
@@ -110,7 +115,8 @@ def calibrate(
 
     The model answers questions of scenes whose things are known. The blocks and the threshold give the boxes with the largest mean
     IoU: the blocks are ranked by their own boxes, and the best one, two, … or all are averaged. The point is then the kind that lies in
-    its object most often. A logistic regression makes a probability of the maps' features ([`map_features`]).
+    its object most often. A logistic regression makes a probability of the phrases' features ([`phrase_features`]), from phrases of answers and of
+    yes/no questions.
 
     Args:
         model: an AGE-VLM.
@@ -127,7 +133,7 @@ def calibrate(
     questions = scenes.questions(limit)
     several = _several(questions)
     # Maps of one shape and place together, so that they are read as a batch.
-    groups: dict[Any, list[tuple[torch.Tensor, torch.Tensor | None, np.ndarray | None, bool]]] = {}
+    groups: dict[Any, list[tuple[torch.Tensor, torch.Tensor | None, np.ndarray | None, bool, bool, Phrase]]] = {}
     starts = range(0, len(questions), batch_size)
     for start in track(starts, progress or "", disable=progress is None):
         asked = questions[start : start + batch_size]
@@ -139,15 +145,17 @@ def calibrate(
             attention = show_reply(model, processor, found, question.text, [phrase for phrase, _ in known])
             masks = dict(zip(question.names, question.objects, strict=True))
             key = (attention.maps.shape[2:], attention.cell, attention.image.size)
-            for number, (_, name) in enumerate(known):
+            for number, (phrase, name) in enumerate(known):
                 mask = mask_from_rle(masks[name]) if name in masks else None
                 box = None if mask is None else mask_box(mask)
                 maps = torch.from_numpy(attention.maps[:, number])
-                groups.setdefault(key, []).append((maps, box, mask, (question.source, name) not in several))
-    there = [box is not None for group in groups.values() for _, box, _, _ in group]
+                once, rated = (question.source, name) not in several, _could_be_absent(phrase.source, question)
+                groups.setdefault(key, []).append((maps, box, mask, once, rated, phrase))
+    rated = torch.tensor([each[4] for group in groups.values() for each in group], dtype=torch.bool)
+    there = [each[1] is not None for group in groups.values() for each in group if each[4]]
     if all(there) or not any(there):
         raise ValueError(
-            f"{sum(there)} of {len(there)} phrases in the questions and answers of {scenes.place} name something that is there; a "
+            f"{sum(there)} of {len(there)} phrases in the yes/no questions and the answers of {scenes.place} name something that is there; a "
             "calibration needs some that are there and some that are not: name scenes of `agevlm scenes`, and more of them"
         )
     stacked = [(torch.stack([maps for maps, *_ in group], 1), group, key) for key, group in groups.items()]
@@ -158,7 +166,7 @@ def calibrate(
             boxes = find_boxes(find_regions(maps[list(blocks)].mean(0), threshold), cell, size)
             values += [
                 float(box_iou(box[None], target[None]))
-                for box, (_, target, _, once) in zip(boxes, group, strict=True)
+                for box, (_, target, _, once, *_) in zip(boxes, group, strict=True)
                 if target is not None and once
             ]
         return float(np.mean(values)) if values else 0.0
@@ -175,11 +183,13 @@ def calibrate(
             mean = maps[blocks].mean(0)
             points = find_points(mean, find_regions(mean, threshold), kind, cell, size)
             pairs = zip(points, group, strict=True)
-            hits += [bool(mask[int(y), int(x)]) for (x, y), (_, _, mask, _) in pairs if mask is not None]
+            hits += [bool(mask[int(y), int(x)]) for (x, y), (_, _, mask, *_) in pairs if mask is not None]
         return float(np.mean(hits))
 
-    features = torch.cat([map_features(maps[blocks], threshold) for maps, *_ in stacked])
-    weights, bias = fit_logistic(features, torch.tensor(there))
+    features = torch.cat(
+        [phrase_features(maps[blocks], threshold, [each[5] for each in group]) for maps, group, _ in stacked]
+    )
+    weights, bias = fit_logistic(features[rated], torch.tensor(there))
     layers = cross_attention_layers(model.config)
     return Calibration(
         weights=trained_fingerprint(model),
@@ -311,7 +321,7 @@ class Grounding(Scenes):
             of any object of the scene; `best_on_grid` is what whole cells allow.
 
             With a calibration: `there`, the AUROC of the confidence over phrases of yes/no questions, which ask in the same words for what is
-            there and what is not; `there_answer`, the same over what answers name, rightly or not; of all phrases
+            there and what is not; `there_answer`, the same over what answers name, rightly or not; of both
             `calibration_error`, the expected one of ten bins, beside
             `if_calibrated`, what it is at most in 97.5% of draws of labels with these very confidences.
             `above_chance` says whether the interval of the difference excludes 0. `yes_no` is the accuracy of the answers to
@@ -321,7 +331,7 @@ class Grounding(Scenes):
         rows = [
             {
                 **phrase,
-                "kind": question.kind,
+                "could_be_absent": _could_be_absent(phrase["source"], question),
                 "scene": question.source,
                 "once": (question.source, phrase["class"]) not in several,
             }
@@ -341,11 +351,9 @@ class Grounding(Scenes):
                 scores[name] = _mean_row(chosen, name, chances)
         if once:
             scores["box_iou"]["best_on_grid"] = float(np.mean([row["best_on_grid"] for row in once]))
-        rated = [row for row in rows if row["confidence"] is not None]
-        # In other questions the wording alone says that a thing is there.
-        asked_for = [row for row in rated if row["source"] == "question" and row["kind"] in YES_NO_KINDS]
-        in_answers = [row for row in rated if row["source"] == "answer"]
-        for name, chosen in (("there", asked_for), ("there_answer", in_answers)):
+        rated = [row for row in rows if row["confidence"] is not None and row["could_be_absent"]]
+        for name, source in (("there", "question"), ("there_answer", "answer")):
+            chosen = [row for row in rated if row["source"] == source]
             if len({row["is_there"] for row in chosen}) == 2:
                 scores[name] = _auroc_row(chosen)
         if rated:

@@ -32,8 +32,10 @@ from .replies import Reply, read_reply, reply
 CALIBRATION_FILE = "grounding.json"
 """The name of the calibration in a checkpoint's folder."""
 
-FEATURES = ("image_share", "peak", "order", "region_share", "agreement")
-"""What the confidence is computed from; see [`map_features`]."""
+MAP_FEATURES = ("image_share", "peak", "order", "region_share", "agreement")
+FEATURES = (*MAP_FEATURES, "in_answer")
+"""What the confidence is computed from: [`map_features`], and 1 for a phrase of an answer, 0 for one of a question. Words that the
+model has read attend otherwise than words that it has written, and what it says is there more often than what it is asked for."""
 
 
 # --- reading maps ---
@@ -106,7 +108,7 @@ def find_points(
 
 
 def map_features(blocks: torch.Tensor, threshold: float) -> torch.Tensor:
-    """What a map says about whether its phrase has found something, float64 `(n, 5)`; see [`FEATURES`].
+    """What a map says about whether its phrase has found something, float64 `(n, 5)`.
 
     They do not depend on the size of the grid. `image_share`: the log odds of the attention on the image against that
     elsewhere, on a sink or other images; the same for all phrases where there is neither. Of the mean map's part on the image: `peak`, the log of the strongest cell
@@ -132,7 +134,13 @@ def map_features(blocks: torch.Tensor, threshold: float) -> torch.Tensor:
         "region_share": (mean * region.flatten(1)).sum(1),
         "agreement": (each * region).sum((2, 3)).mean(0),
     }
-    return torch.stack([found[name] for name in FEATURES], 1)
+    return torch.stack([found[name] for name in MAP_FEATURES], 1)
+
+
+def phrase_features(blocks: torch.Tensor, threshold: float, phrases: Sequence[Phrase]) -> torch.Tensor:
+    """[`FEATURES`] of phrases, float64 `(n, 6)`, from their maps `(blocks, n, rows, columns)`."""
+    in_answer = torch.tensor([[float(phrase.source == "answer")] for phrase in phrases], dtype=torch.float64)
+    return torch.cat([map_features(blocks, threshold), in_answer], 1)
 
 
 # --- calibration ---
@@ -164,7 +172,7 @@ class Calibration:
     reason: str | None = None
 
     def probability(self, features: torch.Tensor) -> torch.Tensor | None:
-        """How likely each phrase's thing is there, float64 `(n,)`, from its [`map_features`]; None without a calibration."""
+        """How likely each phrase's thing is there, float64 `(n,)`, from its [`phrase_features`]; None without a calibration."""
         if not self.features:
             return None
         mean, scale, weight = (
@@ -397,7 +405,7 @@ def ground_attention(attention: Attention, calibration: Calibration, layers: Seq
     regions = find_regions(mean, calibration.threshold)
     boxes = find_boxes(regions, attention.cell, size)
     points = find_points(mean, regions, calibration.point, attention.cell, size)
-    likely = calibration.probability(map_features(blocks, calibration.threshold))
+    likely = calibration.probability(phrase_features(blocks, calibration.threshold, attention.phrases))
     phrases = []
     for number, phrase in enumerate(attention.phrases):
         place = (phrase.text, phrase.source, phrase.start, phrase.end)

@@ -17,6 +17,7 @@ from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmP
 from agevlm.inference.attention import Attention, Phrase, cross_attention_layers
 from agevlm.inference.grounding import (
     FEATURES,
+    MAP_FEATURES,
     Calibration,
     find_boxes,
     find_calibration,
@@ -135,7 +136,7 @@ def test_features_do_not_depend_on_the_grid_and_say_what_they_are_named():
     half[0, 0, 0, 0], half[1, 0, 3, 3] = 1, 1  # two blocks that point at different cells
     dim = one * 0.25  # three quarters are elsewhere
     values = {
-        name: dict(zip(FEATURES, map_features(maps, 0.9)[0].tolist(), strict=True))
+        name: dict(zip(MAP_FEATURES, map_features(maps, 0.9)[0].tolist(), strict=True))
         for name, maps in {"even": even, "one": one, "half": half, "dim": dim}.items()
     }
     assert values["even"]["peak"] == pytest.approx(0)
