@@ -133,12 +133,14 @@ def name_part_tensors(part: str, model: PreTrainedModel, *, tied: bool) -> dict[
 
 
 def describe_parts(model: PreTrainedModel, places: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What a freshly assembled model's configuration says of its parts.
+    """What a freshly assembled model's configuration says of its parts; nothing of one on the meta device, which has no values.
 
     Args:
         places: by part what [`locate_part`] returned.
     """
     tensors = part_tensors(model)
+    if model.device.type == "meta":
+        return {}
     described = {}
     for part in PART_NAMES:
         digests = {"exact": digest_tensors(tensors[part].values())}

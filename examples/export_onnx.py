@@ -42,7 +42,8 @@ def preprocess(folder: Path, images: list[Image.Image]) -> dict[str, np.ndarray]
         if image.mode[0] in "IF":
             raise ValueError(f"Image {i} has the mode {image.mode}, whose values are not of 8 bits: convert it to L.")
         image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.merge("RGB", image.split()[:3])
         w, h = image.size
         tall = h * wide >= w * high
         h, w = (high, max(1, (2 * w * high + h) // (2 * h))) if tall else (max(1, (2 * h * wide + w) // (2 * w)), wide)

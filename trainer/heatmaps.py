@@ -116,7 +116,7 @@ def _log_image(tracker: Any, name: str, file: str, step: int) -> None:
     """Writes an image to the run that a callback of Transformers has opened, if it has."""
     if isinstance(tracker, TensorBoardCallback):
         if tracker.tb_writer is not None:
-            pixels = np.asarray(Image.open(file).convert("RGB"))
+            pixels = np.asarray(to_rgb(Image.open(file)))
             tracker.tb_writer.add_image(name, pixels, step, dataformats="HWC")
     elif isinstance(tracker, TrackioCallback):
         if tracker._initialized:

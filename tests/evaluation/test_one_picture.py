@@ -259,7 +259,20 @@ def test_values_without_a_range_are_refused_everywhere(tmp_path, model):
 def test_no_other_conversion_is_in_the_code():
     """Pillow's own conversion to RGB knows neither 16 bits nor transparency nor EXIF."""
     root = Path(agevlm.__file__).parent.parent
-    folders = ("agevlm", "data", "evaluation", "processing", "trainer", "modeling_agevlm", "research", "examples")
+    folders = (
+        *(
+            "agevlm",
+            "modeling_agevlm",
+            "processing",
+            "hub_cards",
+            "data",
+            "inference",
+            "trainer",
+            "evaluation",
+            "serving",
+        ),
+        *("research", "examples"),
+    )
     files = [file for folder in folders for file in (root / folder).rglob("*") if file.suffix in (".py", ".ipynb")]
     assert len(files) > 40
     found = [
