@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +100,18 @@ def _several(questions: Sequence[Question]) -> set[tuple[str, str]]:
 # --- calibration ---
 
 
+class _Known(NamedTuple):
+    """A phrase whose thing is known: its maps `(blocks, rows, columns)`, and the box `(4,)` and the mask of the thing, None where it is
+    absent. `once`: the scene has one of its class. `rated`: the words leave it open if the thing is there."""
+
+    phrase: Phrase
+    maps: torch.Tensor
+    box: torch.Tensor | None
+    mask: np.ndarray | None
+    once: bool
+    rated: bool
+
+
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
@@ -133,7 +145,7 @@ def calibrate(
     questions = scenes.questions(limit)
     several = _several(questions)
     # Maps of one shape and place together, so that they are read as a batch.
-    groups: dict[Any, list[tuple[torch.Tensor, torch.Tensor | None, np.ndarray | None, bool, bool, Phrase]]] = {}
+    groups: dict[Any, list[_Known]] = {}
     starts = range(0, len(questions), batch_size)
     for start in track(starts, progress or "", disable=progress is None):
         asked = questions[start : start + batch_size]
@@ -150,24 +162,24 @@ def calibrate(
                 box = None if mask is None else mask_box(mask)
                 maps = torch.from_numpy(attention.maps[:, number])
                 once, rated = (question.source, name) not in several, _could_be_absent(phrase.source, question)
-                groups.setdefault(key, []).append((maps, box, mask, once, rated, phrase))
-    rated = torch.tensor([each[4] for group in groups.values() for each in group], dtype=torch.bool)
-    there = [each[1] is not None for group in groups.values() for each in group if each[4]]
+                groups.setdefault(key, []).append(_Known(phrase, maps, box, mask, once, rated))
+    every = [each for group in groups.values() for each in group]
+    there = [each.box is not None for each in every if each.rated]
     if all(there) or not any(there):
         raise ValueError(
             f"{sum(there)} of {len(there)} phrases in the yes/no questions and the answers of {scenes.place} name something that is there; a "
             "calibration needs some that are there and some that are not: name scenes of `agevlm scenes`, and more of them"
         )
-    stacked = [(torch.stack([maps for maps, *_ in group], 1), group, key) for key, group in groups.items()]
+    stacked = [(torch.stack([each.maps for each in group], 1), group, key) for key, group in groups.items()]
 
     def mean_iou(blocks: Sequence[int], threshold: float) -> float:
         values = []
         for maps, group, (_, cell, size) in stacked:
             boxes = find_boxes(find_regions(maps[list(blocks)].mean(0), threshold), cell, size)
             values += [
-                float(box_iou(box[None], target[None]))
-                for box, (_, target, _, once, *_) in zip(boxes, group, strict=True)
-                if target is not None and once
+                float(box_iou(box[None], each.box[None]))
+                for box, each in zip(boxes, group, strict=True)
+                if each.box is not None and each.once
             ]
         return float(np.mean(values)) if values else 0.0
 
@@ -183,13 +195,13 @@ def calibrate(
             mean = maps[blocks].mean(0)
             points = find_points(mean, find_regions(mean, threshold), kind, cell, size)
             pairs = zip(points, group, strict=True)
-            hits += [bool(mask[int(y), int(x)]) for (x, y), (_, _, mask, *_) in pairs if mask is not None]
+            hits += [bool(each.mask[int(y), int(x)]) for (x, y), each in pairs if each.mask is not None]
         return float(np.mean(hits))
 
     features = torch.cat(
-        [phrase_features(maps[blocks], threshold, [each[5] for each in group]) for maps, group, _ in stacked]
+        [phrase_features(maps[blocks], threshold, [each.phrase for each in group]) for maps, group, _ in stacked]
     )
-    weights, bias = fit_logistic(features[rated], torch.tensor(there))
+    weights, bias = fit_logistic(features[torch.tensor([each.rated for each in every])], torch.tensor(there))
     layers = cross_attention_layers(model.config)
     return Calibration(
         weights=trained_fingerprint(model),

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
-from ..inference.attention import cross_attention_layers, find_phrase
+from ..inference.attention import cross_attention_layers, find_question
 from ..inference.replies import Reply
 from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle, message_text
@@ -163,7 +163,7 @@ class Scenes:
             if question.span is None or given.maps is None:
                 found.append({})
                 continue
-            start = find_phrase(given.prompt, question.text)[0]
+            start = find_question(processor, given.prompt, question.text)
             maps = given.maps.of_span(start + question.span[0], start + question.span[1])[:, 0]
             grid = (maps.shape[1], maps.shape[2])
             found.append({"maps": score_maps(maps.flatten(1), question, grid, processor.image_processor)})

@@ -132,7 +132,7 @@ def render_model_card(
     provenance = read_provenance(folder)
     needs_agevlm = needs_agevlm or (folder / PARTS_FILE).is_file()
     if config is None and adapter is None:
-        config, adapter = (_read_json(folder / file) for file in ("config.json", "adapter_config.json"))
+        config, adapter = (read_json(folder / file) for file in ("config.json", "adapter_config.json"))
     config = config or {}
     adapter = {} if config else adapter or {}
     method = str(getattr(adapter.get("peft_type"), "value", adapter.get("peft_type", "PEFT")))
@@ -291,7 +291,7 @@ def read_results(
         patterns = ("results.json", "*/results.json", "*/*/results.json")
         files = [path] if path.is_file() else [file for pattern in patterns for file in sorted(path.glob(pattern))]
         files = [file for file in files if not file.parent.name.startswith(("checkpoint-", "."))]
-        read = [(file, _read_json(file)) for file in files]
+        read = [(file, read_json(file)) for file in files]
         known = [content for _, content in read if {"settings", "scores", "versions"} <= content.keys()]
         if required and not known:
             raise FileNotFoundError(
@@ -420,7 +420,7 @@ def _figure(folder: Path) -> dict[str, str] | None:
     files = [*sorted(folder.glob("attention*.png")), *sorted(folder.glob("*/attention.png"))]
     if not files:
         return None
-    told = _read_json(files[0].with_suffix(".json"))
+    told = read_json(files[0].with_suffix(".json"))
     asked = (
         f": “{_line(told['question'])}” – “{_line(told['answer'])}”" if {"question", "answer"} <= told.keys() else ""
     )
@@ -483,7 +483,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none.
 
     Raises:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .. import __version__
 from ..hub import MODEL_TYPE, PATIENCE, damaged_file
 from .dataset import render_dataset_card
-from .model import is_generated, read_results, render_model_card, result_files
+from .model import is_generated, read_json, read_results, render_model_card, result_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoCard
@@ -199,12 +198,12 @@ def _folder_kind(folder: Path) -> Kind:
     if kind == "data set":
         return kind
     if kind == "model":
-        model_type = _read_json(folder / "config.json").get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
         if model_type != MODEL_TYPE:
             raise ValueError(
                 f"{folder} has a model of the type {model_type}, and no AGE-VLM: push it with `hf upload`, or name another folder."
             )
-    needed = {name for index in folder.glob("*.index.json") for name in _read_json(index)["weight_map"].values()}
+    needed = {name for index in folder.glob("*.index.json") for name in read_json(index)["weight_map"].values()}
     if missing := sorted(needed - names):
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}, which its index of weights names: save the model again."
@@ -212,10 +211,6 @@ def _folder_kind(folder: Path) -> Kind:
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} has no weights as safetensors: save the model with `save_pretrained`.")
     return kind
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _choose(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str]]:
@@ -324,7 +319,7 @@ def _former_files(api: HfApi, info: Any, kind: Kind, files: Collection[str], rep
     what = f"a {found}" if found else f"other content ({', '.join(own[:3])}{', …' if len(own) > 3 else ''})"
     if own and found == kind == "model":
         file = api.hf_hub_download(info.id, "config.json", revision=info.sha)
-        if (model_type := _read_json(Path(file)).get("model_type")) != MODEL_TYPE:
+        if (model_type := read_json(Path(file)).get("model_type")) != MODEL_TYPE:
             found, what = None, f"a model of another type ({model_type})"
     if own and found != kind:
         raise ValueError(

@@ -237,13 +237,29 @@ def attend(
         ValueError: if the model has no cross-attention, a phrase does not occur or has no token, there are no phrases, or
             the model's outputs are not finite.
     """
+    found = ask_or_read(model, processor, image, question, answer, max_new_tokens)
+    return show_reply(model, processor, found, question, phrases, predicting=predicting)
+
+
+def ask_or_read(
+    model: AgeVlmForConditionalGeneration,
+    processor: AgeVlmProcessor,
+    image: Image.Image,
+    question: str,
+    answer: str | None,
+    max_new_tokens: int,
+) -> Reply:
+    """A reply to a question about an image, with maps: the model's own, or that of a model that has written `answer`.
+
+    Raises:
+        ValueError: if the model has no cross-attention, or its outputs are not finite.
+    """
     check_cross_attention(model.config, type(model).__name__)
     messages = ask_about(question, to_rgb(image))
-    if answer is None:
-        (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True)
-    else:
-        found = read_reply(model, processor, messages, answer)
-    return show_reply(model, processor, found, question, phrases, predicting=predicting)
+    if answer is not None:
+        return read_reply(model, processor, messages, answer)
+    (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True)
+    return found
 
 
 def show_reply(

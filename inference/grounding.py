@@ -21,13 +21,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..data.phrases import find_phrases
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmModel
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_grounding
-from ..processing.image_processing_agevlm import to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
-from .attention import Attention, Phrase, check_cross_attention, cross_attention_layers, show_reply
-from .generation import ask_about
-from .replies import Reply, read_reply, reply
+from .attention import Attention, Phrase, ask_or_read, cross_attention_layers, show_reply
+from .replies import Reply, inner_model
 
 CALIBRATION_FILE = "grounding.json"
 """The name of the calibration in a checkpoint's folder."""
@@ -219,7 +217,7 @@ def trained_fingerprint(model: torch.nn.Module) -> str:
 
     Values are rounded to bfloat16, so that a checkpoint has one fingerprint whether it is loaded in float32 or bfloat16.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     parts = {"adapter": inner.multi_modal_projector, "cross_attention": inner.language_model.cross_attn}
     sha = hashlib.sha256()
     for part, module in parts.items():
@@ -228,11 +226,6 @@ def trained_fingerprint(model: torch.nn.Module) -> str:
             rounded = weight.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1)
             sha.update(rounded.view(torch.uint8).numpy().data if rounded.numel() else b"")
     return sha.hexdigest()[:16]
-
-
-def _inner(model: torch.nn.Module) -> AgeVlmModel:
-    (inner,) = (module for module in model.modules() if isinstance(module, AgeVlmModel))
-    return inner
 
 
 def find_calibration(model: PreTrainedModel, name: str | os.PathLike | None = None) -> Calibration:
@@ -340,12 +333,7 @@ def ground(
         ValueError: if the model has no cross-attention, a phrase does not occur or has no token, the calibration is damaged, or
             the model's outputs are not finite.
     """
-    check_cross_attention(model.config, type(model).__name__)
-    messages = ask_about(text, to_rgb(image))
-    if answer is None:
-        (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True)
-    else:
-        found = read_reply(model, processor, messages, answer)
+    found = ask_or_read(model, processor, image, text, answer, max_new_tokens)
     return ground_reply(model, processor, found, text, phrases, calibration=calibration)
 
 

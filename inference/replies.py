@@ -77,11 +77,17 @@ class Reply:
     maps: TokenMaps | None = None
 
 
+def inner_model(model: torch.nn.Module) -> AgeVlmModel:
+    """The AGE-VLM without its head, inside whatever wraps it, as PEFT does."""
+    (inner,) = (module for module in model.modules() if isinstance(module, AgeVlmModel))
+    return inner
+
+
 @contextlib.contextmanager
 def record_maps(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects the maps of all tokens that an AGE-VLM reads in the block: one `(blocks, batch, tokens, visual tokens)` for
     each of its forward passes."""
-    (inner,) = (module for module in model.modules() if isinstance(module, AgeVlmModel))
+    inner = inner_model(model)
     maps: list[torch.Tensor] = []
 
     def ask(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -176,15 +182,18 @@ def reply(
         if maps:
             _read_last_token(model, inputs["attention_mask"], out)
     lengths, stopped = ends.lengths.tolist(), ends.stopped.tolist()
+    read = torch.cat(recorded, dim=2) if maps else None  # (blocks, batch, tokens, visual tokens)
     found = []
     for row, prompt in enumerate(prompts):
         tokens = [*begun[row], *out.sequences[row, width:][: lengths[row]].tolist()]
-        text, offsets = decode_with_offsets(processor.tokenizer, tokens)
         token_maps = None
-        if maps:
+        if read is None:
+            text = _decode(processor.tokenizer, tokens)
+        else:
+            text, offsets = decode_with_offsets(processor.tokenizer, tokens)
             first = width - int(inputs["attention_mask"][row].sum())
-            read = torch.cat(recorded, dim=2)[:, row, first:]
-            token_maps = _token_maps(batch, row, read, prompt + text, tokens, offsets, len(images[row]))
+            own = read[:, row, first:]
+            token_maps = _token_maps(batch, row, own, prompt + text, tokens, offsets, len(images[row]))
         reason = "stop" if stopped[row] else "length" if len(tokens) == longest[row] else "cut"
         found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))
     return found
@@ -322,6 +331,10 @@ def _token_maps(
     return TokenMaps(text, ids, offsets, cells.unflatten(-1, (num_images, *grid)).float().cpu())
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, torch.Tensor]:
     """The text of generated tokens, without special ones, and the characters `(start, end)` of each, `(len(ids), 2)`.
 
@@ -331,7 +344,7 @@ def decode_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) 
     text = ""
     offsets: list[tuple[int, int]] = []
     for number in range(1, len(ids) + 1):
-        longer = tokenizer.decode(ids[:number], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        longer = _decode(tokenizer, ids[:number])
         if longer.endswith("\ufffd") and number < len(ids):
             continue  # the rest of the character is to come
         offsets += [(len(text), len(longer))] * (number - len(offsets))

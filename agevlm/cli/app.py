@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import say
+from .options import check_maps
 
 
 def app(
@@ -25,18 +26,12 @@ def app(
     check_gradio()
     check_port(host, port)  # before the model is loaded
 
-    from transformers import AutoConfig
-
-    from ..hub import loading
-    from ..inference.attention import check_cross_attention
     from ..inference.generation import load_model
     from ..serving.app import Sessions, build_app, launch
     from ..serving.batching import Batcher
     from ..serving.conversation import Limits
 
-    with loading(model) as place:
-        config = AutoConfig.from_pretrained(place)
-    check_cross_attention(config, model)
+    check_maps(model)
     vlm, processor = load_model(model, device, dtype)
     with Batcher(vlm, processor) as batcher:
         sessions = Sessions(vlm, processor, Limits(new_tokens=max_new_tokens))

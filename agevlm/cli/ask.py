@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..terminal import console, say, say_saved
-from .options import check_figure, check_text
+from .options import check_figure, check_maps, check_text
 
 if TYPE_CHECKING:
     from ..inference.grounding import Grounded
@@ -92,7 +92,7 @@ def ask(
     picture = open_image(image)
     maps = heatmap is not None or ground
     if maps:
-        _check_maps(model)
+        check_maps(model)
     vlm, processor = load_model(model)
     calibration = find_calibration(vlm, model) if ground else None
     (found,) = reply(vlm, processor, [ask_about(question, picture)], max_new_tokens=max_new_tokens, maps=maps)
@@ -105,18 +105,6 @@ def ask(
         _say_phrases(grounded)
         if boxes is not None:
             grounded.draw(boxes)
-
-
-def _check_maps(model: str) -> None:
-    """Refuses a model without maps before its weights are loaded."""
-    from transformers import AutoConfig
-
-    from ..hub import loading
-    from ..inference.attention import check_cross_attention
-
-    with loading(model) as place:
-        config = AutoConfig.from_pretrained(place)
-    check_cross_attention(config, model)
 
 
 def _say_phrases(grounded: "Grounded") -> None:
@@ -156,7 +144,7 @@ def _ask_many(
         raise ValueError(f"--out {out}: the name must end with {' or '.join(OUTPUTS)}.")
     asked = read_image_list(images, question)
     if ground:
-        _check_maps(model)
+        check_maps(model)
     vlm, processor = load_model(model)
     settings: dict[str, Any] = {
         "settings": {"model": model},
@@ -196,22 +184,17 @@ def attention(
 ) -> None:
     """Show where words of a question and its answer attend in an image: heat maps by block and averaged."""
     from ..files import check_new_folder
-    from ..inference.attention import attend, check_cross_attention, choose_phrases
+    from ..inference.attention import attend, choose_phrases
 
     question = _check_question(question)
     if answer is not None:
         choose_phrases(question, check_text(answer, "--answer"), phrase or None)
     check_new_folder(out)  # before the model is loaded
 
-    from transformers import AutoConfig
-
-    from ..hub import loading
     from ..inference.generation import load_model, open_image
 
     picture = open_image(image)
-    with loading(model) as place:
-        config = AutoConfig.from_pretrained(place)
-    check_cross_attention(config, model)
+    check_maps(model)
     vlm, processor = load_model(model)
     found = attend(
         vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..terminal import console, say_saved
-from .options import check_text, parse_names
+from .options import check_maps, check_text, parse_names
 
 Model = Annotated[str, typer.Option(help="Image-text-to-text checkpoint with a chat template: folder or Hub id.")]
 BatchSize = Annotated[int, typer.Option(help="Questions or texts that are read together.", min=1)]
@@ -113,7 +113,6 @@ def calibrate(
 ) -> None:
     """Choose how a model's maps give points, boxes and the confidence that a thing is there: on validation scenes."""
     from ..evaluation.grounding import calibrate as make_calibration
-    from ..inference.attention import check_cross_attention
     from ..inference.generation import load_model
     from ..inference.grounding import CALIBRATION_FILE
 
@@ -121,8 +120,8 @@ def calibrate(
         raise FileNotFoundError(
             f"no such folder: {model}; name the folder of a model, which the calibration is written to"
         )
+    check_maps(str(model))
     vlm, processor = load_model(model, device, dtype)
-    check_cross_attention(vlm.config, str(model))
     found = make_calibration(vlm, processor, data, split, limit=limit, batch_size=batch_size)
     found.save(model)
     facts = found.data

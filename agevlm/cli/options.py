@@ -45,6 +45,18 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
+def check_maps(model: str) -> None:
+    """Refuses a model without cross-attention maps before its weights are loaded."""
+    from transformers import AutoConfig
+
+    from ..hub import loading
+    from ..inference.attention import check_cross_attention
+
+    with loading(model) as place:
+        config = AutoConfig.from_pretrained(place)
+    check_cross_attention(config, model)
+
+
 def parse_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 

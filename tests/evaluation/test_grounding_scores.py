@@ -10,8 +10,7 @@ import pytest
 import torch
 from command_line import run
 from datasets import load_from_disk
-from evaluation_cases import age_vlm, llava
-from PIL import Image, ImageDraw
+from evaluation_cases import age_vlm, llava, write_parts_of_scenes
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -36,17 +35,8 @@ def folders(tmp_path_factory):
     for name, parts in (("age_vlm", (model, processor)), ("llava", llava())):
         for part in parts:
             part.save_pretrained(place / name)
-    for kind in ("cutouts", "backgrounds"):
-        (place / kind).mkdir()
-    for number, name in enumerate(("dog", "cat", "apple", "car", "key")):
-        cutout = Image.new("RGBA", (40, 40))
-        ImageDraw.Draw(cutout).ellipse((2, 2, 38, 38), fill=(50 * number, 255 - 50 * number, 128, 255))
-        cutout.save(place / "cutouts" / f"{name}.png")
-    for number in range(3):
-        Image.new("RGB", (90, 90), (80 * number, 40, 90)).save(place / "backgrounds" / f"{number}.png")
     sizes = {"num_train": 1, "num_validation": 10, "num_test": 10, "image_size": 64, "max_objects": 4}
-    folders = place / "cutouts", place / "backgrounds", place / "scenes"
-    build_scenes(*folders, questions_per_scene=4, progress=False, **sizes)
+    build_scenes(*write_parts_of_scenes(place), place / "scenes", questions_per_scene=4, progress=False, **sizes)
     return place
 
 

@@ -11,8 +11,7 @@ import torch
 from command_line import run as run_agevlm
 from datasets import Dataset, DatasetDict, List, load_from_disk
 from datasets import Image as ImageFeature
-from evaluation_cases import age_vlm, cells, entries, llava, results
-from PIL import Image, ImageDraw
+from evaluation_cases import age_vlm, cells, entries, llava, results, write_parts_of_scenes
 
 from agevlm import attend
 from agevlm.data.scene_builder import KINDS, build_scenes
@@ -31,17 +30,8 @@ def folders(tmp_path_factory):
     for build in (age_vlm, llava):
         for part in build():
             part.save_pretrained(place / build.__name__)
-    for kind in ("cutouts", "backgrounds"):
-        (place / kind).mkdir()
-    for number, name in enumerate(("dog", "cat", "apple", "car", "key")):
-        cutout = Image.new("RGBA", (40, 40))
-        ImageDraw.Draw(cutout).ellipse((2, 2, 38, 38), fill=(50 * number, 255 - 50 * number, 128, 255))
-        cutout.save(place / "cutouts" / f"{name}.png")
-    for number in range(3):
-        Image.new("RGB", (90, 90), (80 * number, 40, 90)).save(place / "backgrounds" / f"{number}.png")
     build_scenes(
-        place / "cutouts",
-        place / "backgrounds",
+        *write_parts_of_scenes(place),
         place / "scenes",
         num_train=4,
         num_validation=2,

@@ -5,22 +5,9 @@ import copy
 
 import pytest
 import torch
-from evaluation_cases import age_vlm, llava, picture
+from evaluation_cases import CONVERSATIONS, age_vlm, llava
 
 from agevlm.inference.replies import read_reply, record_maps, reply
-
-
-def turn(text: str, *numbers: int) -> dict:
-    images = [{"type": "image", "image": picture(number)} for number in numbers]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-CONVERSATIONS = [
-    [turn("Is there a dog?", 0)],
-    [turn("Is the cat on the sofa in the first image, and is it in the second one?", 1, 2)],
-    [{"role": "user", "content": "Hello"}],
-    [turn("Dog?", 3), {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}, turn("And now?", 1)],
-]
 
 
 @pytest.fixture(scope="module")

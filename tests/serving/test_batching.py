@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
-from evaluation_cases import age_vlm, llava, picture
+from evaluation_cases import CONVERSATIONS, age_vlm, llava, picture, turn
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -18,19 +18,6 @@ from agevlm.serving import Batcher, PendingReply
 from agevlm.serving.batching import _RowStreamer
 
 pytestmark = pytest.mark.slow
-
-
-def turn(text: str, *numbers: int) -> dict:
-    images = [{"type": "image", "image": picture(number)} for number in numbers]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-CONVERSATIONS = [
-    [turn("Is there a dog?", 0)],
-    [turn("Is the cat on the sofa in the first image, and is it in the second one?", 1, 2)],
-    [{"role": "user", "content": "Hello"}],
-    [turn("Dog?", 3), {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}, turn("And now?", 1)],
-]
 
 
 # The characters that a byte-level vocabulary writes for bytes.

@@ -245,7 +245,7 @@ BAD = {
     "other settings": ({"messages": ask(), "generation_config": "{}"}, 400, "generation_config is not read"),
     "no object": ([], 422, "must be an object in JSON"),
     "tools": ({"messages": ask(), "tools": [{}]}, 400, "no tools"),
-    "unknown field": ({"messages": ask(), "colour": 1}, 422, "colour"),
+    "unknown field": ({"messages": ask(), "color": 1}, 422, "color"),
     "long": ({"messages": ask("a b " * 400)}, 400, "256 at most"),
     "large": ({"messages": ask("a" * 300_000)}, 413, "larger than 200000 bytes"),
 }
