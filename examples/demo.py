@@ -83,7 +83,7 @@ def run(*command: str | Path) -> None:
             lines[-1] += f" {word}"
     print("\n$ " + " \\\n".join(lines), flush=True)
     # `research` is found wherever the demo is started.
-    path = os.pathsep.join(filter(None, [str(EXAMPLES.parent.resolve()), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(EXAMPLES.resolve().parent), os.environ.get("PYTHONPATH")]))
     result = subprocess.run([str(word) for word in command], env={**os.environ, "PYTHONPATH": path}, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)

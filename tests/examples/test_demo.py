@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: with tiny parts all of it, with the real parts what is shipped, and as a slow test the whole run."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -51,6 +51,15 @@ def trained_parameters(model: AgeVlmForConditionalGeneration) -> dict[str, torch
     groups = group_parameters(model)
     trained = ("adapter", "cross_attention", "vision_last_block")
     return {name: parameter for group in trained for name, parameter in groups[group].items()}
+
+
+@pytest.mark.parametrize("here", ["examples", "."])
+def test_the_laboratory_is_found_wherever_the_demo_starts(here, monkeypatch):
+    monkeypatch.chdir(ROOT / here)
+    spec = importlib.util.spec_from_file_location("demo_started_here", ROOT / "examples" / "demo.py")
+    started = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(started)
+    started.run(sys.executable, "-c", "import research.assets.openmoji")
 
 
 @pytest.fixture(scope="module")
