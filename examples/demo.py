@@ -34,6 +34,7 @@ from agevlm.trainer.optimizer import fastest_dtype
 
 EXAMPLES = Path(os.path.relpath(Path(__file__).resolve().parent))
 AGEVLM = Path(os.path.relpath(Path(sys.executable).with_name("agevlm")))
+OPENMOJI = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "research" / "assets" / "openmoji.py"))
 WEIGHTS = EXAMPLES / "weights" / "demo"
 RECIPE = EXAMPLES / "recipes" / "demo" / "weights.yaml"
 
@@ -82,9 +83,7 @@ def run(*command: str | Path) -> None:
         else:
             lines[-1] += f" {word}"
     print("\n$ " + " \\\n".join(lines), flush=True)
-    # `research` is found wherever the demo is started.
-    path = os.pathsep.join(filter(None, [str(EXAMPLES.resolve().parent), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run([str(word) for word in command], env={**os.environ, "PYTHONPATH": path}, check=False)
+    result = subprocess.run([str(word) for word in command], check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
 
@@ -307,8 +306,9 @@ def main() -> None:
         if not args.steps:
             raise SystemExit("Without shipped weights and with --steps 0 there is nothing to ask.") from None
 
-    openmoji = ["-m", "research.assets.openmoji", out / "assets", "--classes", ",".join(args.classes)]
-    run(os.path.relpath(sys.executable), *openmoji)
+    # By its file, which is found wherever the demo is started. The root of the repository must not be on the path: its folder
+    # `agevlm` is a part of the package only, and would hide an installed one.
+    run(os.path.relpath(sys.executable), OPENMOJI, out / "assets", "--classes", ",".join(args.classes))
     build_scenes(args, "held_out_scenes", train=1, test=args.test_scenes)
     questions = Scenes(out / "held_out_scenes").questions(args.max_questions)
     named = [question for question in questions if question.span and question.kind == "existence"]
