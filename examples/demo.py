@@ -310,8 +310,9 @@ def main() -> None:
     # `agevlm` is a part of the package only, and would hide an installed one.
     run(os.path.relpath(sys.executable), OPENMOJI, out / "assets", "--classes", ",".join(args.classes))
     build_scenes(args, "held_out_scenes", train=1, test=args.test_scenes)
-    questions = Scenes(out / "held_out_scenes").questions(args.max_questions)
-    named = [question for question in questions if question.span and question.kind == "existence"]
+    scenes = Scenes(out / "held_out_scenes")
+    questions = scenes.questions(args.max_questions)
+    named = [question for question in scenes.questions() if question.span and question.kind == "existence"]
     example = next((q for q in named if q.text == "Is there a dog in the image?"), named[0])
     example.open_image().save(out / "example.png")
     if checkpoint := models.get("shipped weights"):
