@@ -45,8 +45,16 @@ def picture(tmp_path_factory):
     return path
 
 
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
+from agevlm.cli import main
+main()
+"""
+
+
 def start(environment: dict[str, str], *words) -> subprocess.Popen:
-    command = [sys.executable, "-m", "agevlm", *map(str, words)]
+    command = [sys.executable, "-c", RUN, *map(str, words)]
     return subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
