@@ -449,9 +449,10 @@ def build_checkpoint(
 
 def _describe_part(part: str | PreTrainedModel) -> dict[str, Any]:
     """What cards say of a part ([`describe`]), and of a timm model its architecture."""
-    name = part if isinstance(part, str) else part.config._name_or_path or type(part).__name__
-    found = describe(name)
-    architecture = None if isinstance(part, str) else getattr(part.config, "architecture", None)
-    if architecture is not None and "id" not in found:
-        found["name"] = f"timm's {architecture}" + (f", weights {found['name']}" if part.config._name_or_path else "")
+    if isinstance(part, str):
+        return describe(part)
+    place = part.name_or_path
+    found = describe(place) if place else {"name": type(part).__name__}
+    if "id" not in found and (architecture := getattr(part.config, "architecture", None)) is not None:
+        found["name"] = f"timm's {architecture}" + (f", weights {found['name']}" if place else "")
     return found

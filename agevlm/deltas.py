@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from transformers.utils import cached_file
 
 from .build import load_llama, load_timm, load_vision
 from .files import new_folder, resolve_package_file
-from .hub import adapter_base, check_loaded, load_pretrained, load_processor, loading, shorten
+from .hub import adapter_base, check_loaded, load_pretrained, load_processor, loading, shorten, traveling_files
 from .modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from .modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, remove_pooling_head
 from .parts import DIGEST, PART_NAMES, PARTS_FILE, digest_tensors, name_part_tensors, part_tensors, read_parts
-from .provenance import model_provenance, write_provenance
+from .provenance import identify, model_provenance, write_provenance
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -191,6 +192,14 @@ def is_delta(name: str | os.PathLike, revision: str | None = None) -> bool:
         )
 
 
+def identify_adapted(name: str | os.PathLike) -> dict[str, Any]:
+    """What to call the model that an adapter is put on in public ([`~agevlm.provenance.identify`]), and `delta` where it is one."""
+    with contextlib.suppress(OSError, ValueError):
+        if is_delta(name):
+            return {**identify(name), "delta": True}
+    return identify(name)
+
+
 def load_checkpoint(
     model_class: Any,
     name: str | os.PathLike,
@@ -313,7 +322,8 @@ def write_whole(
     *,
     dtype: torch.dtype | str = "auto",
 ) -> AgeVlmForConditionalGeneration:
-    """Makes a whole checkpoint of a delta, which loads without `agevlm` and without the parts.
+    """Makes a whole checkpoint of a delta, which loads without `agevlm` and without the parts: the delta's other files, and all
+    weights in place of what was trained.
 
     Args:
         output_dir: does not exist yet, or is empty.
@@ -324,6 +334,9 @@ def write_whole(
     """
     with new_folder(output_dir) as partial:
         model = load_trained(name, text_model, vision_model, dtype=dtype)
+        with loading(name) as place:
+            folder = Path(place if os.path.isdir(place) else snapshot_download(place))
+        _copy_others(folder, partial)
         model.save_pretrained(partial)
         load_processor(name).save_pretrained(partial)
         if provenance := model_provenance(name):
@@ -342,10 +355,17 @@ def write_as_delta(folder: str | os.PathLike, output_dir: str | os.PathLike) -> 
         OSError: if there is no model in the folder.
     """
     model = load_pretrained(AgeVlmForConditionalGeneration, folder)
-    shutil.copytree(
-        folder, output_dir, ignore=shutil.ignore_patterns("*.safetensors*", "checkpoint-*", ".unfinished*")
-    )
+    _copy_others(Path(folder), Path(output_dir))
     write_trained(model, output_dir)
+
+
+def _copy_others(folder: Path, output_dir: Path) -> None:
+    """Copies what travels of a model's folder beside its weights, such as a calibration and results: they are of the same model
+    in its other form."""
+    for path, file in traveling_files(folder)[0].items():
+        if path != PARTS_FILE and not fnmatch(path, "*.safetensors*"):
+            (output_dir / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, output_dir / path)
 
 
 def read_trained(folder: str | os.PathLike) -> dict[str, torch.Tensor]:

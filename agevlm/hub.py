@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where models are loaded from: a folder here, or a repository of the Hugging Face Hub; and what is said when that fails."""
+"""Where models are loaded from: a folder here, or a repository of the Hugging Face Hub; what is said when that fails; and which
+files of a folder travel."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "data set"]
 T = TypeVar("T")
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
+"""Files of these names stay here: they can run code where they are loaded, and Transformers reads safetensors."""
+
+LEFT_OUT = {
+    "a checkpoint of training, for resuming it": ("checkpoint-[0-9]*/*",),
+    "a pickle, which can run code where it is loaded": PICKLES,
+    "a log of training, which can show your data": ("runs/*", "*.tfevents.*", "wandb/*", "trackio/*", "mlruns/*"),
+    "hidden": (".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),
+}
+"""What stays where it is when a folder travels, by reason: patterns of paths."""
 
 MODEL_TYPE = "agevlm"
 """Of an AGE-VLM's configuration."""
@@ -304,6 +317,22 @@ def check_chat_template(processor: Any, name: str | os.PathLike) -> str:
             f"the chat template of {name} fails ({type(error).__name__}: {error}): correct its chat_template.jinja, or name "
             "another model"
         ) from error
+
+
+def traveling_files(folder: str | os.PathLike) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files of a folder that travel with it, to the Hub and into another form of the same model; and the reasons why the
+    others do not. By path in the folder."""
+    files, left_out = {}, {}
+    for file in sorted(Path(folder).rglob("*")):
+        path = file.relative_to(folder).as_posix()
+        if not file.is_file():
+            continue
+        why = next((why for why, patterns in LEFT_OUT.items() if any(fnmatch(path, p) for p in patterns)), None)
+        if why is None or (why == "hidden" and fnmatch(path, ".eval_results/*.yaml")):
+            files[path] = file
+        else:
+            left_out[path] = why
+    return files, left_out
 
 
 def damaged_file(folder: Path) -> str | None:

@@ -36,6 +36,9 @@ PART_NAMES = ("text_model", "vision_model")
 
 _TEXT, _VISION, _HEAD = "model.language_model.", "model.vision_tower.", "lm_head.weight"
 
+_FRESH_NAMES = {"multi_modal_projector": "adapter", "cross_attn": "cross_attention"}
+_FRESH = re.compile(rf"(?:^|\.)({'|'.join(_FRESH_NAMES)})\.(.+)")
+
 PARTS_FILE = "parts.json"
 """Of a folder that has only what was trained."""
 
@@ -130,6 +133,45 @@ def name_part_tensors(part: str, model: PreTrainedModel, *, tied: bool) -> dict[
         named = {f"{_TEXT}{name}": tensor for name, tensor in model.model.state_dict().items()}
         named |= {} if tied else {_HEAD: model.lm_head.weight.detach()}
     return dict(sorted(named.items()))
+
+
+def fingerprint_trained(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest (16 hexadecimal digits) of trained weights: their names, shapes and all values, rounded to bfloat16, so that a
+    checkpoint has one fingerprint whether it is saved or loaded in float32 or bfloat16."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1)
+        sha.update(rounded.view(torch.uint8).numpy().data if rounded.numel() else b"")
+    return sha.hexdigest()[:16]
+
+
+def read_fingerprint(folder: str | os.PathLike) -> str | None:
+    """The fingerprint of what was trained in a folder, read from its safetensors without loading a model: of the adapter and the
+    cross-attention, which every training changes, and in a whole checkpoint as in its delta; of a PEFT adapter all of it.
+
+    Returns:
+        None where the folder has neither.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    if file.name.startswith("adapter_model"):
+                        found[name] = opened.get_tensor(name)
+                    elif match := _FRESH.search(name):
+                        found[f"{_FRESH_NAMES[match[1]]} {match[2]}"] = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): replace the file.") from error
+    return fingerprint_trained(found) if found else None
 
 
 def describe_parts(model: PreTrainedModel, places: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 
     {
       "base": {"name": …, "id": …},                    # an AGE-VLM of the Hub that training began with
+      "adapts": {"name": …, "id": …, "delta": true},   # of a PEFT adapter, the model that it is put on
       "parts": {"text": {"name": …, "id": …, "license": …}, "vision": {…}},
       "stages": [{"name": "align", "trainer": …, "settings": {…}, "data": [{"name": …, "id": …, "license": …}], …}]
     }

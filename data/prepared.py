@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import new_file, new_folder
+from ..hub_cards.dataset import tell_step
 from ..processing.rows import import_datasets, quiet_datasets, row_features
+from ..provenance import describe
 from ..resume import digest
 from .download import cache_folder
 from .formats.source import NOT_DOWNLOADED, BadEntry, Piece, Source
@@ -291,7 +293,12 @@ class _Job:
                     counts[1] += 1
                 else:
                     counts[0] += 1
-                    yield found | {"images": [_embedded(image) for image in found["images"]]} if self.embed else found
+                    yield self._own(found) if self.embed else found
+
+    def _own(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with its images, which says nothing of this machine's folders."""
+        file = row["file"].replace(f"{self.source.path}", self.source.path.name, 1)
+        return row | {"images": [_embedded(image) for image in row["images"]], "file": file}
 
 
 def bad_file(piece: Path) -> Path:
@@ -363,4 +370,15 @@ def _join(job: _Job, pieces: list[Piece], folder: Path, settings: dict[str, Any]
             "first_bad": None if first is None else asdict(first),
         }
         (partial / _COUNTS).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+        if job.embed:
+            _tell(job.source, partial, bad)
     return Prepared(folder, bad, first)
+
+
+def _tell(source: Source, folder: Path, bad: Counter[tuple[str, bool]]) -> None:
+    """Writes the provenance and the card of a data set of one's own."""
+    sources = [{"role": "annotations", **describe(source.path, "data set")}]
+    if source.images is not None:
+        sources.append({"role": "images", **describe(source.images, "data set")})
+    settings = {"format": source.format, "split": source.split, "left out": bad.total()}
+    tell_step(folder, {"sources": sources}, "agevlm data convert", settings)

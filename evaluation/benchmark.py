@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..files import check_new_folder, update_folder
 from ..inference.generation import load_model
+from ..parts import read_fingerprint
 from ..provenance import identify
 from .answers import Inspect, Question, answer
 from .cv_bench import CvBench
@@ -86,6 +87,8 @@ class Evaluation:
         questions: as they were asked.
         answers: by the questions' keys, the `answer` and what the benchmark has written down beside it.
         tables: the scores as text.
+        weights: the trained weights of a model's folder, as [`~agevlm.parts.read_fingerprint`] names them; None for a model in
+            memory or of the Hub.
     """
 
     settings: dict[str, Any]
@@ -93,6 +96,7 @@ class Evaluation:
     questions: list[Question]
     answers: dict[str, dict[str, Any]]
     tables: Sequence[TextTable]
+    weights: str | None = None
 
     @property
     def title(self) -> str:
@@ -104,13 +108,15 @@ class Evaluation:
         return Group(Text(self.title), *map(rich_table, self.tables))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `results.json` (settings, versions, scores) and `report.md` (the tables) to a folder."""
+        """Write `results.json` (settings, versions, scores, weights) and `report.md` (the tables) to a folder."""
         import transformers
 
         from .. import __version__
 
         versions = {"agevlm": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-        results = {"settings": self.settings, "versions": versions, "scores": self.scores}
+        results: dict[str, Any] = {"settings": self.settings, "versions": versions, "scores": self.scores}
+        if self.weights is not None:
+            results["weights"] = self.weights
         if "data" in self.settings:
             results["data"] = identify(self.settings["data"])  # now, while it can be told whether it is a folder
         facts = [f"- {name}: {value}" for name, value in self.settings.items() if value not in (None, "")]
@@ -163,6 +169,8 @@ def evaluate(
         raise ValueError(f"{benchmark.title} has no questions in this data")
     name = str(model) if isinstance(model, (str, os.PathLike)) else model[0].name_or_path or type(model[0]).__name__
     loaded, processor = load_model(model, device, dtype) if isinstance(model, (str, os.PathLike)) else model
+    # From the files, because weights that are loaded in another type have other values.
+    weights = None if isinstance(model, tuple) or not os.path.isdir(name) else read_fingerprint(name)
     prompt_suffix = benchmark.prompt_suffix if prompt_suffix is None else prompt_suffix
     max_new_tokens = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
     settings = {
@@ -187,7 +195,7 @@ def evaluate(
         progress=progress,
     )
     scores = benchmark.score(asked, answers)
-    found = Evaluation(settings, scores, asked, answers, benchmark.tables(scores, settings))
+    found = Evaluation(settings, scores, asked, answers, benchmark.tables(scores, settings), weights)
     if out is not None:
         found.save(out)
         if benchmark.draw is not None:

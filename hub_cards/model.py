@@ -2,6 +2,7 @@
 """Cards of models: `README.md` and the Hub's files of results, from what lies in a checkpoint's folder."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,10 @@ from huggingface_hub import (
 )
 
 from ..files import update_folder
-from ..parts import PARTS_FILE, read_parts, unnamed_parts
-from ..provenance import identify, read_provenance
+from ..parts import PARTS_FILE, read_fingerprint, read_parts, unnamed_parts
+from ..provenance import read_provenance
+
+logger = logging.getLogger(__name__)
 
 MARK = "Written by agevlm from the files in this folder. Delete this line to keep changes of your own."
 """The last line of a card that is written again, whenever there is more to tell."""
@@ -68,7 +71,7 @@ def write_model_card(
     Args:
         folder: of a model, of a delta or of a PEFT adapter.
         repo_id: where it is going to be on the Hub; by default the folder's name stands for it.
-        results: folders or files with `results.json`, beside those in the folder itself.
+        results: folders or files with `results.json`, beside those in the folder itself ([`collect_results`]).
         needs_agevlm: the folder has the trained part only, which `agevlm` loads; known by itself where it has a `parts.json`.
         title: by default the name of the repository or the folder.
         overwrite: also replace a card that someone wrote.
@@ -87,7 +90,7 @@ def write_model_card(
     readme = folder / "README.md"
     if not overwrite and readme.is_file() and not is_generated(readme.read_text(encoding="utf-8")):
         return None
-    found = [*read_results([folder], required=False), *read_results(results or [])]
+    found, outdated = collect_results(folder, results or [])
     card = render_model_card(
         folder,
         found,
@@ -103,6 +106,8 @@ def write_model_card(
         for path, text in result_files(found).items():
             (partial / path).parent.mkdir(exist_ok=True)
             (partial / path).write_text(text, encoding="utf-8")
+    for path in outdated:
+        (folder / path).unlink(missing_ok=True)
     return card
 
 
@@ -138,9 +143,12 @@ def render_model_card(
     method = str(getattr(adapter.get("peft_type"), "value", adapter.get("peft_type", "PEFT")))
     exact = read_parts(folder) if (folder / PARTS_FILE).is_file() else config.get("parts") or {}
     parts, stages = provenance.get("parts") or _parts_on_hub(exact), provenance.get("stages", [])
-    base = provenance.get("base")
-    if adapter and base is None and adapter.get("base_model_name_or_path"):
-        base = identify(adapter["base_model_name_or_path"])
+    base, adapted = provenance.get("base"), provenance.get("adapts")
+    if adapter and adapted is None and adapter.get("base_model_name_or_path"):
+        from ..deltas import identify_adapted
+
+        adapted = identify_adapted(adapter["base_model_name_or_path"])
+    base = base or adapted
     data = _distinct(source for stage in stages for source in stage.get("data", []))
     untrained = not stages and bool(provenance.get("untrained"))
 
@@ -171,6 +179,7 @@ def render_model_card(
         name=name,
         adapter=_adapter_name(method, adapter),
         base=base,
+        adapted=adapted or base,
         link=link,
         needs_agevlm=needs_agevlm,
         unnamed=unnamed_parts(exact) if needs_agevlm else [],
@@ -274,6 +283,32 @@ def result_files(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 # --- results ---
+
+
+def collect_results(
+    folder: str | os.PathLike, named: str | os.PathLike | Sequence[str | os.PathLike] = ()
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results for a checkpoint's card: those in its folder, unless they are of other weights than it has now, and those named.
+
+    Results without a fingerprint of the weights count as the folder's own.
+
+    Returns:
+        The results, and the paths of the Hub's files that those of other weights have left.
+
+    Raises:
+        OSError, ValueError: as [`read_results`].
+    """
+    own, given = read_results([folder], required=False), read_results(named)
+    weights = read_fingerprint(folder) if any("weights" in result for result in own) else None
+    found = [result for result in own if weights is None or result.get("weights", weights) == weights]
+    found += [result for result in given if result not in found]
+    if others := [result for result in own if result not in found]:
+        names = ", ".join(dict.fromkeys(result["settings"]["benchmark"] for result in others))
+        logger.warning(
+            f"{folder} has other weights now than those that these results are of, and its card leaves them out: {names}. Run "
+            "`agevlm eval` again into a new folder, or delete them."
+        )
+    return found, sorted(result_files(others).keys() - result_files(found).keys())
 
 
 def read_results(

@@ -5,39 +5,40 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
-from ..hub import MODEL_TYPE, PATIENCE, damaged_file
+from ..hub import MODEL_TYPE, PATIENCE, damaged_file, traveling_files
 from .dataset import render_dataset_card
-from .model import is_generated, read_json, read_results, render_model_card, result_files
+from .model import collect_results, is_generated, read_json, render_model_card, result_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoCard
 
 Kind = Literal["model", "adapter", "delta", "data set"]
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-"""Files of these names stay here: they can run code where they are loaded, and Transformers reads safetensors."""
-
-LEFT_OUT = {
-    "a checkpoint of training, for resuming it": ("checkpoint-[0-9]*/*",),
-    "a pickle, which can run code where it is loaded": PICKLES,
-    "a log of training, which can show your data": ("runs/*", "*.tfevents.*", "wandb/*", "trackio/*", "mlruns/*"),
-    "hidden": (".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),
-}
-"""What stays here, by reason: patterns of paths."""
-
 _KINDS: dict[str, Kind] = {
     "dataset_dict.json": "data set", "state.json": "data set", "parts.json": "delta", "config.json": "model",
     "adapter_config.json": "adapter",
 }  # fmt: skip
 _SHARDS = ("*.safetensors", "*.safetensors.index.json", "*.arrow")
+LICENSE = ("license", "license_name", "license_link")
+"""What a card says of the license."""
+
+_TELLING = (
+    "adapter_config.json", "training.json", "trainer_state.json", "provenance.json", "results.json", "report.md",
+    "answers.jsonl", "grounding.json", "attention.json", "similarity.json", "prepared.json", "bad.jsonl",
+)  # fmt: skip
+"""Files that this package and PEFT write, and that have places of models and data."""
+
+# An absolute path up to the end of a JSON text or a line, and its last part.
+_PATH = re.compile(r'(?<=["\s])/([^/"\n]+)/(?:[^"\n]*/)?([^/"\n]+)/*(?=["\n]|$)')
 _EVERYWHERE = (".git*", "README.md", "LICENSE*", "ATTRIBUTION.md")
 
 
@@ -54,6 +55,7 @@ class Push:
         card: the card that the repository has then.
         repository: "new", "exists", or why the Hub could not be asked.
         url: of the commit; None where nothing was pushed.
+        notes: what to know of files that go up, by path.
     """
 
     repo_id: str
@@ -64,6 +66,7 @@ class Push:
     card: str = ""
     repository: str = "new"
     url: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def push(
@@ -73,6 +76,7 @@ def push(
     private: bool = False,
     replace_content: bool = False,
     delta: bool = False,
+    results: str | os.PathLike | Sequence[str | os.PathLike] = (),
     dry_run: bool = False,
     token: str | None = None,
 ) -> Push:
@@ -80,7 +84,8 @@ def push(
 
     A repository that does not exist is made. In one that exists, the files of the folder replace those of the same name,
     weights and tables of a former push that the folder does not have are removed in the same commit, and all else
-    stays. Until the commit the repository is as it was, whatever happens.
+    stays. Until the commit the repository is as it was, whatever happens. Of absolute paths in the files of [`_TELLING`] the last
+    part goes up.
 
     Args:
         folder: a checkpoint with its processor, a PEFT adapter, or a data set of `save_to_disk`.
@@ -88,12 +93,13 @@ def push(
         private: make a new repository private.
         replace_content: remove all that the repository has and the folder does not have, whatever it is.
         delta: push what was trained in a whole checkpoint, and the names and digests of its parts ([`~agevlm.deltas`]).
+        results: files or folders with results of `agevlm eval` for the model's card, beside those in the folder itself.
         dry_run: only find out what would be done; nothing is sent.
         token: of the Hub; by default HF_TOKEN or that of `hf auth login`.
 
     Raises:
         ValueError: if the folder is no checkpoint and no data set, one of its files is damaged, the id is none, the repository
-            has other content, or it is public and should be private.
+            has other content, or it is public and should be private; or if `results` cannot be in a card.
         PermissionError: if there is no token, the Hub does not accept it, or it may not write there.
         OSError: if the Hub cannot be reached, or refuses the commit for another reason.
     """
@@ -117,14 +123,29 @@ def push(
         with tempfile.TemporaryDirectory() as work:
             made = Path(work, folder.resolve().name)
             write_as_delta(folder, made)
-            return push(made, repo_id, private=private, replace_content=replace_content, dry_run=dry_run, token=token)
+            done = push(
+                made, repo_id, private=private, replace_content=replace_content, results=results, dry_run=dry_run,
+                token=token,
+            )  # fmt: skip
+        return replace(done, left_out=traveling_files(folder)[1] | done.left_out)
     if delta and kind != "delta":
         raise ValueError(
             f"Only a model can be pushed as a delta, and {folder} has none but {kind} files: leave --delta out."
         )
     api = HfApi(token=token, library_name="agevlm", library_version=__version__)
     repo_type = "dataset" if kind == "data set" else "model"
-    files, left_out = _choose(folder)
+    found, left_out = traveling_files(folder)
+    files: dict[str, Path | bytes] = {**found}
+    notes = _shorten_paths(files)
+    if kind == "adapter" and (base := _local_base(folder)) is not None:
+        notes["adapter_config.json"] = (
+            f"its base model {base} is a folder of this machine, which others do not have. Push that first, set "
+            "base_model_name_or_path to its id, and push this again."
+        )
+    scores, outdated = ([], []) if kind == "data set" else collect_results(folder, results)
+    for path in set(outdated) & files.keys():
+        del files[path]
+        left_out[path] = "results of other weights"
     info, removed, former, repository = None, [], "", "new"
     try:
         with _explained(repo_id):
@@ -133,7 +154,7 @@ def push(
             info = _repo_info(api, repo_id, repo_type)
             if info is not None:
                 repository = "exists"
-                removed = _former_files(api, info, kind, files, replace_content)
+                removed = _former_files(api, info, kind, files, replace_content, outdated)
                 former = "" if replace_content else _read_card(api, info, repo_type)
     except OSError as error:
         if not dry_run:
@@ -143,7 +164,13 @@ def push(
         raise ValueError(
             f"{repo_id} exists and is public: make it private in its settings on the Hub first, or leave --private out."
         )
-    card = _make_card(folder, kind, repo_id, former)
+    card = _make_card(folder, kind, repo_id, former, scores)
+    if results and (kind == "data set" or not is_generated(_split((card or {}).get("README.md", former))[1])):
+        raise ValueError(
+            "--results go into a model's card that agevlm writes, and "
+            + ("this is a data set" if kind == "data set" else "someone has written this card")
+            + ": leave them out."
+        )
     if card is None:
         files.pop("README.md", None)
         left_out["README.md"] = "the repository has a card that someone wrote"
@@ -151,8 +178,9 @@ def push(
         files |= {path: text.encode() for path, text in card.items()}
     sizes = {path: len(file) if isinstance(file, bytes) else file.stat().st_size for path, file in files.items()}
     plan = Push(
-        repo_id, kind, sizes, left_out, removed, former if card is None else card.get("README.md", ""), repository
-    )
+        repo_id, kind, sizes, left_out, removed, former if card is None else card.get("README.md", ""), repository,
+        notes=notes,
+    )  # fmt: skip
     if dry_run:
         return plan
     with _explained(repo_id):
@@ -213,30 +241,36 @@ def _folder_kind(folder: Path) -> Kind:
     return kind
 
 
-def _choose(folder: Path) -> tuple[dict[str, Path | bytes], dict[str, str]]:
-    """The files that go up, and the reasons why the others do not, by path."""
-    files: dict[str, Path | bytes] = {}
-    left_out: dict[str, str] = {}
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder).as_posix()
-        if not file.is_file():
-            continue
-        why = next((why for why, patterns in LEFT_OUT.items() if any(fnmatch(path, p) for p in patterns)), None)
-        if why is None or (why == "hidden" and fnmatch(path, ".eval_results/*.yaml")):
-            files[path] = file
-        else:
-            left_out[path] = why
-    return files, left_out
+def _shorten_paths(files: dict[str, Path | bytes]) -> dict[str, str]:
+    """Puts the last part in place of paths of this machine; says in which files."""
+    notes = {}
+    for path, file in files.items():
+        if path.split("/")[-1] in _TELLING and isinstance(file, Path):
+            text = file.read_text(encoding="utf-8", errors="surrogateescape")
+            public = _PATH.sub(lambda found: found[2] if os.path.exists(f"/{found[1]}") else found[0], text)
+            if public != text:
+                files[path] = public.encode(errors="surrogateescape")
+                notes[path] = "of paths of this machine only the last part goes up"
+    return notes
+
+
+def _local_base(folder: Path) -> str | None:
+    """The folder that an adapter was trained on; None where it is a model of the Hub."""
+    base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    return base if os.path.isabs(base) or os.path.isdir(base) else None
 
 
 # --- the card ---
 
 
-def _make_card(folder: Path, kind: Kind, repo_id: str, former: str) -> dict[str, str] | None:
+def _make_card(
+    folder: Path, kind: Kind, repo_id: str, former: str, results: Sequence[Mapping[str, Any]]
+) -> dict[str, str] | None:
     """The card and the Hub's files of results, by path, made anew from a folder whose card nobody has written by hand.
 
     Args:
         former: the card in the repository, of which metadata are kept that the folder does not tell.
+        results: of the model.
 
     Returns:
         None where someone has written the card in the repository.
@@ -247,7 +281,6 @@ def _make_card(folder: Path, kind: Kind, repo_id: str, former: str) -> dict[str,
         return {"README.md": own}
     if not is_generated(_split(former)[1]):
         return None
-    results = [] if kind == "data set" else read_results([folder], required=False)
     card = (
         render_dataset_card(folder, repo_id=repo_id)
         if kind == "data set"
@@ -270,7 +303,10 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 def _keep_metadata(card: RepoCard, former: Mapping[str, Any]) -> None:
     """Gives a card the metadata of a former one that it lacks, such as a license that someone chose on the Hub."""
+    others = [name for name in LICENSE if card.data.get(name) not in (None, former.get(name))]
     for name, value in former.items():
+        if name in LICENSE and others:  # a name and a link are of one license
+            continue
         if name == "tags":
             card.data["tags"] = list(
                 dict.fromkeys([*(card.data.get("tags") or []), *([value] if isinstance(value, str) else value)])
@@ -300,8 +336,13 @@ def _read_card(api: HfApi, info: Any, repo_type: str) -> str:
     return Path(file).read_text(encoding="utf-8")
 
 
-def _former_files(api: HfApi, info: Any, kind: Kind, files: Collection[str], replace_content: bool) -> list[str]:
+def _former_files(
+    api: HfApi, info: Any, kind: Kind, files: Collection[str], replace_content: bool, outdated: Collection[str]
+) -> list[str]:
     """What a push removes from a repository.
+
+    Args:
+        outdated: the Hub's files of results of other weights.
 
     Raises:
         ValueError: if the repository has something else than the folder.
@@ -314,7 +355,9 @@ def _former_files(api: HfApi, info: Any, kind: Kind, files: Collection[str], rep
     found = _kind(names)
     depth = 1 if kind == "data set" else 0  # splits have a folder each
     former = [
-        name for name in others if name.count("/") <= depth and any(fnmatch(name, pattern) for pattern in _SHARDS)
+        name
+        for name in others
+        if (name.count("/") <= depth and any(fnmatch(name, pattern) for pattern in _SHARDS)) or name in outdated
     ]
     what = f"a {found}" if found else f"other content ({', '.join(own[:3])}{', …' if len(own) > 3 else ''})"
     if own and found == kind == "model":

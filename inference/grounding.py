@@ -5,7 +5,6 @@ All of it is read from the maps of the pass that answered. How they are read, an
 validation data: the [`Calibration`] in a checkpoint's folder, which `agevlm calibrate` makes.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from transformers.utils import cached_file
 
 from ..data.phrases import find_phrases
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
+from ..parts import fingerprint_trained
 from ..plots import draw_grounding
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .attention import Attention, Phrase, ask_or_read, cross_attention_layers, show_reply
@@ -213,19 +213,13 @@ class Calibration:
 
 
 def trained_fingerprint(model: torch.nn.Module) -> str:
-    """A digest (16 hexadecimal digits) of an AGE-VLM's adapter and cross-attention blocks, which every training changes.
-
-    Values are rounded to bfloat16, so that a checkpoint has one fingerprint whether it is loaded in float32 or bfloat16.
-    """
+    """The fingerprint ([`~agevlm.parts.fingerprint_trained`]) of an AGE-VLM's adapter and cross-attention blocks, which every
+    training changes. That of its folder is the same ([`~agevlm.parts.read_fingerprint`])."""
     inner = inner_model(model)
     parts = {"adapter": inner.multi_modal_projector, "cross_attention": inner.language_model.cross_attn}
-    sha = hashlib.sha256()
-    for part, module in parts.items():
-        for name, weight in sorted(module.state_dict().items()):
-            sha.update(f"{part} {name} {tuple(weight.shape)}\n".encode())
-            rounded = weight.detach().to("cpu", torch.bfloat16).contiguous().reshape(-1)
-            sha.update(rounded.view(torch.uint8).numpy().data if rounded.numel() else b"")
-    return sha.hexdigest()[:16]
+    return fingerprint_trained(
+        {f"{part} {name}": weight for part, module in parts.items() for name, weight in module.state_dict().items()}
+    )
 
 
 def find_calibration(model: PreTrainedModel, name: str | os.PathLike | None = None) -> Calibration:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..deltas import identify_adapted
 from ..hub_cards.model import write_model_card
 from ..provenance import describe, identify, model_provenance, write_provenance
 from .stages import GROUPS, AnyTrainer, base_model
@@ -35,9 +36,11 @@ class CardsMixin(AnyTrainer):
             return
         base = base_model(model)
         self._origin = model_provenance(base.name_or_path)
-        self._origin.pop("untrained", None)
-        if base is not model and "base" not in self._origin and base.name_or_path:
-            self._origin["base"] = identify(base.name_or_path)
+        for former in ("untrained", "adapts"):
+            self._origin.pop(former, None)
+        if base is not model and base.name_or_path:
+            self._origin["adapts"] = adapted = identify_adapted(base.name_or_path)
+            self._origin.setdefault("base", {key: value for key, value in adapted.items() if key != "delta"})
         self._trains = _count_trainable(model)
 
     def provenance(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..deltas import check_knows_parts, load_trained_into, write_trained
 from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
-from ..hub_cards.push import PICKLES
+from ..hub import PICKLES
 from ..parts import PARTS_FILE
 from .guards import check_weights
 from .stages import AnyTrainer

@@ -32,6 +32,12 @@ def push(
             "--delta", help="Push what was trained, some megabytes, and name the parts; loading it needs agevlm."
         ),
     ] = False,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder or file of `agevlm eval` for the model's card, beside those in DIR; may be given several times."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would go up, be left out and be removed, and the card.")
     ] = False,
@@ -39,7 +45,9 @@ def push(
     """Push a checkpoint or a data set to the Hugging Face Hub, with its card, in one commit and without pickles."""
     from ..hub_cards.push import push as push_folder
 
-    done = push_folder(folder, repo_id, private=private, replace_content=replace, delta=delta, dry_run=dry_run)
+    done = push_folder(
+        folder, repo_id, private=private, replace_content=replace, delta=delta, results=results or (), dry_run=dry_run
+    )
     _report(done, dry_run)
 
 
@@ -59,6 +67,8 @@ def _report(done: "Push", dry_run: bool) -> None:
         table.add_row("left out", f"{path}{f' ({number} files)' if number > 1 else ''}: {why}")
     for path in done.removed:
         table.add_row("removed", f"{path}: of a former push")
+    for path, note in done.notes.items():
+        table.add_row("note", f"{path}: {note}")
     console().print(table)
     total = f"{len(done.sizes)} files, {_in_bytes(sum(done.sizes.values()))}"
     if not dry_run:

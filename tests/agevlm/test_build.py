@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From parts on disk to one checkpoint that every Auto class, `pipeline` and the command line use."""
 
+import json
 import os
 import re
 import shutil
@@ -686,3 +687,17 @@ def test_mistakes_on_the_command_line(
     assert message.format(**places) in "".join(printed.splitlines())
     assert "Traceback" not in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_part_that_is_not_on_the_hub_has_no_id(weights, checkpoint, text_dir, timm_weights, tmp_path):
+    """A timm model with a weight file, and one without, whose class is all that it is named by."""
+    folder = checkpoint
+    if not weights:
+        folder = tmp_path / "out"
+        build_checkpoint(str(text_dir), load_timm(TIMM), folder, image_size=SIZE)
+    parts = json.loads((folder / "provenance.json").read_text())["parts"]
+    name = f"timm's {TIMM}, weights {timm_weights.name}" if weights else f"timm's {TIMM}"
+    assert parts == {"text": {"name": text_dir.name}, "vision": {"name": name}}
+    build_checkpoint(str(text_dir), tiny_vision(), tmp_path / "other", image_size=SIZE)
+    assert "id" not in json.loads((tmp_path / "other/provenance.json").read_text())["parts"]["vision"]

@@ -25,10 +25,13 @@ from agevlm.deltas import (
     load_trained,
     load_trained_into,
     save_trained,
+    write_as_delta,
+    write_whole,
 )
 from agevlm.hub import load_processor
 from agevlm.inference.generation import load_model
-from agevlm.parts import PARTS_FILE, base_models, read_parts
+from agevlm.inference.grounding import trained_fingerprint
+from agevlm.parts import PARTS_FILE, base_models, read_fingerprint, read_parts
 from agevlm.trainer.stages import LORA_TARGET_MODULES, freeze
 
 pytestmark = pytest.mark.slow
@@ -296,6 +299,61 @@ def test_every_loader_takes_a_delta_whose_parts_are_found(delta, parts, tmp_path
     )
     with pytest.raises(ValueError, match=r"lacks .*lora_B"):
         load_model(tmp_path / "adapter", "cpu")
+
+
+TRAVELS = (
+    "grounding.json",
+    "training.json",
+    "scenes/results.json",
+    "scenes/plot.png",
+    ".eval_results/pope.yaml",
+    "LICENSE",
+)
+STAYS = (
+    "training_args.bin",
+    "optimizer.pt",
+    "checkpoint-1/model.safetensors",
+    "runs/events.out.tfevents.1",
+    ".cache/x.lock",
+)
+
+
+def with_others(folder: Path, copy: Path) -> Path:
+    """A copy of a folder, with files beside its weights that travel, and others that do not."""
+    shutil.copytree(folder, copy)
+    for name in (*TRAVELS, *STAYS):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(json.dumps({"file": name}))
+    return copy
+
+
+def test_other_files_travel_in_both_directions(delta, parts, tmp_path):
+    """From a whole checkpoint into a delta, and from a delta into a whole one, the same ones."""
+    write_as_delta(with_others(delta.parent / "whole", tmp_path / "whole"), tmp_path / "delta")
+    write_whole(with_others(delta, tmp_path / "other"), tmp_path / "made", parts / "text", parts / "vision")
+    for made in (tmp_path / "delta", tmp_path / "made"):
+        assert all(json.loads((made / name).read_text()) == {"file": name} for name in TRAVELS)
+        assert not [name for name in STAYS if (made / name).exists()]
+    assert not (tmp_path / "delta" / "model.safetensors").exists()
+    assert not {PARTS_FILE, TRAINED_FILE} & {file.name for file in (tmp_path / "made").iterdir()}
+    check_equal(
+        load_trained(tmp_path / "delta", parts / "text", parts / "vision"),
+        AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "made"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_that_of_the_weights_in_any_form(dtype, delta, parts, tmp_path):
+    model = load_trained(delta, parts / "text", parts / "vision", dtype=dtype)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    found = {read_fingerprint(folder) for folder in (delta, delta.parent / "whole", tmp_path / "shards")}
+    assert found == {trained_fingerprint(model)}
+    gate = next(weight for name, weight in model.named_parameters() if name.endswith("gate"))
+    torch.nn.init.constant_(gate, 0.25)
+    save_trained(model, tmp_path / "later")
+    assert {read_fingerprint(tmp_path / "later")} == {trained_fingerprint(model)} != found
+    assert read_fingerprint(parts / "text") is None
 
 
 def test_a_delta_becomes_a_whole_checkpoint(delta, parts, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ import engine_source
 import pytest
 from engine_source import NOT_DOWNLOADED, read_rows, wanted_row, write_source
 from filelock import FileLock
+from huggingface_hub import DatasetCard
 
 from agevlm.data.prepared import convert_source, find_prepared, prepare_source, prepared_folder
 
@@ -59,6 +60,21 @@ def test_two_processes_make_the_rows_of_one(tmp_path, monkeypatch):
     listed = [(folder / "bad.jsonl").read_text() for folder in (both.folder, alone.folder)]
     assert listed[0] == listed[1]
     assert [json.loads(line)["row"] for line in listed[0].splitlines()] == [3, 39]
+
+
+def test_a_converted_data_set_has_a_card_and_no_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENERATED_LOG", str(tmp_path / "log"))
+    source = write_source(tmp_path / "a.json", 20, bad={"3": "missing image"})
+    converted = convert_source(source, tmp_path / "out", on_bad_row="skip", progress=False)
+    card = DatasetCard.load(tmp_path / "out/README.md")
+    assert card.data.size_categories == "n<1K"
+    assert "# out" in card.text
+    assert "| format | generated |" in card.text
+    assert "| left out | 1 |" in card.text
+    assert "| annotations | a.json |" in card.text
+    assert {file.split(",")[0] for file in converted.dataset["file"]} == {"a.json"}
+    tables = [file.read_bytes() for file in [*converted.folder.glob("*.arrow"), *converted.folder.glob("*.md")]]
+    assert not [content for content in tables if str(tmp_path).encode() in content]
 
 
 def test_bad_entries_and_phrases(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from rich.console import Console
 from agevlm.cli.eval import COMMANDS
 from agevlm.evaluation import BENCHMARKS, CvBench, Pope, Scenes, answers, evaluate, evaluate_pope, similarity
 from agevlm.evaluation.benchmark import markdown_table
+from agevlm.inference.grounding import trained_fingerprint
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ def test_a_benchmark_of_ones_own_on_a_model_in_memory_and_in_a_folder(tmp_path, 
     # The model in memory resumes nothing that another one has begun: its name is another.
     with pytest.raises(FileExistsError, match="model was"):
         evaluate(Lengths(), (model, processor), tmp_path / "out", limit=4, progress=None)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_results_say_of_which_weights_they_are(tmp_path, folders, dtype):
+    """Whatever they are loaded in: a calibration that was made for the folder says the same."""
+    evaluate(Lengths(), folders / "age_vlm", tmp_path / "out", limit=1, device="cpu", dtype=dtype, progress=None)
+    assert results(tmp_path / "out")["weights"] == trained_fingerprint(age_vlm()[0])
+    evaluate(Lengths(), age_vlm(), tmp_path / "memory", limit=1, progress=None)
+    assert "weights" not in results(tmp_path / "memory")
 
 
 def test_the_named_functions_are_entries_of_the_table(pope_files):

@@ -5,6 +5,8 @@ import json
 import re
 
 import pytest
+import timm
+import torch
 import yaml
 from command_line import run
 from documents import blocks
@@ -12,13 +14,16 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig
 from PIL import Image
-from tiny_models import tiny_llama, tiny_vision
+from safetensors.torch import save_file
+from tiny_models import tiny_llama, tiny_vision, write_gguf
 from tiny_training import dataset, tiny_processor
 from transformers import ConvNextImageProcessor
 
-from agevlm import AgeVlmForConditionalGeneration, lora_modules_to_save
+from agevlm import AgeVlmForConditionalGeneration, from_parts, load_trained, lora_modules_to_save, save_trained
+from agevlm.build import load_timm
 from agevlm.hub import load_pretrained, load_processor
 from agevlm.hub_cards import read_results, write_model_card
+from agevlm.parts import read_fingerprint
 from agevlm.provenance import describe, find_licenses, identify, read_provenance
 from agevlm.trainer import LORA_TARGET_MODULES, AgeVlmSFTConfig, AgeVlmSFTTrainer
 from agevlm.trainer.recipe import train
@@ -199,6 +204,71 @@ def test_results_that_are_missing_or_damaged(model_folder, tmp_path):
     (model_folder / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         write_model_card(model_folder)
+
+
+def test_results_of_former_weights_are_left_out(model_folder, tmp_path, caplog):
+    """Those without a fingerprint stay, and so do those that are named."""
+
+    def write(name: str, results: dict, accuracy: float, weights: str | None) -> None:
+        (model_folder / name).mkdir(exist_ok=True)
+        scores = {"mean": {**POPE["scores"]["mean"], "accuracy": accuracy}}
+        told = {**results, "scores": scores, **({"weights": weights} if weights else {})}
+        (model_folder / name / "results.json").write_text(json.dumps(told))
+
+    def values() -> set[float]:
+        found = write_model_card(model_folder, results=named).data.eval_results or []
+        return {entry.metric_value for entry in found}
+
+    named: list = []
+    tensors = {"model.multi_modal_projector.linear.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}
+    save_file(tensors, model_folder / "model.safetensors")
+    write("pope", POPE, 0.25, read_fingerprint(model_folder))
+    write("older", SCENES, 0.5, None)
+    assert values() == {0.25, 0.5}
+    tensors["lm_head.weight"] += 1  # is no part of the fingerprint, and float32 and bfloat16 are one
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, model_folder / "model.safetensors")
+    assert values() == {0.25, 0.5}
+    assert not caplog.messages
+    tensors["model.multi_modal_projector.linear.weight"][0] = 2
+    save_file(tensors, model_folder / "model.safetensors")
+    assert values() == {0.5}
+    assert not list((model_folder / ".eval_results").iterdir())
+    assert "leaves them out: POPE" in caplog.text
+    named.append(model_folder / "pope")
+    assert values() == {0.25, 0.5}
+    assert len(list((model_folder / ".eval_results").iterdir())) == 1
+
+
+def test_the_card_of_an_adapter_for_a_delta_loads_it(tmp_path, monkeypatch):
+    """In the folder above, as it will with the names on the Hub; the parts are in a package."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "card_parts").mkdir()
+    (tmp_path / "card_parts/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    processor = tiny_processor()
+    llama = tiny_llama(vocab_size=len(processor.tokenizer), pad_token_id=processor.tokenizer.pad_token_id, tie_word_embeddings=True)  # fmt: skip
+    write_gguf(llama, tmp_path / "card_parts/text.gguf", processor.tokenizer)
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "card_parts/timm.safetensors")
+    tower = load_timm("test_efficientnet", "package:card_parts/timm.safetensors")
+    model = from_parts("package:card_parts/text.gguf", tower, image_token_id=processor.image_token_id)
+    save_trained(model, "delta", processor)
+    lora = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, modules_to_save=lora_modules_to_save(model.config))
+    args = AgeVlmSFTConfig("lora", max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    trainer = AgeVlmSFTTrainer(load_trained("delta"), args, train_dataset=dataset(2), processing_class=processor, peft_config=lora)  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    for _ in range(2):
+        namespace: dict = {}
+        for block in blocks(tmp_path / "lora/README.md", "python"):
+            exec(block, namespace)
+        found = dict(namespace["model"].named_parameters())
+        assert all(torch.equal(value, found[name]) for name, value in trainer.model.named_parameters())
+        assert "`agevlm` is needed" in (tmp_path / "lora/README.md").read_text()
+        (tmp_path / "lora/provenance.json").unlink(missing_ok=True)  # of PEFT's own saving
+        write_model_card("lora")
+    (tmp_path / "lora/provenance.json").write_text(json.dumps({"adapts": {"name": "me/whole", "id": "me/whole"}}))
+    assert 'from_pretrained("me/whole", trust' in write_model_card("lora").text
 
 
 def test_what_someone_has_written_stays(model_folder):

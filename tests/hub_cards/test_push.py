@@ -16,10 +16,12 @@ from tiny import tiny_tokenizer
 from tiny_laboratory import tiny_checkpoint
 from tiny_models import tiny_llama, tiny_vision
 
-from agevlm import AgeVlmForConditionalGeneration, build_checkpoint, save_trained
-from agevlm.hub import load_processor
+from agevlm import AgeVlmForConditionalGeneration, build_checkpoint, load_trained, save_trained
+from agevlm.hub import load_pretrained, load_processor
 from agevlm.hub_cards.model import render_model_card
 from agevlm.hub_cards.push import push
+from agevlm.inference.grounding import CALIBRATION_FILE, FEATURES, Calibration, find_calibration, trained_fingerprint
+from agevlm.parts import read_fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +199,104 @@ def test_what_was_added_to_the_metadata_on_the_hub_stays(hub, trained):
     assert after == before  # what the files say is said anew
 
 
+@pytest.mark.parametrize(
+    ("on_the_hub", "kept"),
+    [
+        ({"license": "mit", "license_link": "https://me.example/mit"}, {"license": "apache-2.0"}),
+        ({"license": "other", "license_name": "mine", "license_link": "LICENSE"}, {"license": "apache-2.0"}),
+        ({"license": "apache-2.0", "license_link": "LICENSE"}, {"license": "apache-2.0", "license_link": "LICENSE"}),
+    ],
+)
+def test_the_fields_of_a_license_go_together(hub, trained, tmp_path, on_the_hub, kept):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    hub.add("me/mine", {"README.md": f"---\n{json.dumps(on_the_hub)}\n---\n".encode()})
+    push(folder, "me/mine")
+    assert license_of(hub) == on_the_hub  # the folder knows none
+    (folder / "provenance.json").write_text(
+        json.dumps({"base": {"name": "a/b", "id": "a/b", "license": "apache-2.0"}})
+    )
+    push(folder, "me/mine")
+    assert license_of(hub) == kept
+
+
+def license_of(hub) -> dict[str, str]:
+    return {key: value for key, value in front_matter(card(hub).encode()).items() if key.startswith("license")}
+
+
+# --- results ---
+
+
+def results_of(accuracy: float, **more) -> str:
+    score = {"accuracy": accuracy, "chance": 0.5, "questions": 9000}
+    settings = {"benchmark": "POPE", "model": "m", "limit": None, "data": "lmms-lab/POPE"}
+    data = {"name": "lmms-lab/POPE", "id": "lmms-lab/POPE"}
+    return json.dumps(
+        {"settings": settings, "versions": {"agevlm": "1"}, "scores": {"mean": score}, "data": data, **more}
+    )
+
+
+def test_results_that_lie_elsewhere(hub, trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "results.json").write_text(results_of(0.875, weights="of a copy in another place"))
+    code, printed = run(monkeypatch, capsys, "push", trained, "me/mine", "--results", tmp_path / "pope")
+    assert code == 0, printed
+    assert "| mean | accuracy | 0.875 |" in card(hub)
+    assert b"value: 0.875" in arrived(hub)[".eval_results/pope.yaml"]
+    assert "pope/results.json" not in arrived(hub)
+    check_refused(
+        monkeypatch, capsys, tmp_path, "has no results", "push", trained, "me/mine", "--results", tmp_path / "x"
+    )
+    hub.head("me/mine")["README.md"] = b"# Ours"
+    message = "someone has written this card"
+    check_refused(
+        monkeypatch, capsys, tmp_path / "pope", message, "push", trained, "me/mine", "--results", tmp_path / "pope"
+    )
+
+
+def test_results_of_former_weights_are_no_results_of_these(hub, trained, tmp_path, caplog):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "pope").mkdir()
+    (folder / "pope" / "results.json").write_text(results_of(0.875, weights=read_fingerprint(folder)))
+    push(folder, "me/mine")
+    assert "0.875" in card(hub)
+    assert b"0.875" in arrived(hub)[".eval_results/pope.yaml"]
+    assert not caplog.messages
+    model = AgeVlmForConditionalGeneration.from_pretrained(folder)
+    torch.nn.init.normal_(next(model.model.multi_modal_projector.parameters()))
+    model.save_pretrained(folder)
+    done = push(folder, "me/mine")
+    assert "0.875" not in card(hub)
+    assert ".eval_results/pope.yaml" not in arrived(hub)
+    assert done.left_out[".eval_results/pope.yaml"] == "results of other weights"
+    assert "its card leaves them out: POPE" in caplog.text
+    push(folder, "me/mine", results=folder / "pope")  # someone knows better
+    assert "0.875" in card(hub)
+
+
+# --- places of this machine ---
+
+
+def test_no_path_of_this_machine_is_published(hub, trained, tmp_path, monkeypatch, capsys):
+    folder, place = shutil.copytree(trained, tmp_path / "copy"), tmp_path / "my private" / "scenes"
+    (folder / "scenes").mkdir()
+    told = {"settings": {"data": f"{place}", "images": f"{place}/"}, "title": f"scenes: {place}", "answer": "a / b and/or c", "url": "https://x.example/a/b"}  # fmt: skip
+    for name in ("training.json", "scenes/results.json", "scenes/answers.jsonl"):
+        (folder / name).write_text(json.dumps(told))
+    (folder / "scenes/report.md").write_text(f"# scenes: {place}\n\n- data: {place}\n")
+    (folder / "mine.txt").write_text(f"{place}")  # is none of ours
+    before = contents(folder)
+    code, printed = run(monkeypatch, capsys, "push", folder, "me/mine")
+    assert code == 0, printed
+    assert contents(folder) == before
+    found = arrived(hub)
+    assert [name for name, content in found.items() if str(tmp_path).encode() in content] == ["mine.txt"]
+    expected = {**told, "settings": {"data": "scenes", "images": "scenes"}, "title": "scenes: scenes"}
+    assert json.loads(found["training.json"]) == json.loads(found["scenes/results.json"]) == expected
+    assert found["scenes/report.md"].decode() == "# scenes: scenes\n\n- data: scenes\n"
+    assert found["tokenizer.json"] == before["tokenizer.json"]
+    assert printed.count("only the last part goes up") == 4
+
+
 # --- failures ---
 
 
@@ -325,6 +425,19 @@ def test_an_adapter(hub, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(arrived(hub))
 
 
+def test_an_adapter_for_a_model_that_others_do_not_have(hub, trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(trained), "peft_type": "LORA"})
+    )
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    code, printed = run(monkeypatch, capsys, "push", tmp_path, "me/mine", "--dry-run")
+    assert code == 0, printed
+    assert "is a folder of this machine, which others do not have" in " ".join(printed.split())
+    push(tmp_path, "me/mine")
+    assert not [name for name, content in arrived(hub).items() if str(trained.parent).encode() in content]
+    assert json.loads(arrived(hub)["adapter_config.json"])["base_model_name_or_path"] == trained.name
+
+
 # --- deltas ---
 
 
@@ -370,6 +483,25 @@ def test_a_delta_of_a_checkpoint_is_pushed_and_loaded_by_its_name(hub, whole, tm
     save_trained(models[0], tmp_path / "delta", load_processor(whole))
     push(tmp_path / "delta", "me/other", delta=True)
     assert arrived(hub, "me/other")["trained.safetensors"] == found["trained.safetensors"]
+
+
+def test_a_calibration_travels_in_every_form_and_is_found(hub, whole, tmp_path, monkeypatch, capsys):
+    model = AgeVlmForConditionalGeneration.from_pretrained(whole)
+    features = {name: {"mean": 0.0, "scale": 1.0, "weight": 1.0} for name in FEATURES}
+    calibration = Calibration(trained_fingerprint(model), features=features, threshold=0.25)
+    calibration.save(whole)
+    parts = [str(tmp_path / part) for part in ("text", "vision")]
+    push(whole, "me/whole")
+    push(whole, "me/delta", delta=True)
+    assert {"parts.json", CALIBRATION_FILE} <= arrived(hub, "me/delta").keys()
+    code, printed = run(monkeypatch, capsys, "build", "--delta", "me/delta", "--text", parts[0], "--vision", parts[1], "--out", tmp_path / "made")  # fmt: skip
+    assert code == 0, printed
+    for loaded in (
+        load_pretrained(AgeVlmForConditionalGeneration, "me/whole"),
+        load_trained("me/delta", *parts),
+        load_pretrained(AgeVlmForConditionalGeneration, tmp_path / "made"),
+    ):
+        assert find_calibration(loaded) == calibration
 
 
 def test_the_card_of_a_delta_with_parts_of_packages_says_how_it_is_loaded():
