@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import claim, new_file, unfinished_path
@@ -123,7 +122,8 @@ def answer_images(
 ) -> dict[str, str]:
     """Answers a question about each image, in batches, and writes them to a file when all are answered.
 
-    Answers are kept as they come in a hidden folder beside `out`, from which the same call continues after a stop.
+    Answers are kept as they come in a hidden folder beside `out`, from which the same call continues after a stop. It tries images
+    again that could not be read before.
 
     Args:
         asked: images and questions, as [`read_image_list`] gives them.
@@ -148,19 +148,11 @@ def answer_images(
         raise FileExistsError(f"{out} exists: choose another name, or delete it")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it")
-    bad: dict[str, str] = {}
-    for entry in track(asked, "images", transient=True):  # before the model starts, not after hours
-        try:
-            open_image(entry.place)
-        except (OSError, ValueError) as error:
-            bad[entry.place] = str(error)
-    if len(bad) == len({entry.place for entry in asked}):
-        raise ValueError(f"none of the {len(asked)} images can be read; the first: {next(iter(bad.values()))}")
     questions = [
         Question(f"{number}", functools.partial(open_image, entry.place), entry.question, source=entry.place)
         for number, entry in enumerate(asked)
-        if entry.place not in bad
     ]
+    errors: dict[str, str] = {}
     work = unfinished_path(out)
     work.mkdir(exist_ok=True)
     with claim(work):
@@ -169,19 +161,21 @@ def answer_images(
             settings={
                 **(settings or {}),
                 "images": digest(asked),
-                "unreadable": sorted(bad),
                 "calibration": None if ground is None else asdict(ground),
             },
             inspect=None if ground is None else functools.partial(_grounded, ground),
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            unreadable=errors,
             progress="images",
         )
+        if not answers:
+            shutil.rmtree(work)
+            raise ValueError(f"none of the {len(asked)} images can be read; the first: {next(iter(errors.values()))}")
         rows = []
         for number, entry in enumerate(asked):
             row = {"image": entry.image, "question": entry.question}
-            given = answers.get(f"{number}")
-            rows.append({**row, **(given or {"error": bad[entry.place]})})
+            rows.append({**row, **(answers.get(f"{number}") or {"error": errors[f"{number}"]})})
         # A name that is not UTF-8 becomes an escape, which JSON reads.
         with (
             new_file(out) as partial,
@@ -191,14 +185,14 @@ def answer_images(
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:
                 more = ["phrases"] if ground is not None else []
-                writer = csv.DictWriter(file, ["image", "question", "answer", *more, *(["error"] if bad else [])])
+                writer = csv.DictWriter(file, ["image", "question", "answer", *more, *(["error"] if errors else [])])
                 writer.writeheader()
                 writer.writerows(
                     {**row, "phrases": json.dumps(row["phrases"], ensure_ascii=False)} if "phrases" in row else row
                     for row in rows
                 )
     shutil.rmtree(work)
-    return bad
+    return {entry.place: errors[f"{number}"] for number, entry in enumerate(asked) if f"{number}" in errors}
 
 
 def _grounded(

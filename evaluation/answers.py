@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions in, answers out: the question type, and the one loop that answers by greedy decoding."""
 
+import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def answer(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     inspect: Inspect | None = None,
+    unreadable: MutableMapping[str, str] | None = None,
     progress: str | None = "questions",
 ) -> dict[str, dict[str, Any]]:
     """Ask a model questions about images, each in a separate conversation, with greedy decoding.
@@ -116,6 +118,8 @@ def answer(
         batch_size: questions that are answered together; their images are in memory together.
         max_new_tokens: longest answer, in tokens.
         inspect: what else to write down of a batch.
+        unreadable: gets, by key, why an image cannot be read; its question has no answer, and a run that resumes asks it again. By
+            default that is an error.
         progress: the label of the progress bar; None for none.
 
     Returns:
@@ -123,8 +127,8 @@ def answer(
 
     Raises:
         FileExistsError: if `file` has answers of other settings.
-        ValueError: if `file` has other content; if two questions have the same key; if an image cannot be read; if the
-            processor has no chat template; or if the model's logits are not finite.
+        ValueError: if `file` has other content; if two questions have the same key; if an image cannot be read, and there is no
+            `unreadable`; if the processor has no chat template; or if the model's logits are not finite.
     """
     questions = list(questions)
     check_processor(processor, type(processor).__name__)
@@ -146,15 +150,30 @@ def answer(
     with Progress(disable=progress is None) as bar:
         task = bar.add_task(progress or "", total=len(questions), completed=len(answers))
         for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            given = answer_batch(model, processor, batch, max_new_tokens, inspect)
+            batch, taken = left[start : start + batch_size], min(batch_size, len(left) - start)
+            if unreadable is not None:
+                batch = _readable(batch, unreadable)
+            given = answer_batch(model, processor, batch, max_new_tokens, inspect) if batch else []
             answers |= {question.key: found for question, found in zip(batch, given, strict=True)}
             if file is not None:
                 entries = [{"key": q.key, "question": q.text, **found} for q, found in zip(batch, given, strict=True)]
                 with name_full_disk(file), open(file, "a", encoding="utf-8", newline="\n") as output:
                     output.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-            bar.advance(task, len(batch))
-    return {question.key: answers[question.key] for question in questions}
+            bar.advance(task, taken)
+    return {question.key: answers[question.key] for question in questions if question.key in answers}
+
+
+def _readable(questions: Sequence[Question], unreadable: MutableMapping[str, str]) -> list[Question]:
+    """Those whose image can be read, with it; `unreadable` gets the others."""
+    found = []
+    for question in questions:
+        try:
+            image = question.open_image()
+        except ValueError as error:
+            unreadable[question.key] = str(error.__cause__)
+        else:
+            found.append(replace(question, load_image=functools.partial(to_rgb, image)))
+    return found
 
 
 def _kept_answers(file: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -83,7 +83,7 @@ def choose_phrases(question: str, answer: str, wanted: Sequence[str | Phrase] | 
     if wanted is None:
         words = [Phrase(answer[start:end], "answer", start, end) for start, end in find_words(answer)]
         if not words:
-            raise ValueError(f"The answer '{answer}' has no words: name words of the question instead (--phrase).")
+            raise ValueError(f"The answer '{answer}' has no words: name words of the question as phrases.")
         return words
     phrases = []
     for text in wanted:

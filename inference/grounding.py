@@ -5,9 +5,11 @@ All of it is read from the maps of the pass that answered. How they are read, an
 validation data: the [`Calibration`] in a checkpoint's folder, which `agevlm calibrate` makes.
 """
 
+import itertools
 import json
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -200,8 +202,8 @@ class Calibration:
                 **{part.name: content[part.name] for part in fields(cls) if part.name not in ("layers", "reason")},
                 layers=None if layers is None else tuple(int(layer) for layer in layers),
             )
-            if not (0 < found.threshold <= 1 and found.point in ("peak", "center")):
-                raise ValueError("its threshold or point is none that a calibration has")
+            if found.layers == () or not (0 < found.threshold <= 1 and found.point in ("peak", "center")):
+                raise ValueError("its layers, threshold or point are none that a calibration has")
             probability = found.probability(torch.zeros(1, len(FEATURES), dtype=torch.float64))
             if probability is None or not probability.isfinite().all():
                 raise ValueError("its features have numbers that are not finite, or are missing")
@@ -212,14 +214,30 @@ class Calibration:
         return found
 
 
+_fingerprints: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+
+
 def trained_fingerprint(model: torch.nn.Module) -> str:
     """The fingerprint ([`~agevlm.parts.fingerprint_trained`]) of an AGE-VLM's adapter and cross-attention blocks, which every
-    training changes. That of its folder is the same ([`~agevlm.parts.read_fingerprint`])."""
+    training changes. That of its folder is the same ([`~agevlm.parts.read_fingerprint`]).
+
+    Weights are read again when PyTorch has counted a change of them, which it does not for what is written through `Tensor.data`.
+    """
     inner = inner_model(model)
     parts = {"adapter": inner.multi_modal_projector, "cross_attention": inner.language_model.cross_attn}
-    return fingerprint_trained(
+    weights = [weight for part in parts.values() for weight in itertools.chain(part.parameters(), part.buffers())]
+    state = None
+    if not any(weight.is_inference() for weight in weights):  # whose changes are not counted
+        state = [(id(weight), weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
+        known, found = _fingerprints.get(inner, (None, ""))
+        if known == state:
+            return found
+    found = fingerprint_trained(
         {f"{part} {name}": weight for part, module in parts.items() for name, weight in module.state_dict().items()}
     )
+    if state is not None:
+        _fingerprints[inner] = state, found
+    return found
 
 
 def find_calibration(model: PreTrainedModel, name: str | os.PathLike | None = None) -> Calibration:
@@ -348,8 +366,7 @@ def ground_reply(
         question: text of the conversation's last turn, or of another; spaces at its ends do not count.
         phrases: as for [`ground`].
         image: number of the image in the conversation.
-        calibration: by default that of the checkpoint. Reading it takes the time of hashing the trained weights, so a server
-            reads it once.
+        calibration: by default that of the checkpoint ([`find_calibration`]).
 
     Raises:
         ValueError: if the conversation has no such image, or as for [`ground`].

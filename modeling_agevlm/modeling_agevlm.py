@@ -495,10 +495,12 @@ class AgeVlmCrossAttention(GradientCheckpointingLayer):
         query_states = query_states.gather(2, inputs.map_index[:, None, :, None].expand(-1, num_heads, -1, head_dim))
         visible = inputs.visible.gather(1, inputs.map_index[..., None].expand(-1, -1, inputs.visible.shape[-1]))
         # The query heads of a group share a key head. They become rows, so that the keys need not be repeated.
-        query_states = query_states.reshape(batch_size, -1, self.num_key_value_groups * num_rows, head_dim)
+        query_states = query_states.reshape(
+            batch_size, key_states.shape[1], self.num_key_value_groups * num_rows, head_dim
+        )
         with maybe_autocast(device_type=query_states.device.type, enabled=False):
             scores = query_states.float() @ key_states.float().transpose(2, 3) * self.scaling
-            scores = scores.view(batch_size, num_heads, num_rows, -1)
+            scores = scores.view(batch_size, num_heads, num_rows, key_states.shape[2])
             hidden = ~visible[:, None]
             if self.sink is not None:
                 hidden = nn.functional.pad(hidden, (0, 1), value=False)

@@ -218,11 +218,15 @@ def _request_public(url: str) -> http.client.HTTPResponse:
     raise ValueError("it is redirected too often.")
 
 
+# Of Azure, which answers its virtual machines there.
+_METADATA = ipaddress.ip_address("168.63.129.16")
+
+
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6 and (ip not in ipaddress.ip_network("2000::/3") or ip.sixtofour or ip.teredo):
         return False  # those that hold an IPv4 address (mapped, 6to4, Teredo, NAT64) may lead anywhere
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and ip != _METADATA
 
 
 _BOMB_FIX = "Shrink the image or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."

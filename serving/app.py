@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The app: ask about images in a browser, and click any word to see where it looks."""
 
+import contextlib
 import functools
 import secrets
 import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def build_app(
         messages = talk.ask(question, images)
         asked, text = page.show_question(question, images, len(talk.images)), ""
         yield asked + page.show_answer(text)
-        with closing(run_model(messages, talk.limits.new_tokens)) as pieces:
+        with contextlib.closing(run_model(messages, talk.limits.new_tokens)) as pieces:
             for piece in pieces:
                 if session.stopped:
                     raise RuntimeError("Stopped: the question is in its box again.")
@@ -213,11 +213,13 @@ def build_app(
     def pick(block: str, grounded: bool, event: gr.EventData, request: gr.Request) -> gr.HTML:
         """Shows the map of the word that was clicked, or the image that was."""
         session, data = session_of(request), event._data
-        if "image" in data:
-            session.image = min(max(int(data["image"]), 0), len(session.conversation.images) - 1)
-        else:
-            session.word = Word(int(data["turn"]), str(data["source"]), int(data["start"]), int(data["end"]))
-        return gr.HTML(**show(session, block, grounded, image="image" in data))
+        image = isinstance(data, dict) and "image" in data
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):  # of what the page never sends
+            if image:
+                session.image = min(max(int(data["image"]), 0), len(session.conversation.images) - 1)
+            else:
+                session.word = Word(int(data["turn"]), str(data["source"]), int(data["start"]), int(data["end"]))
+        return gr.HTML(**show(session, block, grounded, image=image))
 
     def choose(block: str, grounded: bool, request: gr.Request) -> gr.HTML:
         return gr.HTML(**show(session_of(request), block, grounded))

@@ -106,7 +106,7 @@ class Conversation:
             raise ValueError("This word is of a conversation that has ended.")
         turn = self.turns[word.turn]
         text = turn.question if word.source == "question" else turn.reply.text
-        if not 0 <= word.start < word.end <= len(text):
+        if word.source not in ("question", "answer") or not 0 <= word.start < word.end <= len(text):
             raise ValueError("This word is of a conversation that has ended.")
         if image >= len(turn.reply.images):
             return None

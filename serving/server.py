@@ -11,6 +11,7 @@ import json
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ try:
 except ImportError as error:
     raise ImportError(f"the server needs `pip install 'agevlm[serve]'` ({error})") from error
 
-from ..inference.attention import check_cross_attention, show_reply
+from ..inference.attention import check_cross_attention, cross_attention_layers, show_reply
 from ..inference.generation import count_tokens, load_model, render_chat
-from ..inference.grounding import Calibration, find_calibration, ground_reply
+from ..inference.grounding import find_calibration, ground_reply
 from ..inference.replies import Reply, conversation_images
 from ..processing.image_processing_agevlm import load_image, to_rgb
 from .batching import Batcher, BatcherClosedError, PendingReply
@@ -44,6 +45,15 @@ MAX_BODY = 32 * 2**20
 
 MAX_IMAGES = 16
 """Images of the longest conversation."""
+
+MAX_WAITING_BATCHES = 4
+"""Batches of conversations that wait for the model, and as many that are being read; further ones are refused."""
+
+RETRY_AFTER = 5
+"""Seconds after which a client that was refused may ask again."""
+
+FETCHING = 16
+"""Conversations whose images are fetched from URLs at the same time."""
 
 MAX_PIXELS = 2 * 10**8
 """Pixels of all its images, which small files can have: as many as 16 photographs of 12 megapixels."""
@@ -104,8 +114,7 @@ def _read_part(part: Any, place: str) -> dict[str, Any]:
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in ("image_url", "input_image"):
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
+        url = _image_url(part)
         if not isinstance(url, str) or not url.startswith(("data:image/", "http://", "https://")):
             raise ValueError(f"{place}: the URL of an image must begin with data:image/, http:// or https://")
         try:
@@ -113,6 +122,18 @@ def _read_part(part: Any, place: str) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
     raise ValueError(f"{place} must be a part of the type text or image_url with its content")
+
+
+def _image_url(part: Mapping[str, Any]) -> Any:
+    url = part.get("image_url")
+    return url.get("url") if isinstance(url, Mapping) else url
+
+
+def _fetches(messages: Any) -> bool:
+    """Whether images of messages, which may have any form yet, are to be fetched."""
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and str(_image_url(part)).startswith("http") for part in parts)
 
 
 def _check_settings(body: dict[str, Any]) -> dict[str, Any]:
@@ -168,13 +189,48 @@ class _Conversation:
         )
 
 
+class _BusyError(RuntimeError):
+    """More requests wait than the server keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(f"too many requests wait already: ask again in {RETRY_AFTER} seconds")
+
+
+class _Readers:
+    """Threads that read conversations; `most` are read or wait for it."""
+
+    def __init__(self, threads: int, most: int):
+        self._threads, self._most, self._count = ThreadPoolExecutor(threads), most, 0
+
+    async def read(self, function: Callable[..., "_Conversation"], *args: Any) -> "_Conversation":
+        """
+        Raises:
+            _BusyError: if too many wait.
+        """
+        if self._count >= self._most:
+            raise _BusyError
+        self._count += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        finally:
+            self._count -= 1
+
+
 class _Chat(ChatCompletionHandler):
-    """Transformers' handler of chat completions, whose replies a batcher writes."""
+    """Transformers' handler of chat completions, whose replies a batcher writes.
+
+    Raises:
+        ValueError: if the model's calibration is damaged.
+    """
 
     def __init__(self, manager: ModelManager, batcher: Batcher, name: str):
         super().__init__(manager, GenerationState())
         self.batcher, self.name = batcher, name
-        self._calibration: Calibration | None = None
+        self.most_waiting = MAX_WAITING_BATCHES * batcher.max_batch_size
+        # Those that wait for other servers have threads of their own, so that the others need not wait for them.
+        self._fetchers, self._readers = _Readers(FETCHING, self.most_waiting), _Readers(4, self.most_waiting)
+        has_maps = cross_attention_layers(batcher.model.config)
+        self._calibration = find_calibration(batcher.model, name) if has_maps else None
 
     async def handle_request(self, body: dict, request_id: str) -> Response:
         self._validate_request(body)
@@ -182,7 +238,7 @@ class _Chat(ChatCompletionHandler):
             raise HTTPException(400, "this server has no tools")
         _, model, processor = self._resolve_model(body)
         with _as_response():
-            conversation = await asyncio.to_thread(self.read, body, model, processor)
+            conversation = await self.read_soon(body, model, processor)
             if body.get("stream"):
                 return StreamingResponse(self._stream(request_id, conversation), media_type="text/event-stream")
             found = await asyncio.wrap_future(self.submit(conversation).future)
@@ -227,6 +283,23 @@ class _Chat(ChatCompletionHandler):
             **{name: getattr(config, name) for name in names if getattr(config, name) is not None},
         )
 
+    async def read_soon(self, body: dict, model: PreTrainedModel, processor: ProcessorMixin) -> "_Conversation":
+        """As [`read`], in a thread.
+
+        Raises:
+            _BusyError: if too many requests wait to be read, or for the model.
+            ValueError: if the request is wrong.
+        """
+        self._check_room()
+        readers = self._fetchers if _fetches(body.get("messages")) else self._readers
+        conversation = await readers.read(self.read, body, model, processor)
+        self._check_room()
+        return conversation
+
+    def _check_room(self) -> None:
+        if self.batcher.waiting >= self.most_waiting:
+            raise _BusyError
+
     def read(self, body: dict, model: PreTrainedModel, processor: ProcessorMixin) -> "_Conversation":
         """
         Raises:
@@ -263,7 +336,7 @@ class _Chat(ChatCompletionHandler):
             if as_png not in ("json", "png"):
                 raise ValueError(f"the format must be json or png, got {as_png!r}")
             check_cross_attention(model.config, self.name)
-            conversation = await asyncio.to_thread(self.read, body, model, processor)
+            conversation = await self.read_soon(body, model, processor)
             images, question = len(conversation_images(conversation.messages)), _question(conversation.messages)
             image, phrases = body.get("image", images - 1), body.get("phrases")
             if not isinstance(image, int) or not 0 <= image < images:
@@ -279,8 +352,6 @@ class _Chat(ChatCompletionHandler):
             return Response(await asyncio.to_thread(_draw, shown), media_type="image/png")
 
     def ground(self, model: Any, processor: Any, found: Reply, question: str, phrases: Any, image: int) -> Any:
-        if self._calibration is None:
-            self._calibration = find_calibration(model, self.name)
         return ground_reply(model, processor, found, question, phrases, image=image, calibration=self._calibration)
 
 
@@ -291,6 +362,8 @@ def _as_response() -> Iterator[None]:
         yield
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
+    except _BusyError as error:
+        raise HTTPException(503, str(error), {"Retry-After": f"{RETRY_AFTER}"}) from error
     except BatcherClosedError as error:
         raise HTTPException(503, str(error)) from error
 
@@ -365,6 +438,9 @@ def build_app(batcher: Batcher, processor: ProcessorMixin, name: str, *, max_bod
         processor: of the model, for other threads than the batcher's.
         name: what the server calls its model; for grounded answers, the folder or Hub id that has its calibration.
         max_body: longest request, in bytes.
+
+    Raises:
+        ValueError: if the model's calibration is damaged.
     """
     manager = ModelManager()
     manager.force_model = name
@@ -376,7 +452,7 @@ def build_app(batcher: Batcher, processor: ProcessorMixin, name: str, *, max_bod
 
     @app.exception_handler(StarletteHTTPException)  # of which FastAPI's is one
     async def refuse(request: Request, error: StarletteHTTPException) -> Response:
-        return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code)
+        return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
@@ -412,7 +488,7 @@ def serve(
         announce: gets the address.
 
     Raises:
-        ValueError: as [`load_model`].
+        ValueError: as [`load_model`], or if the model's calibration is damaged.
         OSError: as [`load_model`], or if the port is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

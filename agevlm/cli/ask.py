@@ -154,7 +154,7 @@ def _ask_many(
     bad = answer_images(
         vlm, processor, asked, out, ground=find_calibration(vlm, model) if ground else None, **settings
     )
-    say_saved(out, f"{len(asked)} answers." if not bad else f"{len(asked)} images, {len(bad)} of them cannot be read.")
+    say_saved(out, f"{len(asked)} answers." if not bad else f"{len(asked)} rows; {len(bad)} images cannot be read.")
 
 
 def attention(

@@ -120,6 +120,53 @@ def test_an_image_that_cannot_be_read_costs_no_other_its_answer(parts, images, t
     assert rows[2]["answer"] == alone(parts, images / "d.png")
 
 
+def test_images_may_become_readable_and_unreadable_between_runs(parts, images, tmp_path, monkeypatch):
+    """A run that resumes keeps its answers, tries again what failed, and fails for a row alone what fails now."""
+    asked, out = read_image_list(images, "Cat?"), tmp_path / "x.jsonl"
+    whole = (images / "a.png").read_bytes()
+    (images / "a.png").write_bytes(b"")
+    batches = []
+
+    def stop(*args):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append([question.source for question in args[2]])
+        return answer_batch(*args)
+
+    monkeypatch.setattr(answers, "answer_batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer_images(*parts, asked, out, batch_size=1, max_new_tokens=5)
+    assert batches == [[asked[1].place], [asked[2].place]]
+    monkeypatch.setattr(answers, "answer_batch", answer_batch)
+    (images / "a.png").write_bytes(whole)
+    for lost in (asked[1], asked[3]):  # one that is answered, and one that is not
+        os.remove(lost.place)
+    bad = answer_images(*parts, asked, out, batch_size=1, max_new_tokens=5)
+    assert list(bad) == [asked[3].place]
+    assert [row.get("answer") for row in lines(out)] == [
+        alone(parts, images / "a.png"), lines(out)[1]["answer"], alone(parts, images / "d.png"), None
+    ]  # fmt: skip
+    assert lines(out)[3]["error"].startswith("Cannot read image")
+
+
+def test_an_address_that_fails_later_costs_no_other_its_answer(parts, images, tmp_path):
+    with serve({"/far.png": (images / "d.png").read_bytes()}) as (port, requests):
+        (images / "list.txt").write_text(f"a.png\nhttp://127.0.0.1:{port}/far.png\nhttp://127.0.0.1:{port}/gone.png")
+        bad = answer_images(*parts, read_image_list(images / "list.txt", "Cat?"), tmp_path / "x.csv", max_new_tokens=5)
+        assert len(requests) == 2, "each address is asked once"
+    assert [(address[-8:], "404" in reason) for address, reason in bad.items()] == [("gone.png", True)]
+    with open(tmp_path / "x.csv", encoding="utf-8", newline="") as file:
+        assert [bool(row["error"]) for row in csv.DictReader(file)] == [False, False, True]
+
+
+def test_no_image_can_be_read(parts, images, tmp_path):
+    for file in images.rglob("*.*"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 4 images can be read; the first: Cannot read image .*a\.png"):
+        answer_images(*parts, read_image_list(images, "Cat?"), tmp_path / "x.jsonl", max_new_tokens=5)
+    assert list(tmp_path.iterdir()) == [images]
+
+
 def test_a_stopped_run_goes_on(parts, images, tmp_path, monkeypatch):
     asked = read_image_list(images, "Cat?")
     answer_images(*parts, asked, tmp_path / "whole.jsonl", batch_size=1, max_new_tokens=5)

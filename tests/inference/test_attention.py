@@ -549,7 +549,7 @@ def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys
     [
         ({"--phrase": "cat"}, "'cat' occurs neither in the question"),
         ({"--phrase": "cat", "--answer": "A dog."}, "nor in the answer 'A dog.': choose words of them"),
-        ({"--answer": " "}, "has no words: name words of the question instead (--phrase)"),
+        ({"--answer": " "}, "has no words: name words of the question as phrases"),
         ({"--model": "{models}/llava"}, "a model of the type llava and has no cross-attention maps to show"),
         ({"--model": "{models}/nowhere"}, "nowhere"),
         ({"--image": "{models}/nowhere.png"}, "nowhere.png"),

@@ -2,6 +2,7 @@
 """Grounded answers: points, boxes and confidence of planted maps, calibrations of other weights, the command."""
 
 import copy
+import hashlib
 import json
 
 import numpy as np
@@ -280,7 +281,30 @@ def test_a_calibration_is_of_the_weights_that_it_was_made_for(tmp_path, parts):
     assert find_calibration(loaded, tmp_path / "trained").features == {}
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"weights": 1}', "cut", "nan", "threshold", "layer"])
+def test_weights_are_read_again_only_when_they_have_changed(parts, monkeypatch):
+    model, _ = copy.deepcopy(parts)
+    digests, real = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: digests.append(1) or real(*data))
+    weight = next(iter(model.model.language_model.cross_attn.values())).q_proj.weight
+    found = [trained_fingerprint(model) for _ in range(3)]
+    assert (len(set(found)), len(digests)) == (1, 1)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.model.multi_modal_projector.parameters(), lr=0.1)
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found.append(trained_fingerprint(model))
+    with torch.no_grad():
+        weight.mul_(2)
+    found.append(trained_fingerprint(model))
+    assert len(set(found)) == len(digests) == 3
+    model.load_state_dict(state)
+    assert trained_fingerprint(model) == found[0]
+    weight.data = weight.data * 2  # as `to` gives other values
+    assert trained_fingerprint(model) not in found
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"weights": 1}', "cut", "nan", "threshold", "layer", "no layer"])
 def test_a_damaged_calibration_is_refused(tmp_path, parts, damage):
     model, _ = parts
     file = tmp_path / "grounding.json"
@@ -292,6 +316,8 @@ def test_a_damaged_calibration_is_refused(tmp_path, parts, damage):
         whole["threshold"] = 0
     elif damage == "layer":
         whole["layers"] = [77]
+    elif damage == "no layer":
+        whole["layers"] = []
     file.write_text(file.read_text()[:50] if damage == "cut" else damage if damage[:1] in "[{" else json.dumps(whole))
     with pytest.raises(ValueError, match=r"grounding.json is damaged .*agevlm calibrate"):
         find_calibration(model, tmp_path)

@@ -2,6 +2,7 @@
 """The model against a plain Llama, against a float64 reference written by hand, and against its own properties."""
 
 import contextlib
+import copy
 import json
 import math
 import subprocess
@@ -446,6 +447,18 @@ def test_maps_are_float32_in_bfloat16():
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps.sum(-1)[:, 1, 0], torch.ones(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(maps, eager_maps(model, batch(), phrases()).float(), atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_maps_of_phrases_without_tokens_are_zero(model, implementation):
+    """As in a batch that has other rows with tokens, and as without the question for maps."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(implementation)
+    inputs, nothing = batch(), torch.zeros(3, 2, 12, dtype=torch.bool)
+    found = model(**inputs, map_queries=nothing)
+    torch.testing.assert_close(found.cross_attention_maps, torch.zeros(4, 3, 2, 2 * NUM_VISUAL), atol=0, rtol=0)
+    torch.testing.assert_close(found.logits, model(**inputs).logits, atol=0, rtol=0)
 
 
 @torch.no_grad()

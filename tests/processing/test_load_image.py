@@ -99,7 +99,7 @@ def test_addresses_that_are_not_public_are_never_reached(monkeypatch):
     with serve({"/a.png": encoded()}) as (port, asked):
         hosts = ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "[::ffff:127.0.0.1]", "0.0.0.0"]
         hosts += ["10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "[fe80::1]", "[fc00::1]", "100.64.0.1"]
-        hosts += ["[2002:7f00:1::]", "[64:ff9b::7f00:1]", "224.0.0.1"]
+        hosts += ["[2002:7f00:1::]", "[64:ff9b::7f00:1]", "224.0.0.1", "168.63.129.16"]
         for host in hosts:
             with pytest.raises(ValueError, match="not a public one of the Internet"):
                 load_image(f"http://{host}:{port}/a.png", urls="public")

@@ -145,6 +145,25 @@ def test_looking_takes_no_pass_of_the_model(parts, told):
     assert passes == []
 
 
+@pytest.mark.parametrize(
+    "data",
+    [{"turn": 0, "source": "system", "start": 0, "end": 2}, {"turn": 0}, {"image": "x"}, {"image": None}, [], 3],
+)
+def test_a_click_that_the_page_never_sends_is_no_error(parts, batcher, data):
+    """The functions that the page calls, as Gradio calls them."""
+    import gradio as gr
+
+    sessions = Sessions(*parts, Limits(new_tokens=2))
+    talk = sessions["me"].conversation
+    found = list(write(batcher, talk.ask(QUESTIONS[0], IMAGES[0]), 2))[-1]
+    talk.add(QUESTIONS[0], IMAGES[0], found)
+    app = build_app(batcher, sessions)
+    (pick,) = (function.fn for function in app.fns.values() if function.name == "pick")
+    request = gr.Request(session_hash="me")
+    shown = pick("average", False, gr.EventData(None, data), request)
+    assert ("conversation that has ended" in shown.props["caption"]) == (isinstance(data, dict) and "source" in data)
+
+
 def test_words_before_an_image_see_nothing_of_it(told):
     talk, _ = told
     assert talk.look(Word(0, "question", 0, 2), 1) is None

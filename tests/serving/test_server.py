@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -355,6 +356,74 @@ def test_routes_that_load_models_or_fetch_by_themselves_are_left_out(web):
     ):
         assert web.post(path, json={}).status_code == 404
     assert web.get("/health").json() == {"status": "ok"}
+
+
+def check_busy(found):
+    assert (found.status_code, found.headers["Retry-After"]) == (503, "5")
+    error = found.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", 503)
+    assert "ask again in 5 seconds" in error["message"]
+
+
+def test_more_requests_than_may_wait_for_the_model_are_refused(web, age_vlm_server, monkeypatch):
+    _, batcher, _ = age_vlm_server
+    monkeypatch.setattr(type(batcher), "waiting", server.MAX_WAITING_BATCHES * batcher.max_batch_size)
+    body = {"messages": ask(QUESTION, data_uri(png(0))), "max_tokens": 2}
+    for route, more in (
+        ("chat/completions", {}),
+        ("chat/completions", {"stream": True}),
+        ("attention", {}),
+        ("ground", {}),
+    ):
+        check_busy(web.post(f"/v1/{route}", json={**body, **more}))
+    assert web.get("/health").status_code == 200
+
+
+def test_slow_addresses_hold_up_no_request_without_one_and_too_many_are_refused(web, age_vlm_server, monkeypatch):
+    url, batcher, _ = age_vlm_server
+    arrives = threading.Event()
+
+    def slow(address, urls):
+        if address.startswith("http"):
+            arrives.wait(60)
+        return image_processing_agevlm.load_image(address, urls=urls)
+
+    monkeypatch.setattr(server, "load_image", slow)
+    most = server.MAX_WAITING_BATCHES * batcher.max_batch_size
+    body = {"messages": ask(QUESTION, "http://10.0.0.1/a.png"), "max_tokens": 2}
+    with (
+        httpx.Client(timeout=60, limits=httpx.Limits()) as many,
+        concurrent.futures.ThreadPoolExecutor(most + 3) as pool,
+    ):
+        try:
+            asked = [pool.submit(many.post, url + "/v1/chat/completions", json=body) for _ in range(most + 3)]
+            ended = concurrent.futures.as_completed(asked, 30)
+            refused = [next(ended).result() for _ in range(3)]
+            found = web.post("/v1/chat/completions", json={**body, "messages": ask(QUESTION, data_uri(png(0)))})
+            assert found.status_code == 200
+            assert sum(one.done() for one in asked) == 3
+        finally:
+            arrives.set()
+    for one in refused:
+        check_busy(one)
+    assert [one.result().status_code for one in asked].count(400) == most
+
+
+def test_a_damaged_calibration_is_said_at_the_start(monkeypatch, capsys, tmp_path):
+    for part in age_vlm():
+        part.save_pretrained(tmp_path)
+    (tmp_path / "grounding.json").write_text("{}")
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_, **__: pytest.fail("it serves"))
+    for words in (("serve", tmp_path, "--port", 0), ("app", tmp_path, "--port", free_port())):
+        code, printed = run(monkeypatch, capsys, *words)
+        assert code == 2, printed
+        assert printed.count("agevlm: error:") == 1
+        assert "grounding.json is damaged" in printed
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
 
 
 def test_other_models_chat_and_have_no_maps(llava_server):
