@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 Kind = Literal["model", "data set"]
 T = TypeVar("T")
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
+PICKLES = ("*.bin", "*.pt", "*.pt2", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 """Files of these names stay here: they can run code where they are loaded, and Transformers reads safetensors."""
 
 LEFT_OUT = {
-    "a checkpoint of training, for resuming it": ("checkpoint-[0-9]*/*",),
+    "a checkpoint of training, for resuming it": ("checkpoint-[0-9]*/*", "*/checkpoint-[0-9]*/*"),
     "a pickle, which can run code where it is loaded": PICKLES,
     "a log of training, which can show your data": ("runs/*", "*.tfevents.*", "wandb/*", "trackio/*", "mlruns/*"),
     "hidden": (".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),
@@ -327,7 +327,9 @@ def traveling_files(folder: str | os.PathLike) -> tuple[dict[str, Path], dict[st
         path = file.relative_to(folder).as_posix()
         if not file.is_file():
             continue
-        why = next((why for why, patterns in LEFT_OUT.items() if any(fnmatch(path, p) for p in patterns)), None)
+        why = next(
+            (why for why, patterns in LEFT_OUT.items() if any(fnmatch(path.lower(), p) for p in patterns)), None
+        )
         if why is None or (why == "hidden" and fnmatch(path, ".eval_results/*.yaml")):
             files[path] = file
         else:

@@ -184,6 +184,7 @@ def render_model_card(
         needs_agevlm=needs_agevlm,
         unnamed=unnamed_parts(exact) if needs_agevlm else [],
         untrained=untrained,
+        quantized=_quantization(config),
         layers=_layers(text_config),
         num_layers=text_config.get("num_hidden_layers"),
         parts=table([["", "built of"], *([f"{kind} model", link(part)] for kind, part in parts.items())]) if parts else None,
@@ -468,6 +469,16 @@ def _figure(folder: Path) -> dict[str, str] | None:
 def _layers(text_config: Mapping[str, Any]) -> list[int]:
     merged = text_config.get("cross_attention_layers") or []
     return [layer - number for number, layer in enumerate(merged)]
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What has quantized a model, the package that loading it needs, and the bits where its settings name them."""
+    settings = config.get("quantization_config") or {}
+    if (method := settings.get("quant_method")) is None:
+        return None
+    method = str(getattr(method, "value", method))
+    bits = next((bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), None)
+    return {"method": method, "package": "optimum-quanto" if method == "quanto" else method, "bits": bits}
 
 
 def _parts_on_hub(exact: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from .. import __version__
 from ..hub import MODEL_TYPE, PATIENCE, damaged_file, traveling_files
 from .dataset import render_dataset_card
@@ -39,6 +41,7 @@ _TELLING = (
 
 # An absolute path up to the end of a JSON text or a line, and its last part.
 _PATH = re.compile(r'(?<=["\s])/([^/"\n]+)/(?:[^"\n]*/)?([^/"\n]+)/*(?=["\n]|$)')
+_PROCESSORS = {"processor_config.json", "preprocessor_config.json"}
 _EVERYWHERE = (".git*", "README.md", "LICENSE*", "ATTRIBUTION.md")
 
 
@@ -142,6 +145,11 @@ def push(
             f"its base model {base} is a folder of this machine, which others do not have. Push that first, set "
             "base_model_name_or_path to its id, and push this again."
         )
+    if kind in ("model", "delta") and not files.keys() & _PROCESSORS:
+        notes["config.json"] = (
+            "the folder has no processor, without which nobody can ask the model: save it here with "
+            "`processor.save_pretrained`, and push this again."
+        )
     scores, outdated = ([], []) if kind == "data set" else collect_results(folder, results)
     for path in set(outdated) & files.keys():
         del files[path]
@@ -231,7 +239,9 @@ def _folder_kind(folder: Path) -> Kind:
             raise ValueError(
                 f"{folder} has a model of the type {model_type}, and no AGE-VLM: push it with `hf upload`, or name another folder."
             )
-    needed = {name for index in folder.glob("*.index.json") for name in read_json(index)["weight_map"].values()}
+    needed = {
+        name for index in folder.glob("*.index.json") for name in read_json(index).get("weight_map", {}).values()
+    }
     if missing := sorted(needed - names):
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}, which its index of weights names: save the model again."
@@ -276,7 +286,13 @@ def _make_card(
         None where someone has written the card in the repository.
     """
     here = folder / "README.md"
-    own = here.read_text(encoding="utf-8") if here.is_file() else ""
+    try:
+        own = here.read_text(encoding="utf-8") if here.is_file() else ""
+        fields, _ = _split(own)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{here} is no card that the Hub takes ({' '.join(str(error).split())}): correct it."
+        ) from error
     if not is_generated(own):
         return {"README.md": own}
     if not is_generated(_split(former)[1]):
@@ -286,8 +302,8 @@ def _make_card(
         if kind == "data set"
         else render_model_card(folder, results, repo_id=repo_id, needs_agevlm=kind == "delta")
     )
-    for text in (own, former):
-        _keep_metadata(card, _split(text)[0])
+    for known in (fields, _split(former)[0]):
+        _keep_metadata(card, known)
     return {"README.md": str(card), **result_files(results)}
 
 

@@ -59,12 +59,11 @@ def _report(done: "Push", dry_run: bool) -> None:
     table.add_column(justify="right")
     for path, size in done.sizes.items():
         table.add_row(_in_bytes(size), path)
-    left_out: dict[tuple[str, str], int] = {}
+    left_out: dict[tuple[str, str], list[str]] = {}
     for path, why in done.left_out.items():
-        key = (path.split("/")[0] + "/" if "/" in path else path, why)
-        left_out[key] = left_out.get(key, 0) + 1
-    for (path, why), number in left_out.items():
-        table.add_row("left out", f"{path}{f' ({number} files)' if number > 1 else ''}: {why}")
+        left_out.setdefault((path.split("/")[0], why), []).append(path)
+    for (folder, why), paths in left_out.items():
+        table.add_row("left out", f"{paths[0] if len(paths) == 1 else f'{folder}/ ({len(paths)} files)'}: {why}")
     for path in done.removed:
         table.add_row("removed", f"{path}: of a former push")
     for path, note in done.notes.items():

@@ -271,6 +271,23 @@ def test_the_card_of_an_adapter_for_a_delta_loads_it(tmp_path, monkeypatch):
     assert 'from_pretrained("me/whole", trust' in write_model_card("lora").text
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "packages"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, in 4 bits", "accelerate bitsandbytes"),
+        ({"quant_method": "torchao"}, "torchao.", "accelerate torchao"),
+        (None, None, None),
+    ],
+)
+def test_the_card_of_a_quantized_model_says_it_and_what_it_needs(model_folder, settings, said, packages):
+    config = json.loads((model_folder / "config.json").read_text())
+    text = write_model_card(model_folder, config={**config, "quantization_config": settings}).text
+    installed = re.search(r"`pip install transformers timm torchvision ?(.*)`", text)[1]
+    assert installed == (packages or "")
+    assert ("quantized by" in text) == (said is not None)
+    assert said is None or f"quantized by {said}" in text
+
+
 def test_what_someone_has_written_stays(model_folder):
     """A card that a program wrote is written again, until someone deletes the line that says so."""
     readme = model_folder / "README.md"

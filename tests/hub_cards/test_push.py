@@ -74,6 +74,37 @@ def test_one_commit_of_all_but_pickles(hub, trained, monkeypatch, capsys):
     assert hub.url in printed
 
 
+def test_pickles_and_checkpoints_stay_whatever_their_names_and_places_are(hub, trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    names = {"exported/decoder.pt2", "Old.PT", "data.PKL", "align/checkpoint-5/model.safetensors"}
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "exported/graphs.json").write_text("{}")
+    code, printed = run(monkeypatch, capsys, "push", folder, "me/mine")
+    assert code == 0, printed
+    assert not names & arrived(hub).keys()
+    assert "exported/graphs.json" in arrived(hub)
+    assert "left out  exported/decoder.pt2: a pickle" in printed  # and not all of its folder
+
+
+def test_a_model_without_a_processor_is_noted(hub, trained, tmp_path, monkeypatch, capsys):
+    assert not push(trained, "me/mine").notes
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "processor_config.json").unlink()
+    code, printed = run(monkeypatch, capsys, "push", folder, "me/other")
+    assert code == 0, printed
+    assert "the folder has no processor" in printed
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [\n---\n\nMine", b"\xff\xfe"])
+def test_a_card_that_is_none_is_named(hub, trained, card, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "README.md").write_bytes(card)
+    check_refused(monkeypatch, capsys, tmp_path, "copy/README.md is no card", "push", folder, "me/mine")
+    assert not hub.messages
+
+
 def test_a_name_alone_is_the_users_own(hub, trained):
     assert push(trained, "mine").repo_id == "me/mine"
     assert ("models", "me/mine") in hub.repos
