@@ -63,8 +63,11 @@ _ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
 # What a request may say of how its reply is written.
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p")
 _SETTINGS = ("repetition_penalty", "sequence_bias", "stop_strings")
+# What a request for maps may say besides.
+_LOOKS = ("phrases", "image", "format")
 # Wider than OpenAI's. Far beyond, probabilities are not finite: to sample from them is an error, after which a GPU does nothing more.
-_RANGES = {"temperature": (0, 100), "top_p": (0, 1), "frequency_penalty": (-2, 100)}
+# A penalty is Transformers' `repetition_penalty` less 1, which must be above 0.
+_RANGES = {"temperature": (0, 100), "top_p": (0, 1), "frequency_penalty": (-0.99, 100)}
 _MAX_BIAS = 100
 # Lower temperatures could not be told from greedy decoding, and overflow in the end.
 _LOWEST_TEMPERATURE = 0.01
@@ -165,9 +168,9 @@ def _question(messages: Sequence[Mapping[str, Any]]) -> str:
         for message in messages
         if message["role"] == "user"
         for part in message["content"]
-        if part["type"] == "text"
+        if part["type"] == "text" and part["text"].strip()
     ]
-    if not texts or not texts[-1]:
+    if not texts:
         raise ValueError("the conversation has no question: end it with a text of the user")
     return texts[-1]
 
@@ -330,6 +333,7 @@ class _Chat(ChatCompletionHandler):
 
     async def look(self, body: dict, request: Request, show: Callable[..., Any]) -> Response:
         """The reply to a conversation, and where it looks: `show(model, processor, reply, question, phrases, image=)`."""
+        self._validate_request({name: value for name, value in body.items() if name not in _LOOKS})
         _, model, processor = self._resolve_model(body)
         as_png = body.get("format", "png" if "image/png" in request.headers.get("accept", "") else "json")
         with _as_response():

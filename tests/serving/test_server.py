@@ -241,6 +241,7 @@ BAD = {
     "hot": ({"messages": ask(), "temperature": 1e30}, 400, "temperature must be from 0 to 100"),
     "a temperature that is none": ({"messages": ask(), "temperature": float("nan")}, 400, "temperature must be"),
     "top_p": ({"messages": ask(), "top_p": 2}, 400, "top_p must be from 0 to 1"),
+    "penalty": ({"messages": ask(), "frequency_penalty": -1}, 400, "frequency_penalty must be from -0.99 to 100"),
     "bias": ({"messages": ask(), "logit_bias": {"5": float("inf")}}, 400, "logit_bias must be from -100"),
     "stop": ({"messages": ask(), "stop": [1]}, 400, "stop must be a text"),
     "other settings": ({"messages": ask(), "generation_config": "{}"}, 400, "generation_config is not read"),
@@ -343,6 +344,20 @@ def test_a_wrong_request_for_maps_is_refused_with_a_reason(name, web):
     for route in ("/v1/attention", "/v1/ground"):
         found = web.post(route, json=body)
         assert (found.status_code, reason in found.text) == (400, True), found.text
+
+
+def test_a_field_of_another_name_is_refused_and_not_passed_over(web):
+    body = {"messages": ask(QUESTION, data_uri(png(0))), "max_tokens": 2}
+    for route in ("/v1/chat/completions", "/v1/attention", "/v1/ground"):
+        found = web.post(route, json={**body, "phrase": ["dog"]})
+        assert (found.status_code, "'phrase'" in found.text) == (422, True), found.text
+
+
+def test_a_blank_text_behind_the_question_is_no_question(web):
+    (message,) = ask(QUESTION, data_uri(png(0)))
+    message["content"].append({"type": "text", "text": " "})
+    found = web.post("/v1/ground", json={"messages": [message], "max_tokens": 2}).json()
+    assert found["question"] == QUESTION
 
 
 def test_routes_that_load_models_or_fetch_by_themselves_are_left_out(web):
