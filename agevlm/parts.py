@@ -62,9 +62,11 @@ def read_parts(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         parts = values.get("parts", {}) if whole else values
+        if not whole and (missing := [name for name in PART_NAMES if name not in parts]):
+            raise ValueError(f"it lacks {missing[0]}")
         if not all(isinstance(parts[name], dict) and isinstance(parts[name]["digests"], dict) for name in parts):
             raise ValueError("a part has no digests")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): replace the file, or name another model.") from error
     return parts
 

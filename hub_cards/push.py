@@ -17,6 +17,7 @@ import yaml
 
 from .. import __version__
 from ..hub import MODEL_TYPE, PATIENCE, damaged_file, traveling_files
+from ..provenance import identify
 from .dataset import render_dataset_card
 from .model import collect_results, is_generated, read_json, render_model_card, result_files
 
@@ -324,9 +325,14 @@ def _keep_metadata(card: RepoCard, former: Mapping[str, Any]) -> None:
         if name in LICENSE and others:  # a name and a link are of one license
             continue
         if name == "tags":
-            card.data["tags"] = list(
-                dict.fromkeys([*(card.data.get("tags") or []), *([value] if isinstance(value, str) else value)])
-            )
+            tags = [value] if isinstance(value, str) else value
+            # The Hub makes tags of base models itself.
+            tags = [tag for tag in tags if not str(tag).startswith("base_model:")]
+            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
+        elif name == "base_model" and not all(
+            "id" in identify(str(base)) for base in ([value] if isinstance(value, str) else value)
+        ):  # PEFT writes folders of this machine
+            continue
         elif name != "model-index" and card.data.get(name) is None:  # results are of the weights that they came with
             card.data[name] = value
 

@@ -533,3 +533,12 @@ def test_plain_transformers_refuses_a_delta(delta):
     """Instead of giving random values to all that is not in it."""
     with pytest.raises(OSError, match=r"model.safetensors"):
         AgeVlmForConditionalGeneration.from_pretrained(delta)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{}", "it lacks text_model"), ("[1]", "it lacks text_model"), ("3", "is damaged")]
+)
+def test_a_list_of_parts_that_is_none_is_named(tmp_path, content, said):
+    (tmp_path / PARTS_FILE).write_text(content)
+    with pytest.raises(ValueError, match=f"parts.json.*{said}"):
+        read_parts(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import check_refused, run
 from hub_server import HubServer, front_matter, refusal
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from starlette.responses import Response
 from tiny import tiny_tokenizer
@@ -467,6 +468,16 @@ def test_an_adapter_for_a_model_that_others_do_not_have(hub, trained, tmp_path, 
     push(tmp_path, "me/mine")
     assert not [name for name, content in arrived(hub).items() if str(trained.parent).encode() in content]
     assert json.loads(arrived(hub)["adapter_config.json"])["base_model_name_or_path"] == trained.name
+
+
+def test_the_card_that_peft_has_written_brings_no_folder_into_the_metadata(hub, trained, tmp_path):
+    model = AgeVlmForConditionalGeneration.from_pretrained(trained)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    assert str(trained) in (tmp_path / "README.md").read_text()
+    assert str(trained.parent) not in push(tmp_path, "me/mine").card
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace(str(trained), "me/base"))
+    assert front_matter(push(tmp_path, "me/mine").card.encode())["base_model"] == "me/base"
 
 
 # --- deltas ---
