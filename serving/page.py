@@ -223,7 +223,7 @@ figure { margin: 0; }
 .strongest { position: absolute; border: 2px solid cyan; box-sizing: border-box; }
 .box { position: absolute; border: 3px solid; box-sizing: border-box; border-radius: 3px; box-shadow: 0 0 0 1px white, inset 0 0 0 1px white; }
 .point { position: absolute; width: 12px !important; height: 12px !important; transform: translate(-50%, -50%); border-radius: 50%; border: 2px solid white; }
-figcaption { color: var(--body-text-color); margin-top: 8px; line-height: 1.45; }
+figcaption { color: var(--body-text-color); margin-top: 8px; line-height: 1.45; overflow-wrap: anywhere; }
 figcaption p { margin: 0; }
 figure:not(:has(.base)) figcaption { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-lg); padding: 3.5rem 1rem;
   text-align: center; }

@@ -446,3 +446,15 @@ def test_looks(scheme, width, new_user, files):
     )
     for place in places:
         assert contrast(user.page, place) >= 4.5, place
+
+
+def test_long_words_stay_in_their_column(new_user, files):
+    user = new_user(viewport={"width": 1440, "height": 844})
+    user.ask(f"Is there a {'dog' * 60}?", files[0])
+    user.page.locator("#conversation .word").nth(3).click()
+    user.page.check("#grounded input")
+    user.page.wait_for_selector("#picture .grounded")
+    texts = user.page.locator("#picture figcaption :is(p, li)").all()
+    assert len(texts) >= 2
+    for text in texts:
+        assert text.evaluate("text => text.scrollWidth <= text.clientWidth"), text.inner_text()
