@@ -61,10 +61,11 @@ def answer(folder: Path, question: str, images: list[Image.Image], max_new_token
     encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("image_encoder", "decoder"))
     ids = np.array([tokenizer.encode(render(folder, question, len(images)), add_special_tokens=False).ids])
 
-    visual_tokens, visible = encoder.run(["visual_tokens", "visible"], preprocess(folder, images))
-    places = np.flatnonzero(ids[0] == graphs["image_token_id"])[
-        :, None
-    ]  # the n-th image token stands for the n-th image
+    # The graphs take one image at least: without any a blank one, which no token sees.
+    shown = images or [Image.new("RGB", (1, 1))]
+    visual_tokens, visible = encoder.run(["visual_tokens", "visible"], preprocess(folder, shown))
+    # The n-th image token stands for the n-th image.
+    places = np.flatnonzero(ids[0] == graphs["image_token_id"])[:, None] if images else graphs["hidden_position"]
     feed: dict[str, Any] = {
         "visual_tokens": visual_tokens.reshape(1, -1, visual_tokens.shape[-1]),
         "visual_positions": np.where(visible, places, graphs["hidden_position"]).reshape(1, -1),
