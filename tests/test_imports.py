@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Folders of the installed package from the ground up. A file imports from its own folder and from those before it.
 # `agevlm` stands for build.py, files.py, hub.py, plots.py and resume.py.
 ORDER = (
-    *("modeling_agevlm", "processing", "agevlm", "hub_cards", "data"),
+    *("modeling_agevlm", "processing", "agevlm", "attention", "hub_cards", "data"),
     *("inference", "trainer", "evaluation", "serving", "cli"),
 )
 # The front door joins all folders, so it may import from any of them.
