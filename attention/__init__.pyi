@@ -1,4 +1,15 @@
+from .guidance import AttentionGuidance as AttentionGuidance
+from .guidance import GuidanceArguments as GuidanceArguments
 from .image_tokens import ImageKeys as ImageKeys
 from .image_tokens import image_tokens as image_tokens
+from .losses import attention_iou as attention_iou
+from .losses import bce_loss as bce_loss
+from .losses import dice_loss as dice_loss
+from .losses import guidance_losses as guidance_losses
+from .losses import kl_loss as kl_loss
+from .losses import log_dice_loss as log_dice_loss
+from .losses import pointing_cells as pointing_cells
+from .losses import pointing_chances as pointing_chances
+from .losses import pointing_hits as pointing_hits
 from .maps import AttentionMaps as AttentionMaps
 from .maps import attention_maps as attention_maps

@@ -36,8 +36,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from agevlm import AgeVlmConfig, AgeVlmForConditionalGeneration
+from agevlm.attention.losses import guidance_losses
 from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmImageFeatures
-from agevlm.trainer.losses import guidance_losses
 
 UNGUIDED, GUIDED = "unguided (SDPA)", "guided (SDPA + map_queries)"
 EAGER_BLOCKS, OUTPUT_ATTENTIONS = "naive: eager cross-attention", "naive: output_attentions=True"

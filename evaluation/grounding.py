@@ -13,6 +13,7 @@ from rich.progress import track
 from torchvision.ops import box_iou
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..attention.losses import pointing_cells, pointing_chances
 from ..inference.attention import Phrase, cell_size, cross_attention_layers, show_reply
 from ..inference.generation import ask_about
 from ..inference.grounding import (
@@ -33,7 +34,6 @@ from ..plots import draw_grounding_scores
 from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle
 from ..resume import digest
-from ..trainer.losses import pointing_cells, pointing_chances
 from .answers import Question
 from .scenes import EXISTENCE_KINDS, YES_NO_KINDS, Scenes
 
@@ -327,7 +327,7 @@ class Grounding(Scenes):
 
         Returns:
             Of phrases whose thing is there: `pointing` (the point's cell is one of the object's,
-            [`~agevlm.trainer.losses.pointing_cells`]) and `on_object` (the point's pixel is the object's), against the larger of two
+            [`~agevlm.attention.losses.pointing_cells`]) and `on_object` (the point's pixel is the object's), against the larger of two
             chances: a point anywhere in the image, and anywhere on some object of the scene. `box_iou`, of things that appear once,
             against the best of three boxes that know nothing of the phrase: the whole image, one as large as the answer's anywhere in the image, and that
             of any object of the scene; `best_on_grid` is what whole cells allow.

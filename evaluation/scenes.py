@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..attention.losses import attention_iou, pointing_chances, pointing_hits
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
 from ..inference.attention import cross_attention_layers, find_question
 from ..inference.replies import Reply
 from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle, message_text
-from ..trainer.losses import attention_iou, pointing_chances, pointing_hits
 from .answers import Question
 from .benchmark_data import first_of_each
 from .pope import yes_no_scores
@@ -260,9 +260,9 @@ def score_maps(
 
     Returns:
         Of each block's map, and last of the mean of all blocks' maps: `pointing`, 1 where it points at the object
-        ([`~agevlm.trainer.losses.pointing_hits`]); `iou`, its soft intersection over union with the object
-        ([`~agevlm.trainer.losses.attention_iou`]); `mass`, the attention inside the object. And the chances of pointing
-        ([`~agevlm.trainer.losses.pointing_chances`]): `object_share` of the image, and `any_object`.
+        ([`~agevlm.attention.losses.pointing_hits`]); `iou`, its soft intersection over union with the object
+        ([`~agevlm.attention.losses.attention_iou`]); `mass`, the attention inside the object. And the chances of pointing
+        ([`~agevlm.attention.losses.pointing_chances`]): `object_share` of the image, and `any_object`.
     """
 
     def coverage(mask: np.ndarray) -> torch.Tensor:

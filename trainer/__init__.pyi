@@ -7,14 +7,6 @@ from .guards import GuardsMixin as GuardsMixin
 from .guidance import GuidanceMixin as GuidanceMixin
 from .guidance import visual_grid as visual_grid
 from .heatmaps import HeatmapsMixin as HeatmapsMixin
-from .losses import attention_iou as attention_iou
-from .losses import bce_loss as bce_loss
-from .losses import dice_loss as dice_loss
-from .losses import guidance_losses as guidance_losses
-from .losses import kl_loss as kl_loss
-from .losses import pointing_cells as pointing_cells
-from .losses import pointing_chances as pointing_chances
-from .losses import pointing_hits as pointing_hits
 from .optimizer import Muon as Muon
 from .optimizer import OptimizerMixin as OptimizerMixin
 from .parser import parse_script as parse_script

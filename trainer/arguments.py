@@ -5,38 +5,23 @@ import contextlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from transformers import TrainingArguments
 
-from .losses import resolve_loss
+from ..attention.guidance import GuidanceArguments
 from .optimizer import MUON, MuonOptions
 from .stages import resolve_groups
 
 
 @dataclass
-class AgeVlmArgumentsMixin:
-    """What AGE-VLM adds to the arguments of any trainer: [`AgeVlmTrainingArguments`], and TRL's configurations in
-    [`agevlm.trainer.trl_trainers`].
+class AgeVlmArgumentsMixin(GuidanceArguments):
+    """What AGE-VLM adds to the arguments of any trainer, beside those of guidance: [`AgeVlmTrainingArguments`], and TRL's
+    configurations in [`agevlm.trainer.trl_trainers`]. `guided_layers` are numbers of `cross_attention_layers` (2, 7, 12, 17 for age-vlm-1b).
 
     Args:
         stage (`str` or `list[str]`, *optional*):
             What trains: a preset of [`agevlm.trainer.stages.PRESETS`], or a list of its groups. By default all
             parameters that already require gradients; with PEFT always so, because PEFT chooses them.
-        guidance_weight (`float`, defaults to 1.0):
-            Weight of the guidance loss beside the trainer's own; 0 for no guidance. Rows without masks are not guided anyway.
-        guidance_loss (`str`, defaults to `"dice"`):
-            What compares attention maps with masks: `"dice"`, the paper's, `"log_dice"` (the negative logarithm of the
-            Dice coefficient), `"bce"` (binary cross-entropy) or `"kl"` (Kullback-Leibler divergence), see [`agevlm.trainer.losses`]. Their gradients differ in size, and so do the
-            weights that suit them.
-        rescale_maps (`bool`, defaults to `True`):
-            Scale maps, which sum to 1, to their mask's area before dice, log_dice or bce compares them. False takes them as they are.
-        guided_layers (`list[int]`, *optional*):
-            The cross-attention layers to guide, of the configuration's `cross_attention_layers` (so 2, 7, 12, 17 for
-            age-vlm-1b). All by default.
-        guided_fraction (`float`, defaults to 1.0):
-            Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data. Phrases whose
-            object is not in the image are not counted: `guide_absent` decides on them.
         guide_absent (`bool`, defaults to `True`):
             Also guide phrases whose object is not in the image: to the attention sink. Without a sink they are not guided.
         eval_heatmaps (`int`, defaults to 4):
@@ -62,17 +47,6 @@ class AgeVlmArgumentsMixin:
 
     # In this order, because `HfArgumentParser` reads the second: a command line names a preset.
     stage: list[str] | str | None = field(default=None, metadata={"help": "Preset or groups that train."})
-    guidance_weight: float = field(default=1.0, metadata={"help": "Weight of the guidance loss; 0 for no guidance."})
-    guidance_loss: Literal["dice", "log_dice", "bce", "kl"] = field(
-        default="dice", metadata={"help": "What compares attention maps with masks."}
-    )
-    rescale_maps: bool = field(
-        default=True, metadata={"help": "Scale maps to their mask's area, with dice, log_dice and bce."}
-    )
-    guided_layers: list[int] | None = field(
-        default=None, metadata={"help": "Cross-attention layers to guide, in the configuration's numbering."}
-    )
-    guided_fraction: float = field(default=1.0, metadata={"help": "Share of the rows with masks that are guided."})
     guide_absent: bool = field(
         default=True, metadata={"help": "Guide phrases of absent objects to the attention sink."}
     )
@@ -90,7 +64,7 @@ class AgeVlmArgumentsMixin:
         optim = self.optim
         if optim == MUON:  # which Transformers does not know
             self.optim, _ = "adamw_torch", MuonOptions.read(self.optim_args)  # type: ignore[attr-defined]
-        super().__post_init__()  # type: ignore[misc]  # TrainingArguments, further along
+        super().__post_init__()
         self.optim = MUON if optim == MUON else self.optim
         if isinstance(self.group_learning_rates, str):  # from a command line
             with contextlib.suppress(json.JSONDecodeError):
@@ -112,21 +86,10 @@ class AgeVlmArgumentsMixin:
         for name in ("gradient_accumulation_steps", "max_length"):
             if (value := getattr(self, name, None)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        resolve_loss(self.guidance_loss, self.rescale_maps)
-        if self.guided_layers is not None and not self.guided_layers:
-            raise ValueError("guided_layers is empty: leave it out to guide all layers, or set guidance_weight to 0.")
-        if self.guided_layers is not None and len(set(self.guided_layers)) < len(self.guided_layers):
-            raise ValueError(f"guided_layers must name each layer once, got {self.guided_layers}.")
-        if not 0 <= self.guidance_weight < math.inf:
-            raise ValueError(
-                f"guidance_weight must be a number of at least 0, got {self.guidance_weight}: 0 is no guidance."
-            )
         if self.initial_gate is not None and not math.isfinite(self.initial_gate):
             raise ValueError(f"initial_gate must be a finite number, got {self.initial_gate}.")
         if self.eval_heatmaps < 0:
             raise ValueError(f"eval_heatmaps must be at least 0, got {self.eval_heatmaps}.")
-        if not 0 <= self.guided_fraction <= 1:
-            raise ValueError(f"guided_fraction is a share of the rows, from 0 to 1, got {self.guided_fraction}.")
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}.")
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..attention.guidance import AnyTrainer
 from ..deltas import identify_adapted
 from ..hub_cards.model import write_model_card
 from ..provenance import describe, identify, model_provenance, write_provenance
-from .stages import GROUPS, AnyTrainer, base_model
+from .stages import GROUPS, base_model
 
 # What a stage's last entries of the log tell about its end.
 _LAST = ("loss", "lm_loss", "guidance_loss", "pointing_accuracy", "attention_iou")

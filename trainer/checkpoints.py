@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from ..attention.guidance import AnyTrainer
 from ..deltas import check_knows_parts, load_trained_into, write_trained
 from ..files import UNFINISHED, set_ordinary_permissions, unfinished_folder, update_folder
 from ..hub import PICKLES
 from ..parts import PARTS_FILE
 from .guards import check_weights
-from .stages import AnyTrainer
 
 
 @contextlib.contextmanager

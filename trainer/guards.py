@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .stages import AnyTrainer
+from ..attention.guidance import AnyTrainer
 
 FIRST_STEPS = 10
 """Steps of which some row must have a label."""

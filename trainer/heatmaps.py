@@ -13,11 +13,12 @@ from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
+from ..attention.guidance import AnyTrainer
 from ..inference.attention import block_titles, cell_size, crop_to_image
 from ..plots import draw_heatmaps
 from ..processing.collator import AgeVlmDataCollator, row_images
 from ..processing.image_processing_agevlm import to_rgb
-from .stages import AnyTrainer, base_model
+from .stages import base_model
 
 logger = logging.get_logger(__name__)
 

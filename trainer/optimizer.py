@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim.adamw import adamw
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from ..attention.guidance import AnyTrainer
 from .parser import parse, read_yaml
-from .stages import GROUPS, AnyTrainer, last_block, resolve_groups
+from .stages import GROUPS, last_block, resolve_groups
 
 MUON = "muon"
 """`optim` of the training arguments for [`Muon`]."""

@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from ..attention.guidance import AnyTrainer
 from ..data.mixture import GROUP_COLUMN, WEIGHT_COLUMN
 from ..data.streaming import LEFT_OUT, RowStream, add_left_out
 from ..processing.rows import ORIGIN_COLUMN, message_text
-from .stages import AnyTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,20 +4,17 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
+from ..attention.guidance import AnyTrainer
 from ..modeling_agevlm.configuration_agevlm import AgeVlmConfig
 from ..modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention, AgeVlmForConditionalGeneration
 from ..terminal import console
-
-# Type checkers see a mixin as the trainer that it is put in front of.
-AnyTrainer: Any = Trainer if TYPE_CHECKING else object
 
 GROUPS: dict[str, str] = {
     "adapter": r"model\.multi_modal_projector\.",

@@ -9,9 +9,9 @@ from training_runs import mixed_rows, start_model
 from training_steps import KINDS, KeepGradients, assert_same_gradients, collate, make_trainer, step_gradients
 from transformers.testing_utils import CaptureLogger
 
+from agevlm.attention.losses import resolve_loss
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer import guidance
-from agevlm.trainer.losses import resolve_loss
 from agevlm.trainer.stages import freeze
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from training_steps import (
     step_gradients,
 )
 
+from agevlm.attention.losses import dice_loss
 from agevlm.processing.collator import AgeVlmDataCollator
-from agevlm.trainer.losses import dice_loss
 from agevlm.trainer.stages import freeze
 from agevlm.trainer.trl_trainers import AgeVlmDPOConfig, AgeVlmDPOTrainer
 

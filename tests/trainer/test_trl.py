@@ -25,9 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from agevlm.attention.losses import dice_loss
 from agevlm.processing.collator import AgeVlmDataCollator
 from agevlm.trainer.arguments import AgeVlmTrainingArguments
-from agevlm.trainer.losses import dice_loss
 from agevlm.trainer.stages import LORA_TARGET_MODULES, freeze, lora_modules_to_save
 from agevlm.trainer.trainer import AgeVlmTrainer
 from agevlm.trainer.trl_trainers import (

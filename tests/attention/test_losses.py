@@ -12,9 +12,7 @@ from tiny_models import GRID, IMAGE_SIZE, NUM_VISUAL, images, pad, text, tiny_ag
 from torch.overrides import TorchFunctionMode
 
 from agevlm import AgeVlmImageProcessor
-from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
-from agevlm.processing.collator import mask_coverage
-from agevlm.trainer.losses import (
+from agevlm.attention.losses import (
     LOSSES,
     attention_iou,
     bce_loss,
@@ -26,6 +24,8 @@ from agevlm.trainer.losses import (
     pointing_hits,
     resolve_loss,
 )
+from agevlm.modeling_agevlm.modeling_agevlm import AgeVlmCrossAttention
+from agevlm.processing.collator import mask_coverage
 
 # Every loss with maps on the scale of their targets and, where it has that form, as they are.
 VARIANTS = [
