@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,8 @@ def attention_maps(
     checkpointing comes after the block; it does what "sdpa" does, and is not saved with the model.
 
     Args:
-        model: an image-text-to-text model of Transformers whose text model uses SDPA, alone or inside PEFT, DDP or FSDP2.
+        model: an image-text-to-text model of Transformers whose text model uses SDPA, alone or inside PEFT, DDP or FSDP2; or an
+            AGE-VLM, whose keys are its visual tokens and its sink.
         queries: bool `(batch, phrases, sequence)`, the tokens of each phrase. A phrase's map is the mean over its tokens.
         keys: bool `(batch, keys)`, the keys that show the image; by default [`image_tokens`] finds them.
         layers: numbers of layers of the text model; by default all that attend to the image.
@@ -100,13 +102,31 @@ def attention_maps(
         ValueError: if the model has other attention than SDPA, or a kind that the maps would not be those of; says why.
     """
     inner = find_model(model)
-    chosen = _choose_layers(inner, layers)
-    _switch(inner)
+    if "map_queries" in inspect.signature(inner.base_model.forward).parameters:
+        recording = _record_own_maps(inner, queries, keys, layers, over, per_head)
+    else:
+        recording = _record_layers(inner, queries, keys, layers, over, per_head)
+    with recording as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _record_layers(
+    model: PreTrainedModel,
+    queries: torch.Tensor,
+    keys: torch.Tensor | None,
+    layers: Sequence[int] | None,
+    over: Over,
+    per_head: bool,
+) -> Iterator[AttentionMaps]:
+    """Asks the layers of a text model for maps, through their attention function."""
+    chosen = _choose_layers(model, layers)
+    _switch(model)
     request = _Request(queries, over, per_head, AttentionMaps(list(chosen)))
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if request.state == "new":
-            found = ImageKeys(keys) if keys is not None else image_tokens(inner, _arguments(module, args, kwargs))
+            found = ImageKeys(keys) if keys is not None else image_tokens(model, _arguments(module, args, kwargs))
             request.begin(found)
 
     def ask(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -116,10 +136,10 @@ def attention_maps(
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         request.state = "done"
 
-    base = inner.base_model
+    base = model.base_model
     hooks = [base.register_forward_pre_hook(begin, with_kwargs=True), base.register_forward_hook(end)]
     hooks += [
-        module.register_forward_pre_hook(_bind(ask, layer), with_kwargs=True) for layer, module in chosen.items()
+        module.register_forward_pre_hook(partial(ask, layer), with_kwargs=True) for layer, module in chosen.items()
     ]
     try:
         yield request.result
@@ -128,8 +148,45 @@ def attention_maps(
             hook.remove()
 
 
-def _bind(ask: Any, layer: int) -> Any:
-    return lambda module, args, kwargs: ask(layer, module, args, kwargs)
+@contextlib.contextmanager
+def _record_own_maps(
+    model: PreTrainedModel,
+    queries: torch.Tensor,
+    keys: torch.Tensor | None,
+    layers: Sequence[int] | None,
+    over: Over,
+    per_head: bool,
+) -> Iterator[AttentionMaps]:
+    """Asks a model that computes maps itself, as an AGE-VLM does: it takes `map_queries` and gives `cross_attention_maps`."""
+    name, own = type(model).__name__, list(model.config.get_text_config().cross_attention_layers)
+    if per_head or keys is not None:
+        raise ValueError(
+            f"{name} computes its maps itself, of all visual tokens and averaged over heads: leave out `keys` and `per_head`."
+        )
+    chosen = own if layers is None else list(layers)
+    _check_layers(chosen, own)
+    result = AttentionMaps(chosen)
+
+    def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        return None if result._found else (args, {**kwargs, "map_queries": queries})
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        maps = output.cross_attention_maps
+        if result._found or maps is None:  # None without an image
+            return
+        share = maps.sum(-1)
+        if over == "image":  # without the attention on the sink
+            maps = maps / share[..., None].clamp(min=torch.finfo(maps.dtype).tiny)
+        result.keys = torch.ones(maps.shape[1], maps.shape[-1], dtype=torch.bool, device=maps.device)
+        result._found.update({layer: (maps[own.index(layer)], share[own.index(layer)]) for layer in chosen})
+
+    base = model.base_model
+    hooks = [base.register_forward_pre_hook(ask, with_kwargs=True), base.register_forward_hook(keep)]
+    try:
+        yield result
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # --- what is asked ---
@@ -288,8 +345,7 @@ def text_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 def _choose_layers(model: PreTrainedModel, wanted: Sequence[int] | None) -> dict[int, nn.Module]:
     found = text_layers(model)
     if wanted is not None:
-        if unknown := [layer for layer in wanted if layer not in found]:
-            raise ValueError(f"`layers` has {unknown}, but the layers that attend to the image are {list(found)}.")
+        _check_layers(wanted, list(found))
         found = {layer: found[layer] for layer in wanted}
     for layer, module in found.items():
         if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()):
@@ -297,6 +353,11 @@ def _choose_layers(model: PreTrainedModel, wanted: Sequence[int] | None) -> dict
                 f"Layer {layer}, a {type(module).__name__}, takes no further keyword arguments, so it cannot be asked for a map."
             )
     return found
+
+
+def _check_layers(wanted: Sequence[int], there: Sequence[int]) -> None:
+    if unknown := [layer for layer in wanted if layer not in there]:
+        raise ValueError(f"`layers` has {unknown}, but the layers that attend to the image are {list(there)}.")
 
 
 def _switch(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_age_vlm
 from tiny_vlms import CONFIGURATIONS, IMAGE_TOKEN, tiny_inputs, tiny_queries, tiny_vlm
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -286,3 +287,32 @@ def test_maps_before_the_forward():
     queries = torch.ones(1, 1, 4, dtype=torch.bool)
     with attention_maps(tiny_vlm("llava"), queries) as found, pytest.raises(RuntimeError, match="no maps yet"):
         _ = found.maps
+
+
+# ---------------------------------------------------------------------------------------- AGE-VLM
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_an_agevlm_gives_its_own_maps(sink):
+    model = tiny_age_vlm(cross_attention_sink=sink)
+    inputs = {
+        "input_ids": torch.tensor([[1, 90, 4, 5, 6]]),
+        "pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    }
+    queries = torch.zeros(1, 2, 5, dtype=torch.bool)
+    queries[0, 0, 3:] = queries[0, 1, 4] = True
+    layers = list(model.config.text_config.cross_attention_layers)
+    with torch.no_grad():
+        wanted = model.model(**inputs, map_queries=queries).cross_attention_maps
+        with attention_maps(model, queries, over="all") as found:
+            model(**inputs)
+        with attention_maps(model, queries, layers=layers[1:], over="image") as on_image:
+            model(**inputs)
+    assert found.layers == layers
+    assert torch.equal(found.maps, wanted)
+    torch.testing.assert_close(found.share, wanted.sum(-1))
+    assert bool((found.share < 0.999).all()) == sink
+    torch.testing.assert_close(on_image.maps.sum(-1), torch.ones(len(layers) - 1, 1, 2))
+    torch.testing.assert_close(on_image.maps * on_image.share[..., None], wanted[1:])
+    with pytest.raises(ValueError, match="averaged over heads"), attention_maps(model, queries, per_head=True):
+        pass
