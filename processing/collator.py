@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 from jinja2 import TemplateError
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_agevlm import AgeVlmImageProcessorMixin, decode_image, load_image
@@ -130,7 +131,7 @@ class RenderedConversation:
         return places
 
 
-def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) -> RenderedConversation:
+def render_conversation(processor: ProcessorMixin, messages: Sequence[dict]) -> RenderedConversation:
     """Writes a conversation with the processor's chat template, and finds the assistant's turns in it.
 
     The template marks assistant turns with `{% generation %}`. If it has no such mark, a turn is what it adds to the text of
@@ -187,40 +188,41 @@ def render_conversation(processor: AgeVlmProcessor, messages: Sequence[dict]) ->
     def render_text(messages: Sequence[dict]) -> str:
         return render(messages)[0]
 
-    typed = processor.find_typed_tokens(messages, render_text) if processor.sanitize_chats else ()
+    sanitizes = isinstance(processor, AgeVlmProcessor) and processor.sanitize_chats
+    typed = processor.find_typed_tokens(messages, render_text) if sanitizes else ()
     return RenderedConversation(RenderedChat(rendered[0], typed), rendered[1], list(messages), render_text)
 
 
 @dataclass
 class GuidedPhrase:
-    """A phrase whose attention is guided: its characters in the rendered text, and its target, float32
-    `(images of the row * T,)` for `T` visual tokens an image. `absent`: the images show nothing that it names."""
+    """A phrase whose attention is guided: its characters in the rendered text, and its targets, float32 `(T,)` for each of the row's
+    images with its `T` image tokens. `absent`: the images show nothing that it names."""
 
     span: tuple[int, int]
-    target: torch.Tensor
+    targets: list[torch.Tensor]
     absent: bool = False
 
 
 @dataclass
-class AgeVlmDataCollator:
-    """Turns rows into a batch for AGE-VLM: model inputs, labels and, for grounded rows, the inputs of guidance.
+class RowCollator:
+    """Turns rows into a batch: a model's inputs, labels and, for grounded rows, the inputs of guidance.
 
     Rows have `messages` (or `prompt` and `completion`), `images` (one, many or none) and optionally `grounding`, see
-    [`agevlm.processing.rows`]. The batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the
-    right; `pixel_values` and, if the processor makes it, `image_sizes` of all images in order; and if phrases are guided
+    [`agevlm.processing.rows`]. The batch has what the processor makes, `labels` `(B, S)`, and if phrases are guided
 
     - `map_queries`: bool `(B, P, S)`, the tokens of each phrase;
-    - `map_targets`: float32 `(B, P, V)`, the share of each visual token's cell that the phrase's mask covers, all zero for
-      the missing phrases of rows that have fewer;
+    - `map_targets`: float32 `(B, P, V)`, the share of each image token's area that the phrase's mask covers, all zero for
+      the missing phrases of rows that have fewer; `V` are the image tokens of all images of a row;
     - `num_dropped_phrases`: `(1,)`, the number of dropped phrases: truncated, before their image, or with an empty mask.
 
     Entries of `grounding` with the same span are one phrase. Its target is the union of their masks in the images before it.
     Guidance ignores entries without a mask. An empty mask without a score means that the image shows nothing that the phrase
     names; an empty mask with a score, that a mask teacher was not sure.
 
+    A subclass says how a processor encodes texts and images ([`encode`]) and which image tokens a mask covers ([`cover`]).
+
     Args:
         processor: of the model.
-        grid: rows and columns of an image's visual tokens; see [`agevlm.trainer.visual_grid`]. None for no guidance.
         max_length: number of tokens that texts are truncated to; by default they are not truncated.
         assistant_only_loss: learn the assistant's turns only, otherwise all of the text. In rows with `prompt` and
             `completion`, only the assistant's turns of the completion are learned.
@@ -231,15 +233,12 @@ class AgeVlmDataCollator:
         seed: of that choice.
         allow_urls: fetch images that rows name by a URL, from public addresses only; see
             [`~agevlm.processing.image_processing_agevlm.load_image`].
-        features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
-            batch then has `mm_encoder_outputs` in place of `pixel_values` and `image_sizes`.
 
     Raises:
         BadRowError: when called with an inconsistent row; the message names the row and the mistake.
     """
 
-    processor: AgeVlmProcessor
-    grid: tuple[int, int] | None = None
+    processor: Any
     max_length: int | None = None
     assistant_only_loss: bool = True
     pad_to_multiple_of: int | None = None
@@ -247,17 +246,43 @@ class AgeVlmDataCollator:
     guide_absent: bool = False
     seed: int = 0
     allow_urls: bool = False
-    features: Callable[[list], Any] | None = None
 
     def __post_init__(self):
         if not 0 <= self.guided_fraction <= 1:
             raise ValueError(f"guided_fraction must be a share of the rows, from 0 to 1, got {self.guided_fraction}.")
 
+    # --- what a subclass says ---
+
+    @property
+    def guides(self) -> bool:
+        """Whether grounded phrases become inputs of guidance."""
+        raise NotImplementedError
+
+    def encode(self, texts: list[RenderedChat], images: list[list]) -> dict[str, Any]:
+        """The inputs of a model, texts padded on the right, as tensors; with `offset_mapping` `(B, S, 2)`, the characters of each
+        token in its text as it was given."""
+        raise NotImplementedError
+
+    def count_images(self, text: str) -> int:
+        """How many images a part of a rendered text shows."""
+        raise NotImplementedError
+
+    def cover(self, masks: dict[int, np.ndarray], images: list) -> list[torch.Tensor]:
+        """Of each image the share of each of its tokens' areas that its mask covers, float32 `(T,)`; 0 without a mask.
+
+        Args:
+            masks: by number of the image, bool `(height, width)`.
+        """
+        raise NotImplementedError
+
+    def most_image_tokens(self, texts: Sequence[str], phrases: Sequence[Sequence[GuidedPhrase]]) -> int:
+        """How many image tokens a row of `map_targets` has. A model's maps have as many, or more behind them."""
+        return max(sum(map(len, row[0].targets)) for row in phrases if row)
+
+    # --- rows to batches ---
+
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch, images = naming_bad_rows(self._collate, rows)
-        if self.features is not None and images:
-            batch["mm_encoder_outputs"] = {"image": self.features(images)}
-        return batch
+        return naming_bad_rows(self._collate, rows)[0]
 
     def find_problem(self, row: dict[str, Any]) -> str | None:
         """What keeps a row from training, found by collating it; None if it trains."""
@@ -273,28 +298,14 @@ class AgeVlmDataCollator:
             return None, _reason(row, error)
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list]:
-        """The batch, without features, and all images in order."""
+        """The batch, and all images in order."""
         images = [row_images(row, self.allow_urls) for row in rows]
         rendered = [
             render_conversation(self.processor, place_images(row_messages(row), len(pictures)))
             for row, pictures in zip(rows, images, strict=True)
         ]
         texts = [conversation.text for conversation in rendered]
-        encode: Callable = self.processor.tokenize
-        if self.features is None:
-            encode = partial(self.processor, images=images if any(images) else None)  # type: ignore[misc]
-        inputs = encode(
-            text=texts,
-            padding=True,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            add_special_tokens=False,  # the chat template has written them
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        batch = {name: tensor for name, tensor in inputs.items() if name not in self.processor.unused_input_names}
+        batch = self.encode(texts, images)
         offsets, attended = batch.pop("offset_mapping"), batch["attention_mask"].bool()
         learn = torch.zeros_like(attended)
         for i, (row, conversation) in enumerate(zip(rows, rendered, strict=True)):
@@ -318,7 +329,7 @@ class AgeVlmDataCollator:
     def guided_phrases(self, row: dict, images: list, conversation: RenderedConversation) -> list[GuidedPhrase]:
         """The phrases of a row that have masks; only the absent ones if the row is not guided (`guided_fraction`)."""
         grounding = [entry for entry in row.get("grounding") or () if entry.get("mask") is not None]
-        if self.grid is None or not grounding:
+        if not self.guides or not grounding:
             return []
         is_guided = self._is_guided(grounding)
         if not is_guided and not self.guide_absent:
@@ -352,10 +363,7 @@ class AgeVlmDataCollator:
         for span, joined in masks.items():
             if not is_guided and not absent[span]:
                 continue
-            target = torch.zeros(len(images), self.grid[0] * self.grid[1])
-            for image, mask in joined.items():
-                target[image] = mask_coverage(mask, self.grid, self.processor.image_processor)
-            phrases.append(GuidedPhrase(span, target.flatten(), absent[span]))
+            phrases.append(GuidedPhrase(span, self.cover(joined, images), absent[span]))
         return phrases
 
     def _is_guided(self, grounding: list[dict]) -> bool:
@@ -381,11 +389,10 @@ class AgeVlmDataCollator:
             attended: bool `(B, S)`.
             texts: of each row, as rendered.
         """
-        if self.grid is None or not any(phrases):
+        if not self.guides or not any(phrases):
             return {}
-        queries = self.processor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
+        queries = AgeVlmProcessor.get_map_queries(offsets, [[p.span for p in row] for row in phrases], attended, texts)
         shown = [text.without_typed_tokens for text in texts]  # an image token that someone typed shows nothing
-        token, size = self.processor.image_token, self.grid[0] * self.grid[1]
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for row_phrases, row_queries, row_offsets, text in zip(phrases, queries, offsets, shown, strict=True):
             kept.append([])
@@ -393,8 +400,11 @@ class AgeVlmDataCollator:
                 start, end = phrase.span
                 tokens = row_offsets[query]
                 complete = len(tokens) > 0 and tokens[:, 0].min() <= start and tokens[:, 1].max() >= end
-                target, visible_images = phrase.target.clone(), text.count(token, 0, start)
-                target[visible_images * size :] = 0  # the phrase cannot attend to images after it
+                visible_images = self.count_images(text[:start])
+                target = torch.cat(
+                    # The phrase cannot attend to images after it.
+                    [cover if image < visible_images else cover * 0 for image, cover in enumerate(phrase.targets)]
+                )
                 if complete and (target.any() or (phrase.absent and self.guide_absent and visible_images)):
                     kept[-1].append((query, target))
         dropped = sum(map(len, phrases)) - sum(map(len, kept))
@@ -402,13 +412,70 @@ class AgeVlmDataCollator:
         if any(kept):
             most = max(map(len, kept))
             map_queries = torch.zeros(len(kept), most, offsets.shape[1], dtype=torch.bool)
-            map_targets = torch.zeros(len(kept), most, max(text.count(token) for text in shown) * size)
+            map_targets = torch.zeros(len(kept), most, self.most_image_tokens(shown, phrases))
             for i, row in enumerate(kept):
                 for j, (query, target) in enumerate(row):
                     map_queries[i, j] = query
                     map_targets[i, j, : len(target)] = target
             batch = {"map_queries": map_queries, "map_targets": map_targets, **batch}
         return batch
+
+
+@dataclass
+class AgeVlmDataCollator(RowCollator):
+    """The collator of AGE-VLM. A batch has `input_ids`, `attention_mask`, `labels` `(B, S)`, padded on the right; `pixel_values` and, if
+    the processor makes it, `image_sizes` of all images in order; and the inputs of guidance ([`RowCollator`]).
+
+    Args:
+        grid: rows and columns of an image's visual tokens; see [`agevlm.trainer.visual_grid`]. None for no guidance.
+        features: takes images and gives the vision tower's features of them, as [`agevlm.data.FeatureStore`] does. The
+            batch then has `mm_encoder_outputs` in place of `pixel_values` and `image_sizes`.
+    """
+
+    grid: tuple[int, int] | None = None
+    features: Callable[[list], Any] | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch, images = naming_bad_rows(self._collate, rows)
+        if self.features is not None and images:
+            batch["mm_encoder_outputs"] = {"image": self.features(images)}
+        return batch
+
+    @property
+    def guides(self) -> bool:
+        return self.grid is not None
+
+    def encode(self, texts: list[RenderedChat], images: list[list]) -> dict[str, Any]:
+        encode: Callable = self.processor.tokenize
+        if self.features is None:
+            encode = partial(self.processor, images=images if any(images) else None)
+        inputs = encode(
+            text=texts,
+            padding=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            add_special_tokens=False,  # the chat template has written them
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+        return {name: tensor for name, tensor in inputs.items() if name not in self.processor.unused_input_names}
+
+    def count_images(self, text: str) -> int:
+        return text.count(self.processor.image_token)
+
+    def most_image_tokens(self, texts: Sequence[str], phrases: Sequence[Sequence[GuidedPhrase]]) -> int:
+        assert self.grid is not None
+        return max(map(self.count_images, texts)) * self.grid[0] * self.grid[1]
+
+    def cover(self, masks: dict[int, np.ndarray], images: list) -> list[torch.Tensor]:
+        assert self.grid is not None
+        nothing = torch.zeros(self.grid[0] * self.grid[1])
+        return [
+            mask_coverage(masks[number], self.grid, self.processor.image_processor) if number in masks else nothing
+            for number in range(len(images))
+        ]
 
 
 class BadRowError(ValueError):
