@@ -86,7 +86,8 @@ def attention_maps(
 
     The model's outputs are those of SDPA, to the last bit. The maps have gradients where the model's outputs have, also with gradient
     checkpointing that is not reentrant. The text model stays switched to the attention [`SDPA_WITH_MAPS`], because a backward with
-    checkpointing comes after the block; it does what "sdpa" does, and is not saved with the model.
+    checkpointing comes after the block; it does what "sdpa" does, and is not saved with the model. Under DDP and FSDP2 add the loss on
+    maps to one on the model's outputs: their backward begins at the outputs, and without it the processes do not share gradients.
 
     Args:
         model: an image-text-to-text model of Transformers whose text model uses SDPA, alone or inside PEFT, DDP or FSDP2; or an
