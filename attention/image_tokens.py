@@ -57,16 +57,17 @@ def has_cross_attention(model: PreTrainedModel) -> bool:
 
 def _visual_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ImageKeys:
     """Those of Mllama: of each tile of each image a class token, which has no place, and the patches. Padding has no tile."""
-    tiles = inputs.get("aspect_ratio_mask")
-    if tiles is None:
+    tiles, mask = inputs.get("aspect_ratio_mask"), inputs.get("cross_attention_mask")
+    if tiles is None or mask is None:
+        missing = "aspect_ratio_mask" if tiles is None else "cross_attention_mask"
+        # Without the latter Transformers' SDPA takes the attention to images for causal: the first token sees the first patch alone.
         raise ValueError(
-            f"{type(model).__name__} was called without `aspect_ratio_mask`, which tells the tiles that show the image: call it with "
-            "the outputs of its processor."
+            f"{type(model).__name__} was called without `{missing}`, which tells the tiles that a token sees: call it with the outputs of its "
+            "processor."
         )
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     keys = tiles.bool()[..., None].repeat_interleave(patches, dim=-1)  # (batch, images, tiles, tokens of a tile)
     keys[..., 0] = False
-    mask = inputs.get("cross_attention_mask")
     # Tokens that may see no tile attend to all of them: Mllama takes their output out afterwards.
-    return ImageKeys(keys.flatten(1), None if mask is None else mask.bool().flatten(2).any(-1))
+    return ImageKeys(keys.flatten(1), mask.bool().flatten(2).any(-1))

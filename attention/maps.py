@@ -27,6 +27,12 @@ from .image_tokens import ImageKeys, has_cross_attention, image_tokens
 SDPA_WITH_MAPS = "sdpa_with_maps"
 """The name of SDPA's attention that also computes maps, in Transformers' interfaces of attention functions and masks."""
 
+WITHOUT_ATTENTION = ("linear_attention", "conv", "moe")
+"""Kinds of layers in `layer_types` that have no attention weights."""
+
+NAMES_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)[^\n]*[\"']sdpa[\"']")
+"""How the source of a model looks that compares the name of its attention with "sdpa"."""
+
 Over = Literal["image", "all"]
 
 
@@ -65,7 +71,8 @@ class AttentionMaps:
                 f"Layers {missing} have computed no map: their attention does not use Transformers' AttentionInterface, or does not "
                 "hand on its keyword arguments. Choose other `layers`."
             )
-        return torch.stack([self._found[layer][which] for layer in self.layers])
+        found = [self._found[layer][which] for layer in self.layers]
+        return torch.stack([of_layer.to(found[0].device) for of_layer in found])
 
 
 @contextlib.contextmanager
@@ -86,7 +93,8 @@ def attention_maps(
 
     The model's outputs are those of SDPA, to the last bit. The maps have gradients where the model's outputs have, also with gradient
     checkpointing that is not reentrant. The text model stays switched to the attention [`SDPA_WITH_MAPS`], because a backward with
-    checkpointing comes after the block; it does what "sdpa" does, and is not saved with the model. Under DDP and FSDP2 add the loss on
+    checkpointing comes after the block; it does what "sdpa" does, and is not saved with the model. A compiled model runs eagerly inside
+    the block, as compiled code may skip what records the maps. Under DDP and FSDP2 add the loss on
     maps to one on the model's outputs: their backward begins at the outputs, and without it the processes do not share gradients.
 
     Args:
@@ -100,14 +108,15 @@ def attention_maps(
         per_head: keep the heads apart, which are averaged otherwise.
 
     Raises:
-        ValueError: if the model has other attention than SDPA, or a kind that the maps would not be those of; says why.
+        ValueError: if the model has other attention than SDPA, or a kind that the maps would not be those of, on entry; if `queries` or
+            `keys` have other sizes than the inputs, or gradient checkpointing is reentrant, in the forward. It says why.
     """
     inner = find_model(model)
     if "map_queries" in inspect.signature(inner.base_model.forward).parameters:
         recording = _record_own_maps(inner, queries, keys, layers, over, per_head)
     else:
         recording = _record_layers(inner, queries, keys, layers, over, per_head)
-    with recording as found:
+    with torch.compiler.set_stance("force_eager"), recording as found:
         yield found
 
 
@@ -127,8 +136,9 @@ def _record_layers(
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if request.state == "new":
-            found = ImageKeys(keys) if keys is not None else image_tokens(model, _arguments(module, args, kwargs))
-            request.begin(found)
+            inputs = _arguments(module, args, kwargs)
+            _check_inputs(inputs, queries, keys)
+            request.begin(ImageKeys(keys) if keys is not None else image_tokens(model, inputs))
 
     def ask(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         # As an argument, so that checkpointing replays it when the block has ended.
@@ -203,6 +213,7 @@ class _Request:
     per_head: bool
     result: AttentionMaps
     state: Literal["new", "running", "done"] = "new"
+    differentiable: bool = field(init=False)
     rows: torch.Tensor = field(init=False)
     members: torch.Tensor = field(init=False)
     columns: torch.Tensor = field(init=False)
@@ -219,6 +230,7 @@ class _Request:
         self.members = members
         self.columns, self.shown = _positions(keys)
         self.result.keys = keys
+        self.differentiable = torch.is_grad_enabled()
         self.state = "running"
 
     def record(
@@ -231,9 +243,26 @@ class _Request:
         scaling: float | None,
         is_causal: bool,
     ) -> None:
+        if self.differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                "Gradient checkpointing is reentrant, so attention maps would come without a gradient: enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        name = type(module).__name__
+        if self.state == "running" and layer in self.result._found:
+            raise ValueError(f"Layer {layer} attends twice, so it is not known which of its maps is asked for.")
+        if query.shape[2] != self.queries.shape[2]:
+            raise ValueError(
+                f"{name} of layer {layer} computes {query.shape[2]} of the {self.queries.shape[2]} tokens of the sequence, so it is not known "
+                "which: choose other `layers`."
+            )
+        if self.result.keys.shape[1] > key.shape[2]:
+            raise ValueError(
+                f"{name} of layer {layer} has {key.shape[2]} keys and `keys` {self.result.keys.shape[1]}: call the model without a cache."
+            )
         with torch.autocast(query.device.type, enabled=False):
             found = self._compute(query, key, mask, scaling, is_causal)
-        self.result._found.setdefault(layer, found)
+        self.result._found.setdefault(layer, found)  # a recomputation comes later
 
     def _compute(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, is_causal: bool
@@ -241,7 +270,11 @@ class _Request:
         """The maps and the share of one layer, from its queries `(batch, heads, sequence, width)` and keys `(batch, groups, keys, width)`."""
         batch, heads, _, width = query.shape
         groups, num_keys, num_rows = key.shape[1], key.shape[2], self.rows.shape[1]
-        rows = self.rows[:, None, :, None]
+        # Layers may lie on several devices.
+        rows, members, columns, shown = (
+            x.to(query.device) for x in (self.rows, self.members, self.columns, self.shown)
+        )
+        rows, columns = rows[:, None, :, None], columns[:, None, None].expand(-1, heads, num_rows, -1)
         asked = query.gather(2, rows.expand(-1, heads, -1, width)).float()
         # The heads of a group share their keys. They become rows, so that the keys need not be repeated.
         asked = asked.reshape(batch, groups, -1, width)
@@ -261,15 +294,15 @@ class _Request:
                 scores = scores + mask.float()
         # The lowest finite number rather than -inf: a row that sees nothing has the map 0 and the gradient 0, not NaN.
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-        columns = self.columns[:, None, None].expand(-1, heads, num_rows, -1)
-        seen = allowed.expand(batch, heads, num_rows, -1).gather(3, columns) & self.shown[:, None, None]
+        seen = allowed.expand(batch, heads, num_rows, -1).gather(3, columns) & shown[:, None, None]
         on_image = scores.gather(3, columns).masked_fill(~seen, torch.finfo(scores.dtype).min)
         total, image = scores.logsumexp(-1, keepdim=True), on_image.logsumexp(-1, keepdim=True)
         maps = (on_image - (image if self.over == "image" else total)).exp().masked_fill(~seen, 0.0)
         share = (image - total).exp().masked_fill(~seen.any(-1, keepdim=True), 0.0)
-        if not self.per_head:
+        if self.per_head:
+            members = members[:, None]
+        else:
             maps, share = maps.mean(1), share.mean(1)
-        members = self.members[:, None] if self.per_head else self.members
         return members @ maps, (members @ share).squeeze(-1)
 
 
@@ -327,20 +360,33 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     raise ValueError(f"{type(model).__name__} is no model of Transformers and has none inside.")
 
 
+def _find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The text model, without a head."""
+    decoder = model.get_decoder()
+    if decoder is model:  # also where the text model has a head of its own
+        decoder = getattr(model, "model", model)
+    return decoder if decoder is model or not isinstance(decoder, PreTrainedModel) else _find_decoder(decoder)
+
+
 def text_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The layers of the text model that attend to the image, by their numbers.
 
     Raises:
         ValueError: if the model has no list of layers.
     """
-    decoder = model.get_decoder()
+    decoder = _find_decoder(model)
+    if model.config.is_encoder_decoder or decoder.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder: the image is not among the tokens that its text attends to by their order."
+        )
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{type(decoder).__name__} has no list `layers`, so its attention cannot be found.")
-    crossing = (
-        model.config.get_text_config().cross_attention_layers if has_cross_attention(model) else range(len(layers))
-    )
-    return {number: layers[number] for number in crossing}
+    text = model.config.get_text_config()
+    if has_cross_attention(model):
+        return {number: layers[number] for number in text.cross_attention_layers}
+    kinds = getattr(text, "layer_types", None) or [""] * len(layers)
+    return {number: layer for number, layer in enumerate(layers) if kinds[number] not in WITHOUT_ATTENTION}
 
 
 def _choose_layers(model: PreTrainedModel, wanted: Sequence[int] | None) -> dict[int, nn.Module]:
@@ -368,17 +414,20 @@ def _switch(model: PreTrainedModel) -> None:
         ValueError: if it does not use SDPA, or does something else where its attention is named so.
     """
     text = model.config.get_text_config()
-    decoder = model.get_decoder()
-    now = decoder.config._attn_implementation
+    decoder = _find_decoder(model)
+    name, now = type(decoder).__name__, decoder.config._attn_implementation
     if now == SDPA_WITH_MAPS:
         return
-    name = type(decoder).__name__
+    if not decoder._supports_sdpa:
+        raise ValueError(
+            f"{name} does not support SDPA, which cannot compute what its attention does (a soft cap, a sink or a bias, for example). Maps are "
+            "computed beside SDPA, so there are none."
+        )
     if now != "sdpa":
         raise ValueError(
             f"{name} uses the attention '{now}', and maps are computed beside SDPA: load the model with attn_implementation='sdpa'."
         )
-    source = inspect.getsource(sys.modules[type(decoder).__module__])
-    if re.search(r"_attn_implementation\b[^\n]*[\"']sdpa[\"']", source):
+    if _depends_on_name(decoder):
         raise ValueError(
             f"{name} does something of its own where its attention is named 'sdpa', so it cannot have another name."
         )
@@ -386,6 +435,34 @@ def _switch(model: PreTrainedModel) -> None:
     model.set_attn_implementation(SDPA_WITH_MAPS if key is None else {key: SDPA_WITH_MAPS})
     if decoder.config._attn_implementation != SDPA_WITH_MAPS:
         raise ValueError(f"{name} cannot change its attention: it does not use Transformers' AttentionInterface.")
+
+
+def _depends_on_name(decoder: nn.Module) -> bool:
+    """Whether the files of a text model's parts compare the name of their attention with "sdpa"."""
+    files = {sys.modules[type(part).__module__] for part in decoder.modules()}
+    return any(NAMES_SDPA.search(inspect.getsource(file)) for file in files if hasattr(file, "__file__"))
+
+
+def _check_inputs(inputs: dict[str, Any], queries: torch.Tensor, keys: torch.Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: if queries or keys do not fit the inputs.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    batch, length = (embeds if ids is None else ids).shape[:2]
+    if (queries.shape[0], queries.shape[2]) != (batch, length):
+        raise ValueError(
+            f"`queries` has the shape {tuple(queries.shape)}, that is (batch, phrases, sequence), but the model was called with "
+            f"{batch} rows of {length} tokens."
+        )
+    if keys is not None and len(keys) != batch:
+        raise ValueError(f"`keys` has the shape {tuple(keys.shape)}, but the model was called with {batch} rows.")
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    if keys is None and cache is not None and (past := int(cache.get_seq_length())):
+        raise ValueError(
+            f"The cache has {past} tokens before these, and which of them show the image is not known: call the model with all tokens and "
+            "without a cache."
+        )
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
