@@ -5,8 +5,8 @@ from .coverage import token_boxes as token_boxes
 from .coverage import token_coverage as token_coverage
 from .guidance import AttentionGuidance as AttentionGuidance
 from .guidance import GuidanceArguments as GuidanceArguments
-from .image_tokens import image_tokens as image_tokens
 from .image_tokens import ImageKeys as ImageKeys
+from .image_tokens import image_tokens as image_tokens
 from .losses import attention_iou as attention_iou
 from .losses import bce_loss as bce_loss
 from .losses import dice_loss as dice_loss
@@ -16,5 +16,7 @@ from .losses import log_dice_loss as log_dice_loss
 from .losses import pointing_cells as pointing_cells
 from .losses import pointing_chances as pointing_chances
 from .losses import pointing_hits as pointing_hits
-from .maps import attention_maps as attention_maps
 from .maps import AttentionMaps as AttentionMaps
+from .maps import attention_maps as attention_maps
+from .phrases import encode_with_offsets as encode_with_offsets
+from .phrases import phrase_tokens as phrase_tokens

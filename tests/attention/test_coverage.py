@@ -4,17 +4,30 @@
 import math
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from tiny_processors import tiny_processor
-from tiny_vlms import CONFIGURATIONS
+from tiny import IMAGE, tiny_tokenizer
+from tiny_processors import PLACEHOLDERS, tiny_processor
+from tiny_vlms import CONFIGURATIONS, tiny_vlm
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from agevlm.attention import count_image_tokens, token_boxes, token_coverage
+from agevlm.attention import check_places, count_image_tokens, image_tokens, tile_grid, token_boxes, token_coverage
+from agevlm.processing import AgeVlmImageProcessor, AgeVlmProcessor
+from agevlm.processing.collator import mask_coverage
 
 KINDS = list(CONFIGURATIONS)
 SIDE, PATCH = 224, 14
-# Height and width: landscape, portrait, square, extreme, smaller than a tile, and large.
-SIZES = [(480, 640), (640, 427), (300, 300), (150, 1000), (1000, 300), (40, 60), (90, 45), (900, 1200)]
+# Height and width: landscape, portrait, extreme, smaller than a tile, square, and large.
+SIZES = [(480, 640), (640, 427), (150, 1000), (1000, 300), (90, 45), (40, 40), (900, 1200)]
 
 
 @pytest.fixture(params=KINDS)
@@ -166,3 +179,244 @@ def test_boxes_and_coverage_are_those_of_the_arithmetic_of_each_processor(kind, 
         independent = covered(mask, wanted)
         assert independent.std() == 0 or np.corrcoef(independent, found)[0, 1] >= 0.999
         assert np.abs(independent - found).max() < 0.05
+
+
+def test_a_disk_that_moves_moves_the_tokens_it_covers(kind):
+    size = (420, 560)
+    processor, grid = tiny_processor(kind, SIDE, PATCH), grid_of(kind)
+    wanted, seen = expected_boxes(kind, size), set()
+    places = [(x, y) for x in np.linspace(90, 470, 6) for y in np.linspace(30, 390, 5)]
+    masks = np.stack([disk(size, x, y, 12) for x, y in places])
+    for (x, y), found in zip(places, token_coverage(processor, masks, grid=grid), strict=True):
+        left, top, right, bottom = wanted[found.argmax()]
+        assert left - 1 <= x <= right + 1
+        assert top - 1 <= y <= bottom + 1
+        seen.add(int(found.argmax()))
+    assert len(seen) == len(places)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 427), (300, 300), (400, 1300), (1300, 400)], ids=str)
+def test_pan_and_scan(size):
+    processor = tiny_processor("gemma3", SIDE, PATCH)
+    settings = {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 100,
+        "pan_and_scan_max_num_crops": 3,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+    long, short = max(size), min(size)
+    crops = min(3, max(2, min(long // 100, math.floor(long / short + 0.5)))) if long / short >= 1.2 else 0
+    (height, width), n = size, SIDE // PATCH // 2
+    views = [view(0, 0, width, height, n, n)]
+    for i in range(crops):
+        length = math.ceil(long / crops)
+        begin, end = i * length, min((i + 1) * length, long)
+        box = (begin, 0, end, height) if width > height else (0, begin, width, end)
+        views.append(view(*box, n, n))
+    wanted = np.concatenate(views)
+    boxes = token_boxes(processor, size, **settings).numpy()
+    assert boxes.shape == wanted.shape
+    assert np.abs(boxes - wanted).max() < 1
+    masks = shapes(size)
+    for mask, found in zip(masks, token_coverage(processor, masks, **settings).numpy(), strict=True):
+        assert np.corrcoef(covered(mask, wanted), found)[0, 1] >= 0.999
+    assert len(token_boxes(processor, size)) == n * n
+
+
+def test_padding_is_not_covered_and_has_no_box():
+    processor = tiny_processor("llava", SIDE, PATCH)
+    image_processor = LlavaImageProcessor(
+        do_pad=True, size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    processor.image_processor = image_processor
+    height, _ = size = (300, 640)  # 170 pixels of padding above and below
+    n = SIDE // PATCH
+    wanted = view(0, -170, 640, 470, n, n)
+    hidden = (wanted[:, 3] <= 0) | (wanted[:, 1] >= height)
+    assert hidden.any()
+    boxes = token_boxes(processor, size).numpy()
+    assert (boxes[hidden] == 0).all()
+    assert np.abs(boxes - wanted)[~hidden].max() < 0.5
+    inside = (np.minimum(wanted[:, 3], height) - np.maximum(wanted[:, 1], 0)).clip(0) / (640 / n)
+    coverage = token_coverage(processor, np.ones((1, *size), bool))[0].numpy()
+    assert np.abs(coverage - inside).max() < 0.01
+
+
+def test_what_is_left_over_beside_the_patches_has_no_token():
+    boxes = token_boxes(tiny_processor("paligemma", 384, 14), (192, 768)).numpy()  # 27 patches of 14 pixels
+    assert np.abs(boxes - view(0, 0, 2 * 378, 378 / 2, 27, 27)).max() < 0.3
+
+
+def test_tiny_images_of_tiny_processors(kind):
+    processor, grid = tiny_processor(kind), grid_of(kind, 16, 4)
+    for size in [(1, 1), (2, 3), (7, 5), (17, 17)]:
+        boxes = token_boxes(processor, size, grid=grid)
+        assert boxes.isfinite().all()
+        wanted = expected_boxes(kind, size, 16, 4, 2 if kind == "mllama" else 4)
+        if min(size) > 3:
+            assert np.abs(boxes.numpy() - wanted).max() < 0.35
+        full = token_coverage(processor, np.ones((1, *size), bool), grid=grid)[0]
+        assert full[(boxes[:, 2] > boxes[:, 0])].min() > 0.1
+
+
+def reacting_vlm(kind: str, processor: ProcessorMixin) -> PreTrainedModel:
+    model = tiny_vlm(kind, processor=processor)
+    if kind == "gemma3":
+        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros until it is trained
+        for layer in model.model.vision_tower.encoder.layers:  # attention mixes few patches too much
+            layer.self_attn.out_proj.weight.data *= 0.1
+    return model
+
+
+def embedded_images(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """What the text model gets for the image tokens of the first row."""
+    found = {}
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.update(kwargs)
+
+    with model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True), torch.no_grad():
+        model(**inputs)
+    embedded = found.get("cross_attention_states")
+    keys = image_tokens(model, inputs).keys[0]
+    return (found["inputs_embeds"][0] if embedded is None else embedded.flatten(0, -2))[keys]
+
+
+def noise(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(size[0]).integers(0, 255, (*size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (100, 60)], ids=str)
+def test_tokens_of_models_react_to_what_is_in_their_boxes(kind, size):
+    processor = tiny_processor(kind)
+    model = reacting_vlm(kind, processor)
+    grid = tile_grid(model)
+    assert (grid is None) == (kind != "mllama")
+    settings = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16} if kind == "gemma3" else {}
+    boxes = token_boxes(processor, size, grid=grid, **settings)
+
+    def run(pixels: np.ndarray) -> torch.Tensor:
+        picture = PIL.Image.fromarray(pixels)
+        inputs = processor(
+            text=[PLACEHOLDERS[kind] + "a dog"], images=[[picture]], padding=True, return_tensors="pt", **settings
+        )
+        return embedded_images(model, inputs)
+
+    pixels = noise(size)
+    before = run(pixels)
+    assert len(before) == len(boxes)
+    view_size = {"llava": 16, "paligemma": 16, "mllama": 16}.get(kind, len(boxes) if kind.startswith("qwen") else 4)
+    for token, (left, top, right, bottom) in enumerate(boxes.round().int().tolist()):
+        if right <= left:
+            continue
+        changed = pixels.copy()
+        changed[max(top, 0) : bottom, max(left, 0) : right] = 255 * (token % 2)
+        reaction = (run(changed) - before).norm(dim=-1)
+        first = token // view_size * view_size
+        assert first + reaction[first : first + view_size].argmax() == token
+
+
+def test_images_of_a_text_follow_each_other(kind):
+    processor = tiny_processor(kind)
+    model = reacting_vlm(kind, processor)
+    sizes = [(64, 96), (40, 40), (100, 30)]
+    counts = count_image_tokens(processor, sizes, grid=tile_grid(model))
+
+    def run(images: list[np.ndarray]) -> torch.Tensor:
+        text = "a".join([PLACEHOLDERS[kind]] * 3)
+        pictures = [PIL.Image.fromarray(pixels) for pixels in images]
+        return embedded_images(model, processor(text=[text], images=[pictures], padding=True, return_tensors="pt"))
+
+    images = [noise(size) for size in sizes]
+    before = run(images).split(counts)
+    for number in range(3):
+        changed = [255 - pixels if i == number else pixels for i, pixels in enumerate(images)]
+        after = run(changed).split(counts)
+        same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True)]
+        assert same == [i != number for i in range(3)]
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+def test_coverage_of_age_vlm_is_that_of_its_own_collator(do_pad):
+    size = {"height": SIDE, "width": SIDE}
+    processor = AgeVlmProcessor(AgeVlmImageProcessor(size=size, do_pad=do_pad), tiny_tokenizer(), IMAGE)
+    for image_size in SIZES:
+        masks = shapes(image_size)
+        found = token_coverage(processor, masks, grid=(14, 14))
+        for mask, coverage in zip(masks, found, strict=True):
+            assert (coverage - mask_coverage(mask, (14, 14), processor.image_processor)).abs().max() < 0.03
+
+
+def test_each_image_size_is_measured_once(monkeypatch):
+    processor = tiny_processor("gemma3", SIDE, PATCH)
+    calls = []
+    original = type(processor).__call__
+
+    def count(self, *args, **kwargs):
+        calls.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "__call__", count)
+    first = token_boxes(processor, (40, 90))
+    number = len(calls)
+    token_coverage(processor, np.ones((2, 40, 90), bool))
+    assert torch.equal(token_boxes(processor, (40, 90)), first)
+    assert len(calls) == number > 0
+    assert len(token_boxes(processor, (40, 90), do_pan_and_scan=True, pan_and_scan_min_crop_size=16)) > len(first)
+    processor.image_processor.size = {"height": 2 * SIDE, "width": 2 * SIDE}
+    token_boxes(processor, (40, 90))
+    assert len(calls) == 3 * number
+
+
+def test_no_masks_and_masks_of_other_shapes():
+    processor = tiny_processor("llava")
+    assert token_coverage(processor, np.zeros((0, 40, 60), bool)).shape == (0, 16)
+    with pytest.raises(ValueError, match="height, width"):
+        token_coverage(processor, np.zeros((40, 60), bool))
+
+
+class Turned(CLIPImageProcessor):
+    """Does what no box can tell."""
+
+    turn = "flip"
+
+    def _preprocess(self, images, **kwargs):
+        turns = {
+            "flip": lambda x: x.flip(-1),
+            "transpose": lambda x: x.transpose(-1, -2),
+            "gray": lambda x: x.float().mean(-3, keepdim=True).expand(-1, 3, -1, -1).to(x.dtype),
+            "mirror": lambda x: torch.cat([x, x.flip(-1)], dim=-1),
+        }
+        return super()._preprocess([turns[self.turn](image[None])[0] for image in images], **kwargs)
+
+
+@pytest.mark.parametrize("turn", ["flip", "transpose", "gray", "mirror"])
+def test_image_processors_that_do_more_are_refused(turn):
+    processor = tiny_processor("llava", SIDE, PATCH)
+    processor.image_processor = Turned(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+    processor.image_processor.turn = turn
+    with pytest.raises(ValueError, match=r"LlavaProcessor.*(does more than|changes the colors)"):
+        token_boxes(processor, (300, 400))
+
+
+def test_unknown_layouts_are_refused():
+    llava = tiny_processor("llava")
+    llava.vision_feature_select_strategy = "full"  # keeps the class token
+    with pytest.raises(ValueError, match="17 tokens do not fill 1 tiles"):
+        token_boxes(llava, (40, 60))
+    with pytest.raises(ValueError, match="pass `grid`"):
+        token_boxes(tiny_processor("mllama"), (40, 60))
+    llava = tiny_processor("llava")
+    images = LlavaNextImageProcessor(image_grid_pinpoints=[[16, 32], [32, 16]])
+    following = LlavaNextProcessor(images, llava.tokenizer, patch_size=4)
+    with pytest.raises(ValueError, match="ends of lines"):
+        token_boxes(following, (40, 60))
+
+
+def test_models_whose_tokens_have_no_place_are_refused(kind):
+    model = tiny_vlm(kind)
+    check_places(model)
+    for name in ("Idefics2PerceiverResampler", "InstructBlipVideoQFormerModel"):
+        model.mixer = type(name, (nn.Module,), {})()
+        with pytest.raises(ValueError, match=f"mixer is a {name}"):
+            check_places(model)
