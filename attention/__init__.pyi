@@ -1,3 +1,4 @@
+from .collator import GuidedDataCollator as GuidedDataCollator
 from .coverage import check_places as check_places
 from .coverage import count_image_tokens as count_image_tokens
 from .coverage import tile_grid as tile_grid

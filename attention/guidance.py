@@ -4,16 +4,19 @@
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
+from ..processing.collator import RowCollator
+from .collator import GuidedDataCollator
+from .coverage import check_places, tile_grid
 from .losses import attention_iou, guidance_losses, pointing_hits, resolve_loss
-from .maps import attention_maps
+from .maps import attention_maps, find_model, text_layers
 
 # Type checkers see a mixin as the trainer that it is put in front of.
 AnyTrainer: Any = Trainer if TYPE_CHECKING else object
@@ -21,6 +24,15 @@ AnyTrainer: Any = Trainer if TYPE_CHECKING else object
 GUIDANCE_INPUTS = ("map_targets", "num_dropped_phrases", "map_queries")
 """What a collator adds to a batch for guidance: the targets `(B, P, V)`, the number of dropped phrases `(1,)`, and the tokens of each
 phrase `(B, P, S)`."""
+
+
+def guided_layers(model: nn.Module, wanted: Sequence[int] | None) -> list[int] | None:
+    """The layers that are guided: those that are wanted, otherwise all that attend to all tokens. Layers with a sliding window do not see
+    an image that is far away, and nothing would teach them there."""
+    inner = find_model(model)
+    kinds = getattr(inner.config.get_text_config(), "layer_types", None) or []
+    everywhere = [layer for layer in text_layers(inner) if layer >= len(kinds) or "sliding" not in kinds[layer]]
+    return everywhere or None if wanted is None else list(wanted)
 
 
 @dataclass
@@ -37,7 +49,8 @@ class GuidanceArguments:
         rescale_maps (`bool`, defaults to `True`):
             Scale maps, which sum to 1, to their mask's area before dice, log_dice or bce compares them. False takes them as they are.
         guided_layers (`list[int]`, *optional*):
-            Numbers of the layers to guide, among those of the text model that attend to the image. All by default.
+            Numbers of the layers to guide, among those of the text model that attend to the image. By default all without a sliding
+            window.
         guided_fraction (`float`, defaults to 1.0):
             Share of the rows with masks whose masks are used. The paper has masks for about 10 % of its data. Phrases whose
             object is not in the image are not counted.
@@ -102,8 +115,33 @@ class AttentionGuidance(AnyTrainer):
         Raises:
             ValueError: if the model's attention cannot be guided.
         """
-        with attention_maps(model, torch.zeros(1, 0, 0, dtype=torch.bool), layers=args.guided_layers):
+        check_places(find_model(model))
+        with attention_maps(
+            model, torch.zeros(1, 0, 0, dtype=torch.bool), layers=guided_layers(model, args.guided_layers)
+        ):
             pass  # it raises on entry
+
+    def make_collator(self, model: nn.Module, processor: Any, args: Any, assistant_only_loss: bool) -> RowCollator:
+        """The collator with the arguments' settings.
+
+        Raises:
+            ValueError: if `processor` is no processor of images and text.
+        """
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"Pass the model's processor as `processing_class` (AutoProcessor.from_pretrained), got {processor!r:.80}."
+            )
+        return GuidedDataCollator(
+            processor,
+            max_length=args.max_length,
+            assistant_only_loss=assistant_only_loss,
+            pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),  # of TRL's configurations
+            guided_fraction=args.guided_fraction,
+            seed=args.seed,
+            allow_urls=getattr(args, "allow_urls", False),
+            grid=tile_grid(find_model(model)),
+            guided=args.guidance_weight > 0,
+        )
 
     @contextlib.contextmanager
     def recording(
@@ -118,7 +156,7 @@ class AttentionGuidance(AnyTrainer):
         if queries is None:
             yield lambda: None
             return
-        with attention_maps(self.model, queries, layers=self.args.guided_layers) as found:
+        with attention_maps(self.model, queries, layers=guided_layers(self.model, self.args.guided_layers)) as found:
             yield lambda: found.maps
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):

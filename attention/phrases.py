@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from ..processing import AgeVlmProcessor
+from ..processing.processing_agevlm import AgeVlmProcessor
 
 
 def phrase_tokens(
@@ -100,6 +100,16 @@ def encode_with_offsets(
             raise ValueError(f"{name} changes the text between images, so the characters of its tokens are not known.")
         mapped.append(_map_back(offsets, len(expanded), len(text), found, row))
     return BatchFeature({**inputs, "offset_mapping": torch.from_numpy(np.stack(mapped))})
+
+
+def adds_special_tokens(processor: ProcessorMixin, prompt: str) -> bool:
+    """Whether the tokenizer adds special tokens to a rendered prompt.
+
+    An AGE-VLM has learned from what its chat template writes, and from nothing before it. For other models it is as in
+    `apply_chat_template`: the tokenizer adds its special tokens where the template has not written the first one.
+    """
+    bos = processor.tokenizer.bos_token
+    return not isinstance(processor, AgeVlmProcessor) and not (bos is not None and prompt.startswith(bos))
 
 
 def _parts(text: str, placeholder: str | None) -> list[tuple[int, int]]:

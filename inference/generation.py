@@ -22,6 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..attention.phrases import adds_special_tokens
 from ..deltas import load_checkpoint
 from ..hub import load_processor
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
@@ -214,16 +215,6 @@ def _check_tokens(model: PreTrainedModel, processor: ProcessorMixin, inputs: Map
             f"the tokenizer writes {processor.tokenizer.convert_ids_to_tokens(most)!r}, which the model's embedding of {rows} "
             "tokens lacks: correct the special tokens in tokenizer_config.json, or take the tokenizer of the model"
         )
-
-
-def adds_special_tokens(processor: ProcessorMixin, prompt: str) -> bool:
-    """Whether the tokenizer adds special tokens to a rendered prompt.
-
-    An AGE-VLM has learned from what its chat template writes, and from nothing before it. For other models it is as in
-    `apply_chat_template`: the tokenizer adds its special tokens where the template has not written the first one.
-    """
-    bos = processor.tokenizer.bos_token
-    return not isinstance(processor, AgeVlmProcessor) and not (bos is not None and prompt.startswith(bos))
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 from .arguments import AgeVlmTrainingArguments as AgeVlmTrainingArguments
+from .arguments import GuidedTrainingArguments as GuidedTrainingArguments
 from .checkpoints import CheckpointsMixin as CheckpointsMixin
 from .estimate import BatchShape as BatchShape
 from .estimate import StepCost as StepCost
@@ -6,6 +7,9 @@ from .estimate import estimate_step as estimate_step
 from .guards import GuardsMixin as GuardsMixin
 from .guidance import GuidanceMixin as GuidanceMixin
 from .guidance import visual_grid as visual_grid
+from .guided import GuidedSFTConfig as GuidedSFTConfig
+from .guided import GuidedSFTTrainer as GuidedSFTTrainer
+from .guided import GuidedTrainer as GuidedTrainer
 from .heatmaps import HeatmapsMixin as HeatmapsMixin
 from .optimizer import Muon as Muon
 from .optimizer import OptimizerMixin as OptimizerMixin

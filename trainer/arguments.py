@@ -95,8 +95,8 @@ class AgeVlmArgumentsMixin(GuidanceArguments):
 
 
 @dataclass
-class AgeVlmTrainingArguments(AgeVlmArgumentsMixin, TrainingArguments):
-    """Arguments of [`~agevlm.trainer.AgeVlmTrainer`]: Transformers', those of [`AgeVlmArgumentsMixin`], and
+class GuidedTrainingArguments(GuidanceArguments, TrainingArguments):
+    """Arguments of [`~agevlm.trainer.GuidedTrainer`]: Transformers', those of [`~agevlm.attention.GuidanceArguments`], and
 
     Args:
         max_length (`int`, *optional*):
@@ -110,3 +110,8 @@ class AgeVlmTrainingArguments(AgeVlmArgumentsMixin, TrainingArguments):
     max_length: int | None = field(default=None, metadata={"help": "Tokens that a conversation is cut to."})
     assistant_only_loss: bool = field(default=True, metadata={"help": "Learn the assistant's turns only."})
     allow_urls: bool = field(default=False, metadata={"help": "Fetch images that the data name by a URL."})
+
+
+@dataclass
+class AgeVlmTrainingArguments(AgeVlmArgumentsMixin, GuidedTrainingArguments):
+    """Arguments of [`~agevlm.trainer.AgeVlmTrainer`]: those of [`GuidedTrainingArguments`] and of [`AgeVlmArgumentsMixin`]."""
