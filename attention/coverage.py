@@ -3,7 +3,8 @@
 
 Processors resize, crop, pad and split images, each in its own way. Nothing here repeats that. Two ramps of gray, as large as the image, go
 through the processor: their values in its output tell which place of the image each pixel shows. Only the way from pixels to tokens
-needs a rule: tiles of equal tokens, row by row, or the flattened patches of Qwen-VL.
+needs a rule: tiles of equal tokens, row by row, the flattened patches of Qwen-VL, and the
+lines of LLaVA-NeXT.
 
 Places depend on the sizes of images alone, so each size is measured once.
 """
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from torch.nn import functional as F
+from transformers import LlavaNextProcessor, PreTrainedModel, ProcessorMixin
 
 from .image_tokens import has_cross_attention
 
@@ -52,11 +54,12 @@ def token_coverage(
         raise ValueError(f"Masks are (masks, height, width), not {tuple(stacked.shape)}.")
     height, width = stacked.shape[1:]
     stacked = stacked.to(torch.float64)
+    places = _find(processor, (height, width), grid, kwargs)
     shares = [
-        _overlaps(tile.rows, height) @ stacked @ _overlaps(tile.columns, width).T
-        for tile in _find(processor, (height, width), grid, kwargs)
+        (_overlaps(tile.rows, height) @ stacked @ _overlaps(tile.columns, width).T).flatten(1) for tile in places.tiles
     ]
-    return torch.cat([share.flatten(1) for share in shares], dim=1).clamp(0, 1).float()
+    shares.append(stacked.new_zeros(len(stacked), 1))
+    return torch.cat(shares, dim=1)[:, places.order].clamp(0, 1).float()
 
 
 def token_boxes(
@@ -77,21 +80,22 @@ def token_boxes(
 
     Returns:
         float32 `(image tokens, 4)`: left, top, right and bottom in pixels of the unprocessed image, in the order of the tokens in the
-        sequence. A box reaches beyond the image where its token also shows padding. Tokens that show only padding have boxes of zeros.
-        Boxes overlap where the processor makes several views of an image.
+        sequence. A box reaches beyond the image where its token also shows padding. Tokens that show only padding, or nothing, have
+        boxes of zeros. Boxes overlap where the processor makes several views of an image.
 
     Raises:
         ValueError: if the order or the number of tokens is not understood, or the processor does more than resize, crop, pad and split.
     """
+    places = _find(processor, image_size, grid, kwargs)
     boxes = []
-    for tile in _find(processor, image_size, grid, kwargs):
+    for tile in places.tiles:
         rows, columns = len(tile.rows), len(tile.columns)
         top, bottom = tile.rows.unbind(1)
         left, right = tile.columns.unbind(1)
         box = torch.stack([left.repeat(rows), top.repeat_interleave(columns)], dim=1)
         box = torch.cat([box, torch.stack([right.repeat(rows), bottom.repeat_interleave(columns)], dim=1)], dim=1)
         boxes.append(box * (box[:, 2:] > box[:, :2]).all(1, keepdim=True))
-    return torch.cat(boxes).float()
+    return torch.cat([*boxes, torch.zeros(1, 4)])[places.order].float()
 
 
 def count_image_tokens(
@@ -106,10 +110,7 @@ def count_image_tokens(
     The tokens of a text's images follow each other in the order of the images, so that maps `(…, image tokens)` of
     [`attention_maps`] are split by these numbers. `grid` and `kwargs` are those of [`token_boxes`].
     """
-    return [
-        sum(len(tile.rows) * len(tile.columns) for tile in _find(processor, size, grid, kwargs))
-        for size in image_sizes
-    ]
+    return [len(_find(processor, size, grid, kwargs).order) for size in image_sizes]
 
 
 def tile_grid(model: PreTrainedModel) -> tuple[int, int] | None:
@@ -149,6 +150,14 @@ class _Tile:
 
 
 @dataclass(frozen=True)
+class _Places:
+    """The tiles of an image, and the order of its tokens in the sequence: numbers of the tokens of all tiles, -1 for one without a place."""
+
+    tiles: list[_Tile]
+    order: torch.Tensor
+
+
+@dataclass(frozen=True)
 class _Question:
     """What places depend on. `settings` are those of the image processor and `kwargs`."""
 
@@ -161,7 +170,7 @@ class _Question:
 
 def _find(
     processor: ProcessorMixin, size: Sequence[int], grid: tuple[int, int] | None, kwargs: dict[str, Any]
-) -> list[_Tile]:
+) -> _Places:
     settings = repr((vars(processor.image_processor), kwargs))
     height, width = size
     return _measure(_Question(processor, settings, (int(height), int(width)), grid, kwargs))
@@ -172,14 +181,13 @@ _LEAN = 0.07
 
 
 @lru_cache(maxsize=4096)
-def _measure(question: _Question) -> list[_Tile]:
+def _measure(question: _Question) -> _Places:
     height, width = question.size
     x, y = np.linspace(0, 1, width)[None], np.linspace(0, 1, height)[:, None]
     ramps = np.broadcast_arrays((1 - _LEAN) * x + _LEAN * y, _LEAN * x + (1 - _LEAN) * y, 0.0)
     image = np.rint(255 * np.stack(ramps, axis=-1)).astype(np.uint8)
-    black, cells = _render(question, np.zeros_like(image))
-    white, _ = _render(question, np.full_like(image, 255))
-    shown, _ = _render(question, image)
+    black, cells, order = _render(question, np.zeros_like(image))
+    white, shown = (_render(question, pixels)[0] for pixels in (np.full_like(image, 255), image))
     # Undoes the normalization, whatever it is. Padding is the same in black and white.
     span = white - black
     full = span.abs().amax((0, 2, 3), keepdim=True)
@@ -194,14 +202,15 @@ def _measure(question: _Question) -> list[_Tile]:
         raise _unknown(question, _NOT_UNDERSTOOD)
     horizontal = _lines(question, x, inside, width)
     vertical = _lines(question, y.mT, inside.mT, height)
-    return [
+    tiles = [
         _Tile(_intervals(*vertical[i], rows[i], cells[0]), _intervals(*horizontal[i], columns[i], cells[1]))
         for i in range(len(inside))
     ]
+    return _Places(tiles, order)
 
 
 _NOT_UNDERSTOOD = "it does more than resize, crop, pad and split images"
-_FEW = 16  # pixels
+_FEW = 4  # pixels
 
 
 def _lines(question: _Question, ramps: torch.Tensor, inside: torch.Tensor, length: int) -> list[tuple[float, float]]:
@@ -216,7 +225,8 @@ def _lines(question: _Question, ramps: torch.Tensor, inside: torch.Tensor, lengt
     columns, rows = inside.any(1), inside.any(2)
     lines = [(0.0, 0.0)] * len(ramps)
     slope_of_most = None
-    for i in columns.sum(1).argsort(descending=True).tolist():
+    counts = columns.sum(1).tolist()
+    for i in sorted(range(len(ramps)), key=lambda i: (-counts[i], -i)):  # a view of all of the image may come first
         there = columns[i].nonzero()[:, 0].double()
         places = ramps[i][rows[i]][:, columns[i]] * (length - 1) + 0.5
         count = len(there)
@@ -263,21 +273,16 @@ def _overlaps(intervals: torch.Tensor, length: int) -> torch.Tensor:
 # --- the processor's output ---
 
 
-def _render(question: _Question, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The tiles `(tiles, 3, height, width)` that a processor makes of an image, and rows and columns of the tokens of each."""
+def _render(question: _Question, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
+    """The tiles `(tiles, 3, height, width)` that a processor makes of an image, rows and columns of the tokens of each, and their order."""
     processor, grid = question.processor, question.grid
-    if getattr(processor.image_processor, "image_grid_pinpoints", None):
-        raise _unknown(question, "it has tokens for the ends of lines among those of the image")
     token = getattr(processor, "image_token", None)
     if token is None:
         raise _unknown(question, "it has no `image_token`")
-    # Batches are lists, and their images are upright PIL images as those of data sets.
     outputs = processor(text=[token], images=[PIL.Image.fromarray(image)], return_tensors="pt", **question.kwargs)
     pixels = outputs["pixel_values"]
     pixels = torch.stack(list(pixels)) if isinstance(pixels, (list, tuple)) else pixels
-    count = 0
-    if grid is None:
-        count = int((outputs["input_ids"] == image_token_id(processor)).sum())
+    count = int((outputs["input_ids"] == image_token_id(processor)).sum())
     if "image_grid_thw" in outputs:
         return _unflatten(question, pixels, outputs["image_grid_thw"][0].tolist(), count)
     if pixels.ndim < 4 or pixels.shape[-3] != 3:
@@ -285,15 +290,36 @@ def _render(question: _Question, image: np.ndarray) -> tuple[torch.Tensor, tuple
     pixels = pixels.flatten(0, -4).float()
     if "aspect_ratio_mask" in outputs:
         pixels = pixels[outputs["aspect_ratio_mask"].flatten().bool()]
-    if grid is not None:
-        return pixels, grid
     tiles, _, height, width = pixels.shape
-    rows = round((count / tiles * height / width) ** 0.5)
-    columns = count // (tiles * rows) if rows else 0
-    if count <= 1 or rows * columns * tiles != count or height // rows != width // columns:
-        advice = ": pass `grid`, see `tile_grid`" if count <= 1 else ""
-        raise _unknown(question, f"{count} tokens do not fill {tiles} tiles of {height} x {width} pixels{advice}")
-    return pixels, (rows, columns)
+    if type(processor) is LlavaNextProcessor:
+        cells = (height // processor.patch_size, width // processor.patch_size)
+        order = _llava_next_order(question, tiles, height, cells)
+        if len(order) != count:
+            raise _unknown(question, f"its {count} tokens are not those of {tiles} tiles of {cells} patches")
+        return pixels, cells, order
+    if getattr(processor.image_processor, "image_grid_pinpoints", None):
+        raise _unknown(question, "it has tokens for the ends of lines among those of the image")
+    if grid is None:
+        rows = round((count / tiles * height / width) ** 0.5)
+        columns = count // (tiles * rows) if rows else 0
+        if count <= 1 or rows * columns * tiles != count or height // rows != width // columns:
+            advice = ": pass `grid`, see `tile_grid`" if count <= 1 else ""
+            raise _unknown(question, f"{count} tokens do not fill {tiles} tiles of {height} x {width} pixels{advice}")
+        grid = rows, columns
+    return pixels, grid, torch.arange(tiles * grid[0] * grid[1])
+
+
+def _llava_next_order(question: _Question, tiles: int, side: int, cells: tuple[int, int]) -> torch.Tensor:
+    """The order of the tokens of LLaVA-NeXT: a view of the image, then all tiles together line by line, without the lines and columns of
+    patches that show padding, and with a token at the end of each line."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    pinpoints = question.processor.image_processor.image_grid_pinpoints
+    rows, columns = get_anyres_image_grid_shape(question.size, pinpoints, side)
+    view = cells[0] * cells[1]
+    numbers = torch.arange(view, view * (1 + rows * columns)).view(rows, columns, *cells).transpose(1, 2)
+    lines = unpad_image(numbers.reshape(1, rows * cells[0], columns * cells[1]), question.size)[0]
+    return torch.cat([torch.arange(view), F.pad(lines, (0, 1), value=-1).flatten()])
 
 
 def image_token_id(processor: ProcessorMixin) -> int | None:
@@ -303,7 +329,7 @@ def image_token_id(processor: ProcessorMixin) -> int | None:
 
 def _unflatten(
     question: _Question, patches: torch.Tensor, thw: list[int], count: int
-) -> tuple[torch.Tensor, tuple[int, int]]:
+) -> tuple[torch.Tensor, tuple[int, int], torch.Tensor]:
     """The image of patches in the order of Qwen-VL, in which those of a token follow each other."""
     settings = question.processor.image_processor
     merge, depth = settings.merge_size, settings.temporal_patch_size
@@ -317,7 +343,7 @@ def _unflatten(
         )
     image = patches.view(rows, columns, merge, merge, 3, depth, side, side)[:, :, :, :, :, 0]
     image = image.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, height * side, width * side)
-    return image.float(), (rows, columns)
+    return image.float(), (rows, columns), torch.arange(count)
 
 
 def _unknown(question: _Question, why: str) -> ValueError:

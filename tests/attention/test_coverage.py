@@ -14,8 +14,13 @@ from torch import nn
 from transformers import (
     CLIPImageProcessor,
     LlavaImageProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -26,8 +31,8 @@ from agevlm.processing.collator import mask_coverage
 
 KINDS = list(CONFIGURATIONS)
 SIDE, PATCH = 224, 14
-# Height and width: landscape, portrait, extreme, smaller than a tile, square, and large.
-SIZES = [(480, 640), (640, 427), (150, 1000), (1000, 300), (90, 45), (40, 40), (900, 1200)]
+# Height and width: landscape, portrait, extreme, a little more than a tile, small, and large.
+SIZES = [(480, 640), (640, 427), (150, 1000), (1000, 300), (100, 230), (40, 40), (900, 1200)]
 
 
 @pytest.fixture(params=KINDS)
@@ -263,9 +268,15 @@ def reacting_vlm(kind: str, processor: ProcessorMixin) -> PreTrainedModel:
     model = tiny_vlm(kind, processor=processor)
     if kind == "gemma3":
         nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros until it is trained
-        for layer in model.model.vision_tower.encoder.layers:  # attention mixes few patches too much
-            layer.self_attn.out_proj.weight.data *= 0.1
+        mix_less(model)
     return model
+
+
+def mix_less(model: PreTrainedModel) -> None:
+    """Few patches of a vision tower without training attend to each other more than to themselves."""
+    for name, weight in model.model.vision_tower.named_parameters():
+        if name.endswith("self_attn.out_proj.weight"):
+            weight.data *= 0.1
 
 
 def embedded_images(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -340,7 +351,7 @@ def test_images_of_a_text_follow_each_other(kind):
 def test_coverage_of_age_vlm_is_that_of_its_own_collator(do_pad):
     size = {"height": SIDE, "width": SIDE}
     processor = AgeVlmProcessor(AgeVlmImageProcessor(size=size, do_pad=do_pad), tiny_tokenizer(), IMAGE)
-    for image_size in SIZES:
+    for image_size in SIZES[:5]:
         masks = shapes(image_size)
         found = token_coverage(processor, masks, grid=(14, 14))
         for mask, coverage in zip(masks, found, strict=True):
@@ -407,10 +418,95 @@ def test_unknown_layouts_are_refused():
     with pytest.raises(ValueError, match="pass `grid`"):
         token_boxes(tiny_processor("mllama"), (40, 60))
     llava = tiny_processor("llava")
-    images = LlavaNextImageProcessor(image_grid_pinpoints=[[16, 32], [32, 16]])
-    following = LlavaNextProcessor(images, llava.tokenizer, patch_size=4)
-    with pytest.raises(ValueError, match="ends of lines"):
+    images = LlavaOnevisionImageProcessor(size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16]])
+    following = LlavaOnevisionProcessor(images, llava.tokenizer, LlavaOnevisionVideoProcessor(), num_image_tokens=16)
+    with pytest.raises(ValueError, match=r"LlavaOnevisionProcessor.*ends of lines"):
         token_boxes(following, (40, 60))
+
+
+def llava_next(side: int, patch: int, grids: list[tuple[int, int]]) -> LlavaNextProcessor:
+    size, tokenizer = {"height": side, "width": side}, tiny_processor("llava").tokenizer
+    images = LlavaNextImageProcessor(
+        size=size, crop_size=size, image_grid_pinpoints=[[r * side, c * side] for r, c in grids]
+    )
+    return LlavaNextProcessor(
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_llava_next(size):
+    grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    processor = llava_next(SIDE, PATCH, grids)
+    (height, width), n = size, SIDE // PATCH
+    # Of the canvases the one that keeps most of the image's pixels, then the one that wastes least.
+    scales = [min(r * SIDE / height, c * SIDE / width) for r, c in grids]
+    kept = [min(int(height * s) * int(width * s), height * width) for s in scales]
+    wasted = [r * c * SIDE**2 - k for (r, c), k in zip(grids, kept, strict=True)]
+    _, _, rows, columns, scale = min(
+        (-k, w, r, c, s) for k, w, (r, c), s in zip(kept, wasted, grids, scales, strict=True)
+    )
+    # The image is in the middle of it. Patches that show only padding are left out.
+    shown_height, shown_width = (
+        min(math.ceil(edge * scale), most * SIDE) for edge, most in zip(size, (rows, columns), strict=True)
+    )
+    y, x = height / shown_height, width / shown_width
+    top, left = (rows * SIDE - shown_height) // 2, (columns * SIDE - shown_width) // 2
+    boxes = token_boxes(processor, size).numpy()
+    assert np.abs(boxes[: n * n] - view(0, 0, width, height, n, n)).max() < 0.03 * max(size) / n
+    lines = view(-left * x, -top * y, (columns * SIDE - left) * x, (rows * SIDE - top) * y, rows * n, columns * n)
+    lines = lines.reshape(rows * n, columns * n, 4)
+    rest = boxes[n * n :]
+    # As many on both sides as fit into the padding, by the whole patches that the image would fill.
+    spare = columns * n - int(width * rows * n / height), rows * n - int(height * columns * n / width)
+    if spare[0] > 0:
+        lines = lines[:, spare[0] // 2 : columns * n - spare[0] // 2]
+    elif spare[1] > 0:
+        lines = lines[spare[1] // 2 : rows * n - spare[1] // 2]
+    rest = rest.reshape(len(lines), -1, 4)
+    assert rest.shape[1] == lines.shape[1] + 1
+    assert (rest[:, -1] == 0).all()  # the end of a line
+    wanted = lines * ((lines[..., 2:] > 1e-6) & (lines[..., :2] < (width - 1e-6, height - 1e-6))).all(
+        -1, keepdims=True
+    )
+    assert np.abs(rest[:, :-1] - wanted).max() < 0.05 * PATCH * max(x, y) + 0.05
+    mask = shapes(size)[0]
+    found = token_coverage(processor, mask[None])[0].numpy()
+    assert np.corrcoef(covered(mask, boxes), found)[0, 1] >= 0.999
+
+
+def test_tokens_of_llava_next_react_to_what_is_in_their_boxes():
+    processor = llava_next(16, 4, [(1, 2), (2, 1)])
+    tokenizer, given = processor.tokenizer, CONFIGURATIONS["llava"]
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        text_config={**given["text_config"], "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+        vision_config=given["vision_config"],
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=[[16, 32], [32, 16]],
+        vision_feature_layer=-1,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    mix_less(model)
+    boxes = token_boxes(processor, (64, 100))
+
+    def run(pixels: np.ndarray) -> torch.Tensor:
+        picture = PIL.Image.fromarray(pixels)
+        return embedded_images(model, processor(text=["<image>a dog"], images=[picture], return_tensors="pt"))
+
+    pixels = noise((64, 100))
+    before = run(pixels)
+    assert len(before) == len(boxes) == 16 + 4 * (6 + 1)
+    for token, (left, top, right, bottom) in enumerate(boxes.round().int().tolist()):
+        changed = pixels.copy()
+        if right <= left:
+            assert token >= 16
+            assert (run(255 - pixels)[token] == before[token]).all()
+            continue
+        changed[max(top, 0) : bottom, max(left, 0) : right] = 255 * (token % 2)
+        reaction = (run(changed) - before).norm(dim=-1)
+        views = [slice(0, 16), slice(16, None)]
+        assert any(reaction[part].argmax() + (part.start or 0) == token for part in views)
 
 
 def test_models_whose_tokens_have_no_place_are_refused(kind):
