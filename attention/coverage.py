@@ -11,7 +11,6 @@ Places depend on the sizes of images alone, so each size is measured once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from transformers import LlavaNextProcessor, PreTrainedModel, ProcessorMixin
 
 from .image_tokens import has_cross_attention
+from .maps import find_model
 
 
 def token_coverage(
@@ -122,18 +122,25 @@ def tile_grid(model: PreTrainedModel) -> tuple[int, int] | None:
     return (vision.image_size // vision.patch_size,) * 2
 
 
+# How resamplers and Q-Formers name what they search the image with.
+_LEARNED_QUERIES = ("query", "queries", "query_tokens", "latent_query", "latents")
+
+
 def check_places(model: torch.nn.Module) -> None:
     """Checks that a model's image tokens have a place in the image.
 
     Raises:
-        ValueError: if it has a resampler or a Q-Former, each of whose tokens may show anything of the image.
+        ValueError: if learned queries become the image tokens, as in resamplers, perceivers and Q-Formers: each may show anything of the
+            image.
     """
-    mixers = re.compile("Resampler|QFormer|Perceiver")
-    for name, module in model.named_modules():
-        if mixers.search(type(module).__name__):
+    inner = find_model(model)
+    text = {id(module) for module in inner.get_decoder().modules()}
+    for module in inner.modules():
+        names = {name for name, _ in module.named_parameters(recurse=False)} if id(module) not in text else set()
+        if found := names.intersection(_LEARNED_QUERIES):
             raise ValueError(
-                f"{type(model).__name__} mixes all of the image into each of its image tokens ({name or 'it'} is a "
-                f"{type(module).__name__}), so they have no place in the image, and masks cannot guide its attention."
+                f"{type(inner).__name__} makes its image tokens of learned queries (`{found.pop()}` of {type(module).__name__}), each of "
+                "which may show anything of the image. They have no place in it, so masks cannot guide the attention to them."
             )
 
 
@@ -159,7 +166,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Question:
-    """What places depend on. `settings` are those of the image processor and `kwargs`."""
+    """What places depend on. `settings` are those of the processor, its image processor and `kwargs`."""
 
     processor: ProcessorMixin
     settings: str
@@ -171,7 +178,8 @@ class _Question:
 def _find(
     processor: ProcessorMixin, size: Sequence[int], grid: tuple[int, int] | None, kwargs: dict[str, Any]
 ) -> _Places:
-    settings = repr((vars(processor.image_processor), kwargs))
+    own = {name: value for name, value in vars(processor).items() if isinstance(value, (bool, int, float, str))}
+    settings = repr((own, type(processor.image_processor), vars(processor.image_processor), kwargs))
     height, width = size
     return _measure(_Question(processor, settings, (int(height), int(width)), grid, kwargs))
 
@@ -195,13 +203,15 @@ def _measure(question: _Question) -> _Places:
     across, down, none = ((shown - black) / span.where(inside[:, None], 1.0)).double().unbind(1)
     if not (none.abs() < 0.02)[inside].all():
         raise _unknown(question, "it changes the colors of images")
-    x, y = ((1 - _LEAN) * across - _LEAN * down), ((1 - _LEAN) * down - _LEAN * across)
-    x, y = (ramp / (1 - 2 * _LEAN) for ramp in (x, y))
+    # The inverse of what the ramps are made of.
+    right, below = (
+        ((1 - _LEAN) * ramp - _LEAN * other) / (1 - 2 * _LEAN) for ramp, other in ((across, down), (down, across))
+    )
     rows, columns = inside.any(2), inside.any(1)
     if not (inside == rows[:, :, None] & columns[:, None]).all():
         raise _unknown(question, _NOT_UNDERSTOOD)
-    horizontal = _lines(question, x, inside, width)
-    vertical = _lines(question, y.mT, inside.mT, height)
+    horizontal = _lines(question, right, inside, width)
+    vertical = _lines(question, below.mT, inside.mT, height)
     tiles = [
         _Tile(_intervals(*vertical[i], rows[i], cells[0]), _intervals(*horizontal[i], columns[i], cells[1]))
         for i in range(len(inside))

@@ -12,7 +12,10 @@ from tiny_processors import PLACEHOLDERS, tiny_processor
 from tiny_vlms import CONFIGURATIONS, tiny_vlm
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     CLIPImageProcessor,
+    Idefics3ImageProcessorPil,
     LlavaImageProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -21,6 +24,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    MllamaImageProcessorPil,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -509,10 +513,24 @@ def test_tokens_of_llava_next_react_to_what_is_in_their_boxes():
         assert any(reaction[part].argmax() + (part.start or 0) == token for part in views)
 
 
-def test_models_whose_tokens_have_no_place_are_refused(kind):
-    model = tiny_vlm(kind)
-    check_places(model)
-    for name in ("Idefics2PerceiverResampler", "InstructBlipVideoQFormerModel"):
-        model.mixer = type(name, (nn.Module,), {})()
-        with pytest.raises(ValueError, match=f"mixer is a {name}"):
-            check_places(model)
+def test_models_whose_tokens_have_places(kind):
+    check_places(tiny_vlm(kind))
+
+
+@pytest.mark.parametrize("name", ["idefics2", "blip-2", "instructblip", "kosmos-2", "aria"])
+def test_models_whose_tokens_have_no_place_are_refused(name):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name))
+    with pytest.raises(ValueError, match=f"{type(model).__name__} makes its image tokens of learned queries"):
+        check_places(model)
+
+
+def test_both_backends_have_the_same_places():
+    for kind, pil in (("idefics3", Idefics3ImageProcessorPil), ("mllama", MllamaImageProcessorPil)):
+        processor, grid = tiny_processor(kind, SIDE, PATCH), grid_of(kind)
+        boxes = token_boxes(processor, (480, 640), grid=grid)
+        settings = processor.image_processor.to_dict()
+        processor.image_processor = pil(
+            **{key: settings[key] for key in ("size", "max_image_size", "max_image_tiles") if key in settings}
+        )
+        assert (token_boxes(processor, (480, 640), grid=grid) - boxes).abs().max() < 0.2
