@@ -142,6 +142,7 @@ def draw_heatmaps(
     labels: Sequence[str] = ("image",),
     cell: tuple[float, float] | None = None,
     sink: np.ndarray | None = None,
+    rest: str = "sink",
 ) -> None:
     """Writes a PNG with the image, and the image under each map `(n, rows, columns)`, side by side.
 
@@ -158,6 +159,7 @@ def draw_heatmaps(
         labels: the title of the image in each row.
         cell: width and height of a map's cell in pixels of the image; by default the map covers the image exactly.
         sink: the share of the attention that is on the sink, `(n,)` or `(phrases, n)`; None for a model without a sink.
+        rest: what that share is called.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -201,7 +203,7 @@ def draw_heatmaps(
                 axis.add_patch(frame)
             texts = [title] * (number == 0) + [f"max {attention.max():.2f}"]
             if on_sink is not None:
-                texts.append(f"sink {on_sink:.2f}")
+                texts.append(f"{rest} {on_sink:.2f}")
             axis.set_title("\n".join(texts), **plain)
         for axis in axes:
             axis.set(xlim=(0, image.width), ylim=(image.height, 0))

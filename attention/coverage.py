@@ -22,6 +22,8 @@ import torch
 from torch.nn import functional as F
 from transformers import LlavaNextProcessor, PreTrainedModel, ProcessorMixin
 
+from ..processing.collator import mask_coverage
+from ..processing.processing_agevlm import AgeVlmProcessor
 from .image_tokens import has_cross_attention
 from .maps import find_model
 
@@ -49,6 +51,8 @@ def token_coverage(
     Raises:
         ValueError: as [`token_boxes`] does, and if the masks have another shape.
     """
+    if isinstance(processor, AgeVlmProcessor) and grid is not None:  # its image processor knows the places exactly
+        return torch.stack([mask_coverage(np.asarray(mask), grid, processor.image_processor) for mask in masks])
     stacked = torch.stack([torch.as_tensor(mask) for mask in masks]) if len(masks) else torch.zeros(0, 1, 1)
     if stacked.ndim != 3:
         raise ValueError(f"Masks are (masks, height, width), not {tuple(stacked.shape)}.")

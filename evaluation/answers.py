@@ -15,7 +15,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..files import name_full_disk, new_file
-from ..inference.attention import cross_attention_layers
+from ..inference.attention import can_show
 from ..inference.generation import ask_about, check_processor
 from ..inference.replies import Reply, reply
 from ..processing.image_processing_agevlm import to_rgb
@@ -65,7 +65,7 @@ class Question:
 
 
 Inspect = Callable[[PreTrainedModel, ProcessorMixin, Sequence[Question], Sequence[Reply]], Sequence[Mapping[str, Any]]]
-"""What else to write down of each question of a batch, beside its answer. Replies of an AGE-VLM have maps."""
+"""What else to write down of each question of a batch, beside its answer. Replies of a model that has maps have them."""
 
 
 def answer_batch(
@@ -81,7 +81,7 @@ def answer_batch(
         processor,
         [ask_about(question.text, question.open_image()) for question in questions],
         max_new_tokens=max_new_tokens,
-        maps=inspect is not None and bool(cross_attention_layers(model.config)),
+        maps=inspect is not None and can_show(model),
         names=[f"question {question.key} ({question.text!r})" for question in questions],
     )
     more = inspect(model, processor, questions, replies) if inspect is not None else [{}] * len(replies)

@@ -2,7 +2,7 @@
 """Grounded answers: their calibration on validation scenes, and their examination on others."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +13,10 @@ from rich.progress import track
 from torchvision.ops import box_iou
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..attention.coverage import token_coverage
+from ..attention.grid import ImageGrid
 from ..attention.losses import pointing_cells, pointing_chances
-from ..inference.attention import Phrase, cell_size, cross_attention_layers, show_reply
+from ..inference.attention import Phrase, cross_attention_layers, show_reply
 from ..inference.generation import ask_about
 from ..inference.grounding import (
     CALIBRATION_FILE,
@@ -31,7 +33,6 @@ from ..inference.grounding import (
 )
 from ..inference.replies import Reply, reply
 from ..plots import draw_grounding_scores
-from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle
 from ..resume import digest
 from .answers import Question
@@ -311,10 +312,13 @@ class Grounding(Scenes):
                 model, processor, found, question.text, [phrase for phrase, _ in known], calibration=calibration
             )
             assert found.maps is not None
-            rows_of_cells, columns = found.maps.maps.shape[-2:]
-            grid = (rows_of_cells, columns)
+            over, grid = found.maps.grids[0], found.maps.grid
+
+            def cover(mask: np.ndarray, over: ImageGrid = over, grid: tuple[int, int] | None = grid) -> torch.Tensor:
+                return over.show(token_coverage(processor, mask[None], grid=grid)[0]).flatten()
+
             phrases = [
-                {**asdict(phrase), "class": name, **judge(phrase.point, phrase.box, name, question, grid, processor)}
+                {**asdict(phrase), "class": name, **judge(phrase.point, phrase.box, name, question, over, cover)}
                 for phrase, (_, name) in zip(grounded.phrases, known, strict=True)
             ]
             rows.append({"phrases": phrases, "reason": grounded.reason})
@@ -424,10 +428,11 @@ def judge(
     box: list[float] | None,
     name: str,
     question: Question,
-    grid: tuple[int, int],
-    processor: Any,
+    over: ImageGrid,
+    cover: Callable[[np.ndarray], torch.Tensor],
 ) -> dict[str, Any]:
     """What the scene knows about a phrase of the class `name`: `is_there`; and if it is, whether its point hits and its box fits.
+    `cover` gives the share of each cell of `over` that a mask covers.
 
     `pointing`, `on_object`, `box_iou`, their chances and `best_on_grid` are as in [`Grounding.score`].
     """
@@ -435,15 +440,10 @@ def judge(
     if name not in masks or point is None or box is None:
         return {"is_there": name in masks}
     mask, (height, width) = masks[name], masks[name].shape
-    cell = cell_size(grid, processor.image_processor, (width, height))
-
-    def coverage(of: np.ndarray) -> torch.Tensor:
-        return mask_coverage(of, grid, processor.image_processor)
-
-    objects = torch.stack([coverage(other) for other in masks.values()])
-    target = coverage(mask)
-    cells_share, cells_any_object = pointing_chances(target, objects, coverage(np.ones_like(mask)) > 0)
-    row, column = int(point[1] / cell[1]), int(point[0] / cell[0])
+    objects = torch.stack([cover(other) for other in masks.values()])
+    target = cover(mask)
+    cells_share, cells_any_object = pointing_chances(target, objects, cover(np.ones_like(mask)) > 0)
+    row, column = int(point[1] / over.cell[1]), int(point[0] / over.cell[0])
     found, right = torch.tensor(box, dtype=torch.float64), mask_box(mask)
     boxes = torch.stack([mask_box(other) for other in masks.values()])
     # As large as the answer's, at places on a grid of 8x8 in the image.
@@ -458,7 +458,7 @@ def judge(
 
     return {
         "is_there": True,
-        "pointing": float(pointing_cells(target)[row * grid[1] + column]),
+        "pointing": float(pointing_cells(target)[row * over.columns + column]),
         "cells_share": cells_share,
         "cells_any_object": cells_any_object,
         "on_object": float(mask[int(point[1]), int(point[0])]),
@@ -468,7 +468,7 @@ def judge(
         "iou_whole_image": iou(image),
         "iou_anywhere": iou(anywhere),
         "iou_any_object": iou(boxes),
-        "best_on_grid": best_grid_iou(right, cell, (width, height)),
+        "best_on_grid": best_grid_iou(right, over.cell, (width, height)),
     }
 
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..attention.coverage import token_coverage
 from ..attention.losses import attention_iou, pointing_chances, pointing_hits
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
 from ..inference.attention import cross_attention_layers, find_question
 from ..inference.replies import Reply
-from ..processing.collator import mask_coverage
 from ..processing.rows import mask_from_rle, message_text
 from .answers import Question
 from .benchmark_data import first_of_each
@@ -157,16 +157,15 @@ class Scenes:
         questions: Sequence[Question],
         replies: Sequence[Reply],
     ) -> list[dict[str, Any]]:
-        """Of an AGE-VLM the scores of the maps of the questions' phrases, as `maps`; see [`score_maps`]."""
+        """The scores of the maps of the questions' phrases, as `maps`; see [`score_maps`]."""
         found: list[dict[str, Any]] = []
         for question, given in zip(questions, replies, strict=True):
             if question.span is None or given.maps is None:
                 found.append({})
                 continue
             start = find_question(processor, given.prompt, question.text)
-            maps = given.maps.of_span(start + question.span[0], start + question.span[1])[:, 0]
-            grid = (maps.shape[1], maps.shape[2])
-            found.append({"maps": score_maps(maps.flatten(1), question, grid, processor.image_processor)})
+            maps = given.maps.of_span(start + question.span[0], start + question.span[1])
+            found.append({"maps": score_maps(maps, question, processor, given.maps.grid)})
         return found
 
     def score(
@@ -249,14 +248,14 @@ class Scenes:
 
 
 def score_maps(
-    maps: torch.Tensor, question: Question, grid: tuple[int, int], image_processor: Any
+    maps: torch.Tensor, question: Question, processor: ProcessorMixin, grid: tuple[int, int] | None
 ) -> dict[str, list[float] | float]:
     """How well the attention maps of a question's phrase match its object.
 
     Args:
-        maps: float32 `(blocks, V)`, the attention on each of `V` visual tokens.
-        grid: rows and columns of the visual tokens.
-        image_processor: the one that made the pixels, whose padding no mask covers.
+        maps: float32 `(blocks, V)`, the attention on each of the image's `V` tokens.
+        processor: the one that made the pixels, whose padding no mask covers.
+        grid: as for [`~agevlm.attention.token_coverage`].
 
     Returns:
         Of each block's map, and last of the mean of all blocks' maps: `pointing`, 1 where it points at the object
@@ -266,7 +265,7 @@ def score_maps(
     """
 
     def coverage(mask: np.ndarray) -> torch.Tensor:
-        return mask_coverage(mask, grid, image_processor)
+        return token_coverage(processor, mask[None], grid=grid)[0]
 
     mask = _mask(question.mask)
     target, objects = coverage(mask), torch.stack([coverage(_mask(rle)) for rle in question.objects])

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..attention.image_tokens import has_cross_attention
+from ..attention.maps import attention_maps, find_model, text_layers
 from ..files import new_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
-from ..processing.image_processing_agevlm import AgeVlmImageProcessorMixin, to_rgb
-from ..processing.processing_agevlm import AgeVlmProcessor
+from ..processing.image_processing_agevlm import to_rgb
 from .generation import ask_about, render_chat
-from .replies import Reply, read_reply, reply
+from .replies import Reply, block_titles, read_reply, reply
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -110,9 +111,9 @@ class Attention:
     """Where phrases of a question and its answer attend in an image; [`attend`] makes it.
 
     `maps` is float32 `(blocks, phrases, rows, columns)`, `cell` the width and height in pixels of the image that one
-    of its cells covers; cells at the right and at the bottom may reach beyond the image. `sink`, float32
-    `(blocks, phrases)`, is the attention on the sink, None in a model without one. `tokens` are those that make up each
-    phrase, as text.
+    of its cells covers; cells at the right and at the bottom may reach beyond the image. A block is one of an AGE-VLM's, or a layer of
+    another model. `sink`, float32 `(blocks, phrases)`, is the attention that is on no image: `rest` says where it is, on the "sink" or
+    "elsewhere", on tokens of the text; None in a model that has nothing else to attend to. `tokens` are those that make up each phrase, as text.
     """
 
     image: Image.Image
@@ -124,6 +125,7 @@ class Attention:
     maps: np.ndarray
     cell: tuple[float, float]
     sink: np.ndarray | None = None
+    rest: str = "sink"
 
     def strongest(self, attention: np.ndarray) -> dict[str, Any]:
         """The strongest cell of a map `(rows, columns)`: where it is in the map, how much of the attention it holds, and
@@ -143,7 +145,7 @@ class Attention:
             maps = _with_average(self.maps[:, number])
             sinks: list[dict[str, float]] = [{}] * (len(self.blocks) + 1)
             if self.sink is not None:
-                sinks = [{"sink": round(float(share), 8)} for share in _with_average(self.sink[:, number])]
+                sinks = [{self.rest: round(float(share), 8)} for share in _with_average(self.sink[:, number])]
             phrases.append(
                 {
                     "phrase": phrase.text,
@@ -187,6 +189,7 @@ class Attention:
             labels=[f"{phrase.text} ({phrase.source})" for phrase in self.phrases[:_ROWS_DRAWN]],
             cell=self.cell,
             sink=None if sink is None else _with_average(sink[:, :_ROWS_DRAWN]).swapaxes(0, 1),
+            rest=self.rest,
         )
 
     def save(self, folder: str | Path, **settings: Any) -> None:
@@ -210,8 +213,8 @@ def _with_average(blocks: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def attend(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     image: Image.Image,
     question: str,
     answer: str | None = None,
@@ -234,7 +237,7 @@ def attend(
         max_new_tokens: longest answer of the model, in tokens.
 
     Raises:
-        ValueError: if the model has no cross-attention, a phrase does not occur or has no token, there are no phrases, or
+        ValueError: if the model has no maps, a phrase does not occur or has no token, there are no phrases, or
             the model's outputs are not finite.
     """
     found = ask_or_read(model, processor, image, question, answer, max_new_tokens)
@@ -242,8 +245,8 @@ def attend(
 
 
 def ask_or_read(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     image: Image.Image,
     question: str,
     answer: str | None,
@@ -252,9 +255,8 @@ def ask_or_read(
     """A reply to a question about an image, with maps: the model's own, or that of a model that has written `answer`.
 
     Raises:
-        ValueError: if the model has no cross-attention, or its outputs are not finite.
+        ValueError: if the model has no maps, or its outputs are not finite.
     """
-    check_cross_attention(model.config, type(model).__name__)
     messages = ask_about(question, to_rgb(image))
     if answer is not None:
         return read_reply(model, processor, messages, answer)
@@ -263,8 +265,8 @@ def ask_or_read(
 
 
 def show_reply(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     found: Reply,
     question: str,
     phrases: Sequence[str | Phrase] | None = None,
@@ -295,57 +297,50 @@ def show_reply(
             raise ValueError(f"The phrase '{phrase.text}' of the {phrase.source} has no token: choose words.")
         tokens.append([processor.tokenizer.decode(found.maps.ids[number]) for number in numbers])
         maps.append(found.maps.of_span(start, end, predicting=predicting and phrase.source == "answer"))
-    stacked = torch.stack(maps, dim=1)  # (blocks, phrases, images, rows, columns)
-    # What is not on a visual token is on the sink.
-    sink = None
-    if model.config.get_text_config().cross_attention_sink:
-        sink = (1 - stacked.sum((-3, -2, -1))).clamp(min=0).numpy()
-    picture = found.images[image]
-    rows, columns = stacked.shape[-2:]
-    placed = ((rows, columns), processor.image_processor, picture.size)
+    stacked = torch.stack(maps, dim=1)  # (blocks, phrases, image tokens of all images)
+    # What is not on an image is on the sink, or on the text.
+    rest = None
+    if has_rest(model):
+        rest = (1 - stacked.sum(-1)).clamp(min=0).numpy()
+    grid = found.maps.grids[image]
     return Attention(
-        image=picture,
+        image=found.images[image],
         question=question,
         answer=found.text,
         phrases=chosen,
         tokens=tokens,
-        blocks=block_titles(model),
-        maps=crop_to_image(stacked[:, :, image].flatten(-2), *placed),
-        cell=cell_size(*placed),
-        sink=sink,
+        blocks=block_titles(find_model(model)),
+        maps=found.maps.on_image(stacked, image).numpy(),
+        cell=grid.cell,
+        sink=rest,
+        rest="sink" if is_agevlm(model) else "elsewhere",
     )
 
 
-def crop_to_image(
-    maps: torch.Tensor, grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin, image_size: tuple[int, int]
-) -> np.ndarray:
-    """Maps `(..., num_visual_tokens)` of one image as `(..., rows, columns)`, without the tokens that show only padding.
-
-    Args:
-        grid: rows and columns of the visual tokens.
-        image_processor: the one that made the pixels.
-        image_size: the image's `(width, height)` in pixels, as PIL gives it.
-    """
-    (rows, columns), size = grid, image_processor.size
-    height, width = image_processor.get_resized_size(image_size[1], image_size[0])
-    maps = maps.unflatten(-1, grid)
-    # The image is at the top left; a cell that it only touches is kept.
-    maps = maps[..., : -(-height * rows // size["height"]), : -(-width * columns // size["width"])]
-    return maps.float().cpu().numpy()
+def map_layers(model: PreTrainedModel) -> list[int]:
+    """The layers of the text model whose maps a reply has: of an AGE-VLM those before which it has cross-attention."""
+    inner = find_model(model)
+    return cross_attention_layers(inner.config) if is_agevlm(model) else list(text_layers(inner))
 
 
-def cell_size(
-    grid: tuple[int, int], image_processor: AgeVlmImageProcessorMixin, image_size: tuple[int, int]
-) -> tuple[float, float]:
-    """Width and height, in pixels of an image of `image_size` `(width, height)`, of what a visual token stands for."""
-    (rows, columns), size = grid, image_processor.size
-    height, width = image_processor.get_resized_size(image_size[1], image_size[0])
-    return size["width"] / columns * image_size[0] / width, size["height"] / rows * image_size[1] / height
+def can_show(model: PreTrainedModel) -> bool:
+    """Whether a model has maps: an AGE-VLM with cross-attention, or another whose attention [`attention_maps`] can read."""
+    try:
+        with attention_maps(model, torch.zeros(1, 0, 0, dtype=torch.bool)):
+            return bool(map_layers(model))
+    except ValueError:
+        return False
 
 
-def block_titles(model: AgeVlmForConditionalGeneration) -> list[str]:
-    """A name for each cross-attention block, by the Llama layer that it stands before."""
-    return [f"before layer {layer}" for layer in cross_attention_layers(model.config)]
+def is_agevlm(model: PreTrainedModel) -> bool:
+    """Whether a model is an AGE-VLM, alone or inside PEFT."""
+    return isinstance(find_model(model), AgeVlmForConditionalGeneration)
+
+
+def has_rest(model: PreTrainedModel) -> bool:
+    """Whether attention can be on something else than images: an AGE-VLM's sink, the text of models that see images among its tokens."""
+    text = find_model(model).config.get_text_config()
+    return bool(text.cross_attention_sink) if is_agevlm(model) else not has_cross_attention(find_model(model))
 
 
 def cross_attention_layers(config: PreTrainedConfig) -> list[int]:

@@ -22,7 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..attention.phrases import adds_special_tokens
+from ..attention.phrases import adds_special_tokens, encode_with_offsets
 from ..deltas import load_checkpoint
 from ..hub import load_processor
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmImageFeatures
@@ -110,7 +110,7 @@ class Batch:
     """Texts, each about one image, several or none, as a model reads them.
 
     `inputs` are the model's, on its device and padded on the left. `offsets` `(B, S, 2)` are the characters of each token in
-    its prompt; only for AGE-VLM, whose tokens stand for characters of the prompt alone.
+    its prompt, where they were asked for; of an AGE-VLM always.
     """
 
     prompts: list[str]
@@ -155,6 +155,8 @@ def read_batch(
     prompts: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
     known: KnownImages | None = None,
+    *,
+    offsets: bool = False,
 ) -> Batch:
     """Makes inputs of rendered prompts, by the model's own processor.
 
@@ -164,9 +166,10 @@ def read_batch(
         prompts: as the chat template has rendered them, images included.
         images: the image or the images of each prompt; None if no prompt has one.
         known: images that an AGE-VLM need not read again; gets the new ones.
+        offsets: also find the characters of the tokens; those of an AGE-VLM are found anyway.
 
     Raises:
-        ValueError: if the model has no embedding of a token.
+        ValueError: if the model has no embedding of a token, or the characters of its tokens are not known.
     """
     prompts = list(prompts)
     settings: dict[str, Any] = {
@@ -176,20 +179,25 @@ def read_batch(
         "return_tensors": "pt",
     }
     if images is None:
-        wanted = {"return_offsets_mapping": True} if isinstance(processor, AgeVlmProcessor) else {}
+        wanted = {"return_offsets_mapping": True} if offsets or isinstance(processor, AgeVlmProcessor) else {}
         inputs = processor(text=prompts, **settings, **wanted)
         _check_tokens(model, processor, inputs)
         return Batch(prompts, [[] for _ in prompts], inputs.to(model.device), inputs.pop("offset_mapping", None))
     nested = [[image] if isinstance(image, Image.Image) else list(image) for image in images]
     if not isinstance(model, AgeVlmForConditionalGeneration):
-        return Batch(prompts, nested, processor(images=nested, text=prompts, **settings).to(model.device))
+        if offsets:
+            inputs = encode_with_offsets(processor, prompts, nested, **settings)
+        else:
+            inputs = processor(images=nested, text=prompts, **settings)
+        found = inputs.pop("offset_mapping", None)
+        return Batch(prompts, nested, inputs.to(model.device), found)
     inputs = processor(images=nested, text=prompts, return_offsets_mapping=True, **settings)
     _check_tokens(model, processor, inputs)
-    offsets = inputs.pop("offset_mapping")
+    characters = inputs.pop("offset_mapping")
     features = _features(model, inputs.pop("pixel_values"), inputs.pop("image_sizes", None), known)
     inputs = inputs.to(model.device)
     inputs["mm_encoder_outputs"] = {"image": features}
-    return Batch(prompts, nested, inputs, offsets)
+    return Batch(prompts, nested, inputs, characters)
 
 
 def count_tokens(processor: ProcessorMixin, prompt: str, images: Sequence[Image.Image]) -> int:

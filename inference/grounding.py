@@ -18,15 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from ..data.phrases import find_phrases
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..parts import fingerprint_trained
 from ..plots import draw_grounding
-from ..processing.processing_agevlm import AgeVlmProcessor
-from .attention import Attention, Phrase, ask_or_read, cross_attention_layers, show_reply
+from .attention import Attention, Phrase, ask_or_read, cross_attention_layers, is_agevlm, map_layers, show_reply
 from .replies import Reply, inner_model
 
 CALIBRATION_FILE = "grounding.json"
@@ -252,6 +250,8 @@ def find_calibration(model: PreTrainedModel, name: str | os.PathLike | None = No
     Raises:
         ValueError: if the file is damaged.
     """
+    if not is_agevlm(model):
+        return Calibration(reason=f"only an AGE-VLM can be calibrated, and the model is a {type(model).__name__}")
     place = os.fspath(name or model.name_or_path or "")
     how = f"run `agevlm calibrate {place or 'MODEL'} --data SCENES` with validation scenes"
     file = None
@@ -321,8 +321,8 @@ class Grounded:
 
 @torch.no_grad()
 def ground(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     image: Image.Image,
     text: str,
     answer: str | None = None,
@@ -342,7 +342,7 @@ def ground(
         max_new_tokens: longest answer of the model, in tokens.
 
     Raises:
-        ValueError: if the model has no cross-attention, a phrase does not occur or has no token, the calibration is damaged, or
+        ValueError: if the model has no maps, a phrase does not occur or has no token, the calibration is damaged, or
             the model's outputs are not finite.
     """
     found = ask_or_read(model, processor, image, text, answer, max_new_tokens)
@@ -350,8 +350,8 @@ def ground(
 
 
 def ground_reply(
-    model: AgeVlmForConditionalGeneration,
-    processor: AgeVlmProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     found: Reply,
     question: str,
     phrases: Sequence[str | Phrase] | None = None,
@@ -381,7 +381,7 @@ def ground_reply(
     return ground_attention(
         show_reply(model, processor, found, question, wanted, image=image),
         calibration,
-        cross_attention_layers(model.config),
+        map_layers(model),
     )
 
 

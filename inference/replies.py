@@ -11,7 +11,10 @@ from PIL import Image
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from ..modeling_agevlm.modeling_agevlm import AgeVlmModel
+from ..attention.coverage import image_token_id, tile_grid
+from ..attention.grid import ImageGrid, image_grid
+from ..attention.maps import attention_maps, find_model, text_layers
+from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmModel
 from ..processing.image_processing_agevlm import to_rgb
 from ..processing.processing_agevlm import AgeVlmProcessor
 from .generation import (
@@ -31,17 +34,26 @@ class TokenMaps:
     """Where each token of a text attends, read at its own position.
 
     `text` is the prompt and the answer, `ids` its tokens, `offsets` `(tokens, 2)` the first character of each token in it and the one after
-    its last, `maps` `(blocks, tokens, images, rows, columns)`, float32 or a smaller type to keep. The attention of a token sums to 1 over all images
-    that it sees, less what is on the sink; that of a token that sees none is 0.
+    its last, `maps` `(blocks, tokens, image tokens of all images)`, float32 or a smaller type to keep, `grids` the cells over each image, `grid` what
+    [`~agevlm.attention.token_coverage`] needs to know of the model. A block is one of an AGE-VLM's, or a layer of another model. The attention of a token sums to 1 over all images that it sees and what else it
+    attends to: an AGE-VLM's sink, or the tokens of the text. That of a token that sees no image is 0.
     """
 
     text: str
     ids: list[int]
     offsets: torch.Tensor
     maps: torch.Tensor
+    grids: list[ImageGrid]
+    grid: tuple[int, int] | None = None
+
+    def on_image(self, maps: torch.Tensor, image: int) -> torch.Tensor:
+        """Maps `(..., image tokens of all images)` as `(..., rows, columns)` of the cells over one image."""
+        counts = [len(grid.shares) for grid in self.grids]
+        start = sum(counts[:image])
+        return self.grids[image].show(maps[..., start : start + counts[image]])
 
     def of_span(self, start: int, end: int, *, predicting: bool = False) -> torch.Tensor:
-        """The map of characters `start` to `end` of `text`: the mean over their tokens, `(blocks, images, rows, columns)`.
+        """The map of characters `start` to `end` of `text`: the mean over their tokens, `(blocks, image tokens of all images)`.
 
         Args:
             predicting: read one token earlier, while the model chooses the token.
@@ -81,6 +93,12 @@ def inner_model(model: torch.nn.Module) -> AgeVlmModel:
     """The AGE-VLM without its head, inside whatever wraps it, as PEFT does."""
     (inner,) = (module for module in model.modules() if isinstance(module, AgeVlmModel))
     return inner
+
+
+def block_titles(model: PreTrainedModel) -> list[str]:
+    """A name for each block of a model's maps: of an AGE-VLM by the Llama layer that it stands before, of others by their layer."""
+    own = getattr(model.config.get_text_config(), "cross_attention_llama_layers", [])
+    return [f"before layer {layer}" for layer in own] or [f"layer {layer}" for layer in text_layers(model)]
 
 
 @contextlib.contextmanager
@@ -141,7 +159,8 @@ def reply(
     Args:
         conversations: messages in the form of Transformers' chat templates, images as `{"type": "image", "image": PIL.Image}`.
         max_new_tokens: longest reply, in tokens, or that of each conversation.
-        maps: also collect where every token attends, from the passes that wrote the replies (AGE-VLM only).
+        maps: also collect where every token attends: those of an AGE-VLM from the passes that wrote the replies, those of other models
+            from one more pass that reads them.
         begun: first tokens of each reply, fewer than its longest, which the model goes on from.
         known: images that need not be read again ([`read_batch`]).
         streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`, -1 for replies that are whole.
@@ -151,11 +170,12 @@ def reply(
         settings: of `generate`; greedy decoding by default.
 
     Raises:
-        ValueError: if a logit is not finite, or an image has no image token or the reverse.
+        ValueError: if a logit is not finite, an image has no image token or the reverse, or the model has no maps.
     """
     prompts = [render_chat(processor, messages, add_generation_prompt=True) for messages in conversations]
     images = [conversation_images(messages) for messages in conversations]
-    batch = read_batch(model, processor, prompts, images if any(images) else None, known)
+    batch = read_batch(model, processor, prompts, images if any(images) else None, known, offsets=maps)
+    own = isinstance(find_model(model), AgeVlmForConditionalGeneration)
     longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     begun = [[]] * len(prompts) if begun is None else begun
     inputs = _append(batch.inputs, begun, processor.tokenizer.pad_token_id)
@@ -164,7 +184,7 @@ def reply(
     finite = FiniteLogits()
     stops = StopStringCriteria(processor.tokenizer, stop_strings) if stop_strings else None
     ends = _Ends(width, torch.tensor(left, device=model.device), _end_tokens(model, processor), finite, stops)
-    recording: Any = record_maps(model) if maps else contextlib.nullcontext([])
+    recording: Any = record_maps(model) if maps and own else contextlib.nullcontext([])
     with recording as recorded:
         out = model.generate(
             **inputs,
@@ -179,10 +199,17 @@ def reply(
         )
         asked = names or [f"the question {_last_text(messages)!r}" for messages in conversations]
         check_finite(model, finite.rows, asked)
-        if maps:
+        if maps and own:
             _read_last_token(model, inputs["attention_mask"], out)
     lengths, stopped = ends.lengths.tolist(), ends.stopped.tolist()
-    read = torch.cat(recorded, dim=2) if maps else None  # (blocks, batch, tokens, visual tokens)
+    read = None  # (blocks, batch, tokens, image tokens)
+    if maps:
+        written = out.sequences[:, width:]
+        read = (
+            torch.cat(recorded, dim=2)
+            if own
+            else _read_maps(model, processor, batch.inputs, begun, written, any(images))
+        )
     found = []
     for row, prompt in enumerate(prompts):
         tokens = [*begun[row], *out.sequences[row, width:][: lengths[row]].tolist()]
@@ -192,8 +219,9 @@ def reply(
         else:
             text, offsets = decode_with_offsets(processor.tokenizer, tokens)
             first = width - int(inputs["attention_mask"][row].sum())
-            own = read[:, row, first:]
-            token_maps = _token_maps(batch, row, own, prompt + text, tokens, offsets, len(images[row]))
+            token_maps = _token_maps(
+                model, processor, batch, row, read[:, row, first:], prompt + text, tokens, offsets
+            )
         reason = "stop" if stopped[row] else "length" if len(tokens) == longest[row] else "cut"
         found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))
     return found
@@ -265,25 +293,22 @@ def _append(inputs: Mapping[str, Any], begun: Sequence[Sequence[int]], pad: int)
 def read_reply(
     model: PreTrainedModel, processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], answer: str
 ) -> Reply:
-    """The reply of an AGE-VLM that has written `answer`, with the maps of one forward pass that reads it.
+    """The reply of a model that has written `answer`, with the maps of one forward pass that reads it.
 
     Raises:
-        ValueError: if the model's outputs are not finite.
+        ValueError: if the model's outputs are not finite, or it has no maps.
     """
     prompt = render_chat(processor, messages, add_generation_prompt=True)
     images = conversation_images(messages)
-    batch = read_batch(model, processor, [prompt], [images] if images else None)
+    batch = read_batch(model, processor, [prompt], [images] if images else None, offsets=True)
     encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     tokens = encoded["input_ids"]
-    sequence = torch.cat(
-        [batch.inputs["input_ids"], torch.tensor([tokens], dtype=torch.long, device=model.device)], -1
+    written = torch.tensor([tokens], dtype=torch.long, device=model.device)
+    read = _read_maps(
+        model, processor, batch.inputs, [[]], written, bool(images), asked=f"the question {_last_text(messages)!r}"
     )
-    inputs = {**batch.inputs, "input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
-    with record_maps(model) as recorded:
-        outputs = model.base_model(**inputs, use_cache=False)
-    check_finite(model, outputs.last_hidden_state.isfinite(), [f"the question {_last_text(messages)!r}"])
     offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    maps = _token_maps(batch, 0, recorded[0][:, 0], prompt + answer, tokens, offsets, len(images))
+    maps = _token_maps(model, processor, batch, 0, read[:, 0], prompt + answer, tokens, offsets)
     return Reply(prompt, images, answer, tokens, "stop", maps)
 
 
@@ -312,23 +337,74 @@ def _read_last_token(model: PreTrainedModel, prompt_mask: torch.Tensor, out: Any
     )
 
 
+def _read_maps(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: Mapping[str, Any],
+    begun: Sequence[Sequence[int]],
+    written: torch.Tensor,
+    shows_images: bool,
+    asked: str = "a question",
+) -> torch.Tensor:
+    """The maps `(blocks, batch, tokens, image tokens)` of prompts, of the first tokens of their replies and of those that were written,
+    `(batch, tokens)`, in one pass that reads them. Those of tokens of images are 0."""
+    read = _append(inputs, begun, processor.tokenizer.pad_token_id)
+    more = written.shape[1]
+    length = read["input_ids"].shape[1]
+    for name, value in read.items():
+        if (
+            isinstance(value, torch.Tensor)
+            and value.shape[:2] == read["input_ids"].shape[:2]
+            and value.ndim > 1
+            and name != "input_ids"
+        ):
+            # Replies are attended to, see what the last token of the prompt sees, and are no image.
+            last = value[:, -1:].expand(-1, more, *value.shape[2:])
+            # What follows a prompt of PaliGemma is marked, because its tokens do not see each other.
+            behind = (
+                last
+                if value.ndim > 2 or name == "attention_mask"
+                else last * 0 + (model.config.model_type == "paligemma")
+            )
+            read[name] = torch.cat([value, behind], 1)
+    read["input_ids"] = torch.cat([read["input_ids"], written], 1)
+    ids = read["input_ids"]
+    texts = read["attention_mask"].bool()
+    if not isinstance(processor, AgeVlmProcessor):  # of which an image has one token, and others have hundreds
+        texts = texts & (ids != image_token_id(processor))
+    rows = torch.eye(length + more, dtype=torch.bool, device=ids.device) & texts[:, None]
+    kept = texts.any(0).nonzero()[:, 0]
+    if not shows_images:
+        return torch.zeros(len(block_titles(find_model(model))), *ids.shape, 0)
+    with attention_maps(model, rows[:, kept], over="all") as found:
+        outputs = model.base_model(**read, use_cache=False)
+    check_finite(model, outputs.last_hidden_state.isfinite(), [asked] * len(ids))
+    whole = found.maps.new_zeros(*found.maps.shape[:2], length + more, found.maps.shape[-1])
+    whole[:, :, kept] = found.maps
+    return whole
+
+
 def _token_maps(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     batch: Batch,
     row: int,
     maps: torch.Tensor,
     text: str,
     answer: Sequence[int],
     answer_offsets: torch.Tensor,
-    num_images: int,
 ) -> TokenMaps:
-    """The maps of one row of a batch. `maps` `(blocks, tokens, visual tokens)` are those of its tokens, without padding."""
+    """The maps of one row of a batch. `maps` `(blocks, tokens, image tokens)` are those of its tokens, without padding."""
     assert batch.offsets is not None
     real = batch.inputs["attention_mask"][row].bool().cpu()
     offsets = torch.cat([batch.offsets[row][real], answer_offsets + len(batch.prompts[row])])
-    grid = batch.grid if num_images else (0, 0)
-    cells = maps[:, : len(offsets), : num_images * grid[0] * grid[1]]
+    own = isinstance(find_model(model), AgeVlmForConditionalGeneration)
+    images = batch.images[row]
+    grid = (batch.grid if images else None) if own else tile_grid(find_model(model))
+    grids = [image_grid(processor, (image.height, image.width), grid) for image in images]
+    maps = maps[:, : len(offsets), : sum(len(each.shares) for each in grids)]
     ids = [*batch.inputs["input_ids"][row].cpu()[real].tolist(), *answer]
-    return TokenMaps(text, ids, offsets, cells.unflatten(-1, (num_images, *grid)).float().cpu())
+    return TokenMaps(text, ids, offsets, maps.float().cpu(), grids, grid)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..inference.attention import block_titles, check_cross_attention
+from ..inference.attention import can_show
 from ..inference.generation import open_image
 from ..inference.grounding import find_calibration
-from ..inference.replies import Reply
+from ..inference.replies import Reply, block_titles
 from . import page
 from .batching import Batcher, Messages
 from .conversation import Conversation, Limits, Word
@@ -124,7 +124,8 @@ def build_app(
     import gradio as gr
 
     model = batcher.model
-    check_cross_attention(model.config, type(model).__name__)
+    if not can_show(model):
+        raise ValueError(f"{type(model).__name__} has no attention maps that could be shown: choose another model.")
     page.legend()  # raises before a user needs matplotlib
     blocks = block_titles(model)
 

@@ -141,4 +141,4 @@ def _message(role: str, text: str, images: Sequence[Image.Image] = ()) -> dict[s
 def _from_character(maps: TokenMaps, start: int) -> TokenMaps:
     """The maps of the tokens from a character on, as float16."""
     first = maps.tokens(start, len(maps.text))[0]
-    return TokenMaps(maps.text, maps.ids[first:], maps.offsets[first:], maps.maps[:, first:].half())
+    return replace(maps, ids=maps.ids[first:], offsets=maps.offsets[first:], maps=maps.maps[:, first:].half())

@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the server needs `pip install 'agevlm[serve]'` ({error})") from error
 
-from ..inference.attention import check_cross_attention, cross_attention_layers, show_reply
+from ..inference.attention import can_show, show_reply
 from ..inference.generation import count_tokens, load_model, render_chat
 from ..inference.grounding import find_calibration, ground_reply
 from ..inference.replies import Reply, conversation_images
@@ -232,8 +232,8 @@ class _Chat(ChatCompletionHandler):
         self.most_waiting = MAX_WAITING_BATCHES * batcher.max_batch_size
         # Those that wait for other servers have threads of their own, so that the others need not wait for them.
         self._fetchers, self._readers = _Readers(FETCHING, self.most_waiting), _Readers(4, self.most_waiting)
-        has_maps = cross_attention_layers(batcher.model.config)
-        self._calibration = find_calibration(batcher.model, name) if has_maps else None
+        self._shows = can_show(batcher.model)
+        self._calibration = find_calibration(batcher.model, name)
 
     async def handle_request(self, body: dict, request_id: str) -> Response:
         self._validate_request(body)
@@ -339,7 +339,10 @@ class _Chat(ChatCompletionHandler):
         with _as_response():
             if as_png not in ("json", "png"):
                 raise ValueError(f"the format must be json or png, got {as_png!r}")
-            check_cross_attention(model.config, self.name)
+            if not self._shows:
+                raise ValueError(
+                    f"{self.name} is a {type(model).__name__}, which has no attention maps that could be shown"
+                )
             conversation = await self.read_soon(body, model, processor)
             images, question = len(conversation_images(conversation.messages)), _question(conversation.messages)
             image, phrases = body.get("image", images - 1), body.get("phrases")

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
+from ..attention.grid import image_grid
 from ..attention.guidance import AnyTrainer
-from ..inference.attention import block_titles, cell_size, crop_to_image
+from ..inference.replies import block_titles
 from ..plots import draw_heatmaps
 from ..processing.collator import AgeVlmDataCollator, row_images
 from ..processing.image_processing_agevlm import to_rgb
@@ -93,7 +94,7 @@ class HeatmapsMixin(AnyTrainer):
         cells = slice(shown * size, (shown + 1) * size)
         mask = targets / targets.sum(-1, keepdim=True).clamp(min=1e-6)
         columns = torch.cat([mask[None], maps, maps.mean(0, keepdim=True)]).transpose(0, 1)  # (phrases, columns, V)
-        placed = (grid, collator.processor.image_processor, images[shown].size)
+        over = image_grid(collator.processor, (images[shown].height, images[shown].width), grid)
         sink = None
         if model.config.get_text_config().cross_attention_sink:
             sink = (1 - columns.sum(-1)).clamp(min=0).numpy()
@@ -102,12 +103,12 @@ class HeatmapsMixin(AnyTrainer):
         text = decode(batch["input_ids"][0][batch["attention_mask"][0].bool()], skip_special_tokens=True)
         draw_heatmaps(
             images[shown],
-            crop_to_image(columns[..., cells], *placed),
+            over.show(columns[..., cells]).numpy(),
             ["mask", *block_titles(model), "average"],
             file,
             f"step {self.state.global_step}: {' '.join(text.split())}",
             labels=[decode(batch["input_ids"][0][query]).strip() for query in queries],
-            cell=cell_size(*placed),
+            cell=over.cell,
             sink=sink,
         )
         return True

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..terminal import say
-from .options import check_maps
 
 
 def app(
@@ -31,7 +30,6 @@ def app(
     from ..serving.batching import Batcher
     from ..serving.conversation import Limits
 
-    check_maps(model)
     vlm, processor = load_model(model, device, dtype)
     with Batcher(vlm, processor) as batcher:
         sessions = Sessions(vlm, processor, Limits(new_tokens=max_new_tokens))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..terminal import console, say, say_saved
-from .options import check_figure, check_maps, check_text
+from .options import check_figure, check_text
 
 if TYPE_CHECKING:
     from ..inference.grounding import Grounded
@@ -91,8 +91,6 @@ def ask(
 
     picture = open_image(image)
     maps = heatmap is not None or ground
-    if maps:
-        check_maps(model)
     vlm, processor = load_model(model)
     calibration = find_calibration(vlm, model) if ground else None
     (found,) = reply(vlm, processor, [ask_about(question, picture)], max_new_tokens=max_new_tokens, maps=maps)
@@ -143,8 +141,6 @@ def _ask_many(
     if out.suffix not in OUTPUTS:  # before the model is loaded
         raise ValueError(f"--out {out}: the name must end with {' or '.join(OUTPUTS)}.")
     asked = read_image_list(images, question)
-    if ground:
-        check_maps(model)
     vlm, processor = load_model(model)
     settings: dict[str, Any] = {
         "settings": {"model": model},
@@ -194,7 +190,6 @@ def attention(
     from ..inference.generation import load_model, open_image
 
     picture = open_image(image)
-    check_maps(model)
     vlm, processor = load_model(model)
     found = attend(
         vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
