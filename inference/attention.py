@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..attention.image_tokens import has_cross_attention
 from ..attention.maps import attention_maps, find_model, text_layers
 from ..files import new_folder
 from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
@@ -113,7 +112,7 @@ class Attention:
     `maps` is float32 `(blocks, phrases, rows, columns)`, `cell` the width and height in pixels of the image that one
     of its cells covers; cells at the right and at the bottom may reach beyond the image. A block is one of an AGE-VLM's, or a layer of
     another model. `sink`, float32 `(blocks, phrases)`, is the attention that is on no image: `rest` says where it is, on the "sink" or
-    "elsewhere", on tokens of the text; None in a model that has nothing else to attend to. `tokens` are those that make up each phrase, as text.
+    "elsewhere", on tokens of the text or class tokens; None in a model that has nothing else to attend to. `tokens` are those that make up each phrase, as text.
     """
 
     image: Image.Image
@@ -315,6 +314,31 @@ def show_reply(
         sink=rest,
         rest="sink" if is_agevlm(model) else "elsewhere",
     )
+
+
+def map_layers(model: PreTrainedModel) -> list[int]:
+    """The layers of the text model whose maps a reply has: of an AGE-VLM those before which it has cross-attention."""
+    inner = find_model(model)
+    return cross_attention_layers(inner.config) if is_agevlm(model) else list(text_layers(inner))
+
+
+def can_show(model: PreTrainedModel) -> bool:
+    """Whether a model has maps: an AGE-VLM with cross-attention, or another whose attention [`attention_maps`] can read."""
+    try:
+        with attention_maps(model, torch.zeros(1, 0, 0, dtype=torch.bool)):
+            return bool(map_layers(model))
+    except ValueError:
+        return False
+
+
+def is_agevlm(model: PreTrainedModel) -> bool:
+    """Whether a model is an AGE-VLM, alone or inside PEFT."""
+    return isinstance(find_model(model), AgeVlmForConditionalGeneration)
+
+
+def has_rest(model: PreTrainedModel) -> bool:
+    """Whether attention can be on something else than places of images: an AGE-VLM's sink; in other models the text, or class tokens."""
+    return not is_agevlm(model) or bool(find_model(model).config.get_text_config().cross_attention_sink)
 
 
 def map_layers(model: PreTrainedModel) -> list[int]:

@@ -531,7 +531,7 @@ def test_ask_looks_up_its_phrase_in_the_question(monkeypatch, capsys, tmp_path, 
     assert "name the figure to write with --heatmap" in printed
 
 
-def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys, tmp_path, folders):
+def test_ask_asks_other_models_too_and_shows_their_maps(monkeypatch, capsys, tmp_path, folders):
     command = ["ask", "--model", folders / "llava", "--image", folders / "picture.png", "Is there a dog?"]
     code, printed = run(monkeypatch, capsys, *command, "--max-new-tokens", 4)
     assert code == 0, printed
@@ -539,9 +539,8 @@ def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys
     (expected,) = answer_batch(model, processor, [Question("q", picture, "Is there a dog?")], 4)
     assert "".join(expected["answer"].split()) in "".join(printed.split())
     code, printed = run(monkeypatch, capsys, *command, "--heatmap", tmp_path / "x.png")
-    assert code == 2
-    assert "has no cross-attention maps to show: choose an AGE-VLM" in printed
-    assert not list(tmp_path.iterdir())
+    assert code == 0, printed
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -550,7 +549,6 @@ def test_ask_asks_other_models_too_but_shows_no_maps_of_them(monkeypatch, capsys
         ({"--phrase": "cat"}, "'cat' occurs neither in the question"),
         ({"--phrase": "cat", "--answer": "A dog."}, "nor in the answer 'A dog.': choose words of them"),
         ({"--answer": " "}, "has no words: name words of the question as phrases"),
-        ({"--model": "{models}/llava"}, "a model of the type llava and has no cross-attention maps to show"),
         ({"--model": "{models}/nowhere"}, "nowhere"),
         ({"--image": "{models}/nowhere.png"}, "nowhere.png"),
         ({"--image": "{models}/age_vlm/config.json"}, "Cannot read image"),
