@@ -6,30 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoProcessor, Trainer, TrainingArguments
-from trl import get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from agevlm import AgeVlmForConditionalGeneration, read_rows
 from agevlm.deltas import load_checkpoint
-from agevlm.trainer import AgeVlmModelConfig, AgeVlmScriptArguments
+from agevlm.trainer import AgeVlmScriptArguments
 
 
 def run(
     trainer_class: Callable[..., Trainer],
     script_args: AgeVlmScriptArguments,
     training_args: TrainingArguments,
-    model_args: AgeVlmModelConfig,
+    model_args: ModelConfig,
     prepare: Callable[[AgeVlmForConditionalGeneration], Any] | None = None,
+    model_class: Any = AgeVlmForConditionalGeneration,
     **trainer_kwargs: Any,
 ) -> None:
     """Trains a model of a folder or the Hub on the rows of a data set, and saves it.
 
     Args:
         prepare: called with the model before it trains, where PEFT does not decide what trains.
+        model_class: loads the model.
         trainer_kwargs: further arguments of the trainer.
     """
     quantization_config = get_quantization_config(model_args)
     model = load_checkpoint(
-        AgeVlmForConditionalGeneration,
+        model_class,
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
