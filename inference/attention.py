@@ -341,32 +341,6 @@ def has_rest(model: PreTrainedModel) -> bool:
     return not is_agevlm(model) or bool(find_model(model).config.get_text_config().cross_attention_sink)
 
 
-def map_layers(model: PreTrainedModel) -> list[int]:
-    """The layers of the text model whose maps a reply has: of an AGE-VLM those before which it has cross-attention."""
-    inner = find_model(model)
-    return cross_attention_layers(inner.config) if is_agevlm(model) else list(text_layers(inner))
-
-
-def can_show(model: PreTrainedModel) -> bool:
-    """Whether a model has maps: an AGE-VLM with cross-attention, or another whose attention [`attention_maps`] can read."""
-    try:
-        with attention_maps(model, torch.zeros(1, 0, 0, dtype=torch.bool)):
-            return bool(map_layers(model))
-    except ValueError:
-        return False
-
-
-def is_agevlm(model: PreTrainedModel) -> bool:
-    """Whether a model is an AGE-VLM, alone or inside PEFT."""
-    return isinstance(find_model(model), AgeVlmForConditionalGeneration)
-
-
-def has_rest(model: PreTrainedModel) -> bool:
-    """Whether attention can be on something else than images: an AGE-VLM's sink, the text of models that see images among its tokens."""
-    text = find_model(model).config.get_text_config()
-    return bool(text.cross_attention_sink) if is_agevlm(model) else not has_cross_attention(find_model(model))
-
-
 def cross_attention_layers(config: PreTrainedConfig) -> list[int]:
     """The Llama layers before which a model of this configuration has cross-attention; none in models of other kinds."""
     return getattr(config.get_text_config(), "cross_attention_llama_layers", [])

@@ -441,7 +441,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def test_other_models_chat_and_have_no_maps(llava_server):
+def test_other_models_chat_and_have_maps(llava_server):
     url, batcher, processor = llava_server
     messages = ask(QUESTION, data_uri(png(0)))
     with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
@@ -450,10 +450,12 @@ def test_other_models_chat_and_have_no_maps(llava_server):
     assert found.choices[0].message.content == alone.text
     inputs = processor(text=alone.prompt, images=alone.images, return_tensors="pt")
     assert found.usage.prompt_tokens == inputs["input_ids"].shape[1]
-    for route in ("/v1/attention", "/v1/ground"):
-        refused = httpx.post(url + route, json={"messages": messages})
-        assert refused.status_code == 400
-        assert "no cross-attention" in refused.text
+    looked = httpx.post(url + "/v1/attention", json={"messages": messages, "phrases": ["dog"], "max_tokens": 5}).json()
+    (phrase,) = looked["phrases"]
+    assert [one["block"] for one in phrase["maps"]][-1] == "average"
+    assert all(sum(map(sum, one["map"])) + one["elsewhere"] == pytest.approx(1, abs=1e-4) for one in phrase["maps"])
+    grounded = httpx.post(url + "/v1/ground", json={"messages": messages, "max_tokens": 5}).json()
+    assert "only an AGE-VLM can be calibrated" in grounded["reason"]
 
 
 def test_a_server_without_its_extra(monkeypatch, capsys, tmp_path):
