@@ -19,7 +19,7 @@ from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
 from ..processing.image_processing_agevlm import to_rgb
 from .generation import ask_about, render_chat
-from .replies import Reply, block_titles, read_reply, reply
+from .replies import Reply, read_reply, reply
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -220,6 +220,7 @@ def attend(
     phrases: Sequence[str | Phrase] | None = None,
     *,
     predicting: bool = False,
+    heads_of: int | None = None,
     max_new_tokens: int = 64,
 ) -> Attention:
     """Where phrases of a question about an image, and of its answer, attend.
@@ -233,13 +234,14 @@ def attend(
         answer: by default, the model's own (greedy decoding); maps are then of the very tokens that were generated.
         phrases: words of the answer or the question; all words of the answer by default (see [`choose_phrases`]).
         predicting: read phrases of the answer at the tokens before theirs, which predict them.
+        heads_of: a layer whose heads are shown in place of the layers; not of an AGE-VLM.
         max_new_tokens: longest answer of the model, in tokens.
 
     Raises:
         ValueError: if the model has no maps, a phrase does not occur or has no token, there are no phrases, or
             the model's outputs are not finite.
     """
-    found = ask_or_read(model, processor, image, question, answer, max_new_tokens)
+    found = ask_or_read(model, processor, image, question, answer, max_new_tokens, heads_of)
     return show_reply(model, processor, found, question, phrases, predicting=predicting)
 
 
@@ -250,6 +252,7 @@ def ask_or_read(
     question: str,
     answer: str | None,
     max_new_tokens: int,
+    heads_of: int | None = None,
 ) -> Reply:
     """A reply to a question about an image, with maps: the model's own, or that of a model that has written `answer`.
 
@@ -258,8 +261,8 @@ def ask_or_read(
     """
     messages = ask_about(question, to_rgb(image))
     if answer is not None:
-        return read_reply(model, processor, messages, answer)
-    (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True)
+        return read_reply(model, processor, messages, answer, heads_of=heads_of)
+    (found,) = reply(model, processor, [messages], max_new_tokens=max_new_tokens, maps=True, heads_of=heads_of)
     return found
 
 
@@ -308,7 +311,7 @@ def show_reply(
         answer=found.text,
         phrases=chosen,
         tokens=tokens,
-        blocks=block_titles(find_model(model)),
+        blocks=found.maps.blocks,
         maps=found.maps.on_image(stacked, image).numpy(),
         cell=grid.cell,
         sink=rest,

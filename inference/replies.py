@@ -33,9 +33,9 @@ from .generation import (
 class TokenMaps:
     """Where each token of a text attends, read at its own position.
 
-    `text` is the prompt and the answer, `ids` its tokens, `offsets` `(tokens, 2)` the first character of each token in it and the one after
+    `blocks` are the names of the blocks, `text` is the prompt and the answer, `ids` its tokens, `offsets` `(tokens, 2)` the first character of each token in it and the one after
     its last, `maps` `(blocks, tokens, image tokens of all images)`, float32 or a smaller type to keep, `grids` the cells over each image, `grid` what
-    [`~agevlm.attention.token_coverage`] needs to know of the model. A block is one of an AGE-VLM's, or a layer of another model. The attention of a token sums to 1 over all images that it sees and what else it
+    [`~agevlm.attention.token_coverage`] needs to know of the model. A block is one of an AGE-VLM's, or a layer of another model, or a head of it. The attention of a token sums to 1 over all images that it sees and what else it
     attends to: an AGE-VLM's sink, or the tokens of the text. That of a token that sees no image is 0.
     """
 
@@ -44,6 +44,7 @@ class TokenMaps:
     offsets: torch.Tensor
     maps: torch.Tensor
     grids: list[ImageGrid]
+    blocks: list[str]
     grid: tuple[int, int] | None = None
 
     def on_image(self, maps: torch.Tensor, image: int) -> torch.Tensor:
@@ -95,9 +96,13 @@ def inner_model(model: torch.nn.Module) -> AgeVlmModel:
     return inner
 
 
-def block_titles(model: PreTrainedModel) -> list[str]:
-    """A name for each block of a model's maps: of an AGE-VLM by the Llama layer that it stands before, of others by their layer."""
-    own = getattr(model.config.get_text_config(), "cross_attention_llama_layers", [])
+def block_titles(model: PreTrainedModel, heads_of: int | None = None) -> list[str]:
+    """A name for each block of a model's maps: of an AGE-VLM by the Llama layer that it stands before, of others by their layer; or for each
+    head of the layer `heads_of`."""
+    text = model.config.get_text_config()
+    if heads_of is not None:
+        return [f"layer {heads_of}, head {head}" for head in range(text.num_attention_heads)]
+    own = getattr(text, "cross_attention_llama_layers", [])
     return [f"before layer {layer}" for layer in own] or [f"layer {layer}" for layer in text_layers(model)]
 
 
@@ -146,6 +151,7 @@ def reply(
     *,
     max_new_tokens: int | Sequence[int] = 128,
     maps: bool = False,
+    heads_of: int | None = None,
     begun: Sequence[Sequence[int]] | None = None,
     known: KnownImages | None = None,
     streamer: BaseStreamer | None = None,
@@ -161,6 +167,7 @@ def reply(
         max_new_tokens: longest reply, in tokens, or that of each conversation.
         maps: also collect where every token attends: those of an AGE-VLM from the passes that wrote the replies, those of other models
             from one more pass that reads them.
+        heads_of: a layer whose heads' maps are collected in place of the layers'.
         begun: first tokens of each reply, fewer than its longest, which the model goes on from.
         known: images that need not be read again ([`read_batch`]).
         streamer: gets the prompts' ids `(batch, seq)`, then those of each step `(batch,)`, -1 for replies that are whole.
@@ -170,12 +177,15 @@ def reply(
         settings: of `generate`; greedy decoding by default.
 
     Raises:
-        ValueError: if a logit is not finite, an image has no image token or the reverse, or the model has no maps.
+        ValueError: if a logit is not finite, an image has no image token or the reverse, or the model has no maps, or none
+            of single heads.
     """
     prompts = [render_chat(processor, messages, add_generation_prompt=True) for messages in conversations]
     images = [conversation_images(messages) for messages in conversations]
     batch = read_batch(model, processor, prompts, images if any(images) else None, known, offsets=maps)
     own = isinstance(find_model(model), AgeVlmForConditionalGeneration)
+    if own and heads_of is not None:
+        raise ValueError("An AGE-VLM's blocks average over their heads: leave `heads_of` out.")
     longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     begun = [[]] * len(prompts) if begun is None else begun
     inputs = _append(batch.inputs, begun, processor.tokenizer.pad_token_id)
@@ -291,7 +301,12 @@ def _append(inputs: Mapping[str, Any], begun: Sequence[Sequence[int]], pad: int)
 
 @torch.no_grad()
 def read_reply(
-    model: PreTrainedModel, processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], answer: str
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    messages: Sequence[Mapping[str, Any]],
+    answer: str,
+    *,
+    heads_of: int | None = None,
 ) -> Reply:
     """The reply of a model that has written `answer`, with the maps of one forward pass that reads it.
 
@@ -305,10 +320,17 @@ def read_reply(
     tokens = encoded["input_ids"]
     written = torch.tensor([tokens], dtype=torch.long, device=model.device)
     read = _read_maps(
-        model, processor, batch.inputs, [[]], written, bool(images), asked=f"the question {_last_text(messages)!r}"
+        model,
+        processor,
+        batch.inputs,
+        [[]],
+        written,
+        bool(images),
+        heads_of,
+        asked=f"the question {_last_text(messages)!r}",
     )
     offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    maps = _token_maps(model, processor, batch, 0, read[:, 0], prompt + answer, tokens, offsets)
+    maps = _token_maps(model, processor, batch, 0, read[:, 0], prompt + answer, tokens, offsets, heads_of)
     return Reply(prompt, images, answer, tokens, "stop", maps)
 
 
@@ -344,9 +366,10 @@ def _read_maps(
     begun: Sequence[Sequence[int]],
     written: torch.Tensor,
     shows_images: bool,
+    heads_of: int | None,
     asked: str = "a question",
 ) -> torch.Tensor:
-    """The maps `(blocks, batch, tokens, image tokens)` of prompts, of the first tokens of their replies and of those that were written,
+    """The maps `(blocks, batch, tokens, image tokens)` of layers, or of one layer's heads, of prompts, of the first tokens of their replies and of those that were written,
     `(batch, tokens)`, in one pass that reads them. Those of tokens of images are 0."""
     read = _append(inputs, begun, processor.tokenizer.pad_token_id)
     more = written.shape[1]
@@ -375,12 +398,14 @@ def _read_maps(
     rows = torch.eye(length + more, dtype=torch.bool, device=ids.device) & texts[:, None]
     kept = texts.any(0).nonzero()[:, 0]
     if not shows_images:
-        return torch.zeros(len(block_titles(find_model(model))), *ids.shape, 0)
-    with attention_maps(model, rows[:, kept], over="all") as found:
+        return torch.zeros(len(block_titles(find_model(model), heads_of)), *ids.shape, 0)
+    layers, by_head = (None, False) if heads_of is None else ([heads_of], True)
+    with attention_maps(model, rows[:, kept], layers=layers, over="all", per_head=by_head) as found:
         outputs = model.base_model(**read, use_cache=False)
     check_finite(model, outputs.last_hidden_state.isfinite(), [asked] * len(ids))
-    whole = found.maps.new_zeros(*found.maps.shape[:2], length + more, found.maps.shape[-1])
-    whole[:, :, kept] = found.maps
+    maps = found.maps if heads_of is None else found.maps[0].transpose(0, 1)
+    whole = maps.new_zeros(*maps.shape[:2], length + more, maps.shape[-1])
+    whole[:, :, kept] = maps
     return whole
 
 
@@ -393,6 +418,7 @@ def _token_maps(
     text: str,
     answer: Sequence[int],
     answer_offsets: torch.Tensor,
+    heads_of: int | None,
 ) -> TokenMaps:
     """The maps of one row of a batch. `maps` `(blocks, tokens, image tokens)` are those of its tokens, without padding."""
     assert batch.offsets is not None
@@ -404,7 +430,7 @@ def _token_maps(
     grids = [image_grid(processor, (image.height, image.width), grid) for image in images]
     maps = maps[:, : len(offsets), : sum(len(each.shares) for each in grids)]
     ids = [*batch.inputs["input_ids"][row].cpu()[real].tolist(), *answer]
-    return TokenMaps(text, ids, offsets, maps.float().cpu(), grids, grid)
+    return TokenMaps(text, ids, offsets, maps.float().cpu(), grids, block_titles(find_model(model), heads_of), grid)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

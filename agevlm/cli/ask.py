@@ -155,7 +155,7 @@ def _ask_many(
 
 def attention(
     question: Annotated[str, typer.Argument(help="What to ask about the image.")],
-    model: Annotated[str, typer.Option(help="AGE-VLM checkpoint: folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Checkpoint: folder or Hub id.")],
     image: Annotated[str, typer.Option(help="Image file or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.json; must not exist yet.")],
     answer: Annotated[
@@ -176,9 +176,15 @@ def attention(
             "once it has read them.",
         ),
     ] = False,
+    heads_of: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of a layer whose heads are shown, in place of all layers; not of an AGE-VLM.", min=0
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of the model, in tokens.", min=1)] = 64,
 ) -> None:
-    """Show where words of a question and its answer attend in an image: heat maps by block and averaged."""
+    """Show where words of a question and its answer attend in an image: heat maps by block or layer and averaged, or by head."""
     from ..files import check_new_folder
     from ..inference.attention import attend, choose_phrases
 
@@ -191,9 +197,10 @@ def attention(
 
     picture = open_image(image)
     vlm, processor = load_model(model)
+    settings: dict[str, Any] = {"predicting": predicting, "heads_of": heads_of}
     found = attend(
-        vlm, processor, picture, question, answer, phrase or None, predicting=predicting, max_new_tokens=max_new_tokens
+        vlm, processor, picture, question, answer, phrase or None, max_new_tokens=max_new_tokens, **settings
     )
-    found.save(out, model=model, image=image, generated=answer is None, predicting=predicting)
+    found.save(out, model=model, image=image, generated=answer is None, **settings)
     say(found.answer.strip())
     say_saved(out, f"attention.png, attention.json ({len(found.phrases)} phrases).")

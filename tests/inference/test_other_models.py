@@ -100,6 +100,16 @@ def test_where_words_look(kind, loaded, tmp_path):
     assert (tmp_path / "out" / "attention.png").stat().st_size > 1000
 
 
+def test_heads_of_a_layer(kind, loaded):
+    model, processor = loaded
+    layer = 3 if kind == "mllama" else 2
+    whole = attend(model, processor, picture(), QUESTION, "A white cat.", phrases=["cat"])
+    heads = attend(model, processor, picture(), QUESTION, "A white cat.", phrases=["cat"], heads_of=layer)
+    assert heads.blocks == [f"layer {layer}, head {head}" for head in range(4)]
+    np.testing.assert_allclose(heads.maps.mean(0), whole.maps[-1], atol=1e-6)
+    assert abs(heads.maps - heads.maps.mean(0)).max() > 1e-3
+
+
 def test_grounded_answers(loaded):
     model, processor = loaded
     image = picture()
