@@ -218,8 +218,8 @@ class Scenes:
         return results
 
     def tables(self, scores: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> list[list[list[str]]]:
-        """One table of the answers. Of a model with cross-attention another one of the maps: a row for each block, and one
-        for the mean of the blocks' maps."""
+        """One table of the answers. Of a model with maps another one of them: a row for each block, and one for the mean of the
+        blocks' maps."""
         columns = {"score": "score", "chance": "chance", "f1": "F1", "yes_ratio": "yes ratio"}
         answers = [
             [
@@ -235,7 +235,11 @@ class Scenes:
         if (row := scores.get("pointing")) is not None:
             blocks = zip(row["by_block"], row["mass_by_block"], row["iou_by_block"], strict=True)
             layers = settings["cross_attention_before_layers"]
-            named = {f"before layer {layer}": values for layer, values in zip(layers, blocks, strict=True)}
+            # Of another model the layers that attend to the image, in order.
+            names = [f"before layer {layer}" for layer in layers or ()] or [
+                f"map {n}" for n in range(len(row["by_block"]))
+            ]
+            named = dict(zip(names, blocks, strict=True))
             named["mean of all"] = (row["score"], row["mass"], row["iou"])
             chances = (row["chance"], row["chance_any_object"])
             maps = [

@@ -285,15 +285,17 @@ def test_other_models_are_asked_as_in_other_benchmarks(monkeypatch, capsys, tmp_
     model, processor = llava()
     questions = Scenes(scenes["test"]).questions()
     asked = [replace(question, text=f"{question.text}\n{suffix}") for question in questions]
-    given = answer(model, processor, asked, max_new_tokens=16, progress=None)
+    inspect = Scenes(scenes["test"]).inspect
+    given = answer(model, processor, asked, max_new_tokens=16, progress=None, inspect=inspect)
     found = entries(tmp_path / "out")
     assert [(entry["question"], entry["answer"]) for entry in found] == [
         (question.text, given[question.key]["answer"]) for question in asked
     ]
     expected = Scenes(scenes["test"]).score(questions, given)
-    assert "pointing" not in expected
+    assert len(expected["pointing"]["by_block"]) == model.config.text_config.num_hidden_layers
+    assert expected["pointing"]["questions"] == sum(question.span is not None for question in questions)
     close(results(tmp_path / "out")["scores"], json.loads(json.dumps(expected)))
-    assert "attention maps" not in printed
+    assert "attention maps" in printed
 
 
 def test_a_suffix_is_asked_and_moves_no_phrase(monkeypatch, capsys, tmp_path, folders, scenes):

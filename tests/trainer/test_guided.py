@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance of other architectures than AGE-VLM's: tiny models learn to point, with Transformers' trainer and with TRL's."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
 from pointing_rows import pointing_rows
 from tiny_processors import tiny_processor
@@ -15,6 +21,7 @@ from agevlm.trainer import GuidedSFTConfig, GuidedSFTTrainer, GuidedTrainer, Gui
 pytestmark = pytest.mark.slow
 
 ROWS = 24
+SCRIPTS = Path(__file__).parents[2] / "examples" / "scripts"
 
 
 def train(kind: str, trainer: str, output_dir, steps: int = 60, model=None, **settings):
@@ -88,13 +95,44 @@ def test_lora_is_guided_and_what_is_saved_loads_without_it(tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path / "saved")) is type(processor)
 
 
+@pytest.mark.parametrize("flags", ["", "--use_peft --lora_target_modules q_proj k_proj"])
+def test_the_script(flags, tmp_path):
+    processor = tiny_processor("smolvlm")
+    for part in (tiny_vlm("smolvlm", processor=processor), processor):
+        part.save_pretrained(tmp_path / "model")
+    DatasetDict(train=pointing_rows(8)).save_to_disk(tmp_path / "data")
+    common = "--assistant_only_loss --max_steps 2 --use_cpu --bf16 false --logging_steps 1 --report_to none"
+    done = subprocess.run(
+        [
+            sys.executable, str(SCRIPTS / "sft_guided.py"), "--model_name_or_path", str(tmp_path / "model"),
+            "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), *common.split(), *flags.split(),
+        ],
+        capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'guidance_loss'" in done.stdout + done.stderr
+    assert (tmp_path / "out" / "adapter_config.json").exists() == bool(flags)
+    # In a process that cannot import agevlm.
+    code = (
+        "import sys; sys.modules['agevlm'] = None\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / 'out')!r})\n"
+        f"AutoProcessor.from_pretrained({str(tmp_path / 'out')!r})\n"
+        "print(type(model).__name__)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert loaded.stdout.split()[-1] == "SmolVLMForConditionalGeneration", loaded.stderr[-2000:]
+
+
 def test_a_model_without_places_is_refused(tmp_path):
     class Resampler(torch.nn.Module):
-        pass
+        def __init__(self):
+            super().__init__()
+            self.query = torch.nn.Parameter(torch.zeros(4, 8))
 
     model = tiny_vlm("llava", processor=tiny_processor("llava"))
     model.model.resampler = Resampler()
-    with pytest.raises(ValueError, match="no place in the image"):
+    with pytest.raises(ValueError, match="no place in it"):
         train("llava", "trainer", tmp_path, model=model)
 
 
