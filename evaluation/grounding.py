@@ -2,7 +2,7 @@
 """Grounded answers: their calibration on validation scenes, and their examination on others."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..attention.coverage import token_coverage
-from ..attention.grid import ImageGrid
+from ..attention.grid import image_grid
 from ..attention.losses import pointing_cells, pointing_chances
 from ..inference.attention import Phrase, cross_attention_layers, show_reply
 from ..inference.generation import ask_about
@@ -312,13 +312,12 @@ class Grounding(Scenes):
                 model, processor, found, question.text, [phrase for phrase, _ in known], calibration=calibration
             )
             assert found.maps is not None
-            over, grid = found.maps.grids[0], found.maps.grid
-
-            def cover(mask: np.ndarray, over: ImageGrid = over, grid: tuple[int, int] | None = grid) -> torch.Tensor:
-                return over.show(token_coverage(processor, mask[None], grid=grid)[0]).flatten()
-
             phrases = [
-                {**asdict(phrase), "class": name, **judge(phrase.point, phrase.box, name, question, over, cover)}
+                {
+                    **asdict(phrase),
+                    "class": name,
+                    **judge(phrase.point, phrase.box, name, question, processor, found.maps.grid),
+                }
                 for phrase, (_, name) in zip(grounded.phrases, known, strict=True)
             ]
             rows.append({"phrases": phrases, "reason": grounded.reason})
@@ -428,11 +427,11 @@ def judge(
     box: list[float] | None,
     name: str,
     question: Question,
-    over: ImageGrid,
-    cover: Callable[[np.ndarray], torch.Tensor],
+    processor: ProcessorMixin,
+    grid: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """What the scene knows about a phrase of the class `name`: `is_there`; and if it is, whether its point hits and its box fits.
-    `cover` gives the share of each cell of `over` that a mask covers.
+    `grid` is as for [`~agevlm.attention.token_coverage`].
 
     `pointing`, `on_object`, `box_iou`, their chances and `best_on_grid` are as in [`Grounding.score`].
     """
@@ -440,6 +439,11 @@ def judge(
     if name not in masks or point is None or box is None:
         return {"is_there": name in masks}
     mask, (height, width) = masks[name], masks[name].shape
+    over = image_grid(processor, (height, width), grid)
+
+    def cover(of: np.ndarray) -> torch.Tensor:
+        return over.show(token_coverage(processor, of[None], grid=grid)[0]).flatten()
+
     objects = torch.stack([cover(other) for other in masks.values()])
     target = cover(mask)
     cells_share, cells_any_object = pointing_chances(target, objects, cover(np.ones_like(mask)) > 0)

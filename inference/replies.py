@@ -218,7 +218,7 @@ def reply(
         read = (
             torch.cat(recorded, dim=2)
             if own
-            else _read_maps(model, processor, batch.inputs, begun, written, any(images))
+            else _read_maps(model, processor, batch.inputs, begun, written, any(images), heads_of)
         )
     found = []
     for row, prompt in enumerate(prompts):
@@ -230,7 +230,7 @@ def reply(
             text, offsets = decode_with_offsets(processor.tokenizer, tokens)
             first = width - int(inputs["attention_mask"][row].sum())
             token_maps = _token_maps(
-                model, processor, batch, row, read[:, row, first:], prompt + text, tokens, offsets
+                model, processor, batch, row, read[:, row, first:], prompt + text, tokens, offsets, heads_of
             )
         reason = "stop" if stopped[row] else "length" if len(tokens) == longest[row] else "cut"
         found.append(Reply(prompt, images[row], text, tokens, reason, token_maps))

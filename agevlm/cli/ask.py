@@ -197,7 +197,7 @@ def attention(
 
     picture = open_image(image)
     vlm, processor = load_model(model)
-    settings: dict[str, Any] = {"predicting": predicting, "heads_of": heads_of}
+    settings: dict[str, Any] = {"predicting": predicting, **({} if heads_of is None else {"heads_of": heads_of})}
     found = attend(
         vlm, processor, picture, question, answer, phrase or None, max_new_tokens=max_new_tokens, **settings
     )

@@ -54,7 +54,7 @@ def plant(monkeypatch, scenes: Grounding, block: int | None) -> None:
         for number, given in enumerate(found):
             maps = torch.zeros_like(given.maps.maps)
             for each in maps:
-                each[:, 0, rng.integers(8), rng.integers(8)] = 1.0
+                each[:, 8 * rng.integers(8) + rng.integers(8)] = 1.0
             text = conversations[number][0]["content"][1]["text"]
             question = known[text, given.images[0].tobytes()]
             start = given.prompt.rindex(text)
@@ -65,7 +65,7 @@ def plant(monkeypatch, scenes: Grounding, block: int | None) -> None:
                     if name in question.names:
                         mask = mask_from_rle(question.objects[question.names.index(name)])
                         target = torch.from_numpy(mask.reshape(8, 8, 8, 8).mean((1, 3))).float()
-                    maps[block, tokens, 0] = target / target.sum()
+                    maps[block, tokens] = (target / target.sum()).flatten()
             found[number] = dataclasses.replace(given, text="", maps=dataclasses.replace(given.maps, maps=maps))
         return found
 
@@ -98,7 +98,7 @@ def test_a_phrase_is_judged_by_pixels_and_cells(folders):
     mask[3:17, 18:40], other[20:28, 2:12] = True, True
     question = answers.Question("q", None, "?", objects=(mask_to_rle(mask), mask_to_rle(other)), names=("dog", "key"))
     processor = age_vlm()[1]
-    found = judge([37.0, 10.0], [15.0, 0.0, 45.0, 15.0], "dog", question, (4, 4), processor)
+    found = judge([37.0, 10.0], [15.0, 0.0, 45.0, 15.0], "dog", question, processor, (4, 4))
     drawn = np.zeros_like(mask)
     drawn[0:15, 15:45] = True
     assert found["box_iou"] == pytest.approx((mask & drawn).sum() / (mask | drawn).sum())
@@ -111,7 +111,7 @@ def test_a_phrase_is_judged_by_pixels_and_cells(folders):
     cells = (shares > 0) & (shares >= shares.max() / 2)
     assert found["pointing"] == cells[0, 2]
     assert found["cells_share"] == pytest.approx(cells.sum() / 8)
-    outside = judge([1.0, 29.0], [0.0, 15.0, 15.0, 30.0], "dog", question, (4, 4), processor)
+    outside = judge([1.0, 29.0], [0.0, 15.0, 15.0, 30.0], "dog", question, processor, (4, 4))
     assert (outside["on_object"], outside["pointing"], outside["box_iou"]) == (0, 0, 0)
     # The same box anywhere, on the pixels that it can begin at.
     draws = [
@@ -120,7 +120,7 @@ def test_a_phrase_is_judged_by_pixels_and_cells(folders):
         for x in range(31)
     ]
     assert found["iou_anywhere"] == pytest.approx(np.mean(draws), rel=0.15)
-    assert judge([1.0, 1.0], [0.0, 0.0, 9.0, 9.0], "cat", question, (4, 4), processor) == {"is_there": False}
+    assert judge([1.0, 1.0], [0.0, 0.0, 9.0, 9.0], "cat", question, processor, (4, 4)) == {"is_there": False}
     assert mask_box(mask).tolist() == [18, 3, 40, 17]
 
 

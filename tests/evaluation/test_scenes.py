@@ -160,7 +160,7 @@ def test_a_right_answer_counts_and_a_wrong_one_does_not(scenes):
 
 def test_maps_are_scored_against_the_object_and_the_chances_of_pointing(scenes):
     """A 4x4 map on a 40x40 image; the object covers 2 of its cells, another one of the scene covers 4."""
-    image_processor = age_vlm()[1].image_processor
+    processor = age_vlm()[1]
     mask, other = np.zeros((2, 40, 40), dtype=bool)
     mask[:20, 10:20] = True
     other[20:, 20:] = True
@@ -170,7 +170,7 @@ def test_maps_are_scored_against_the_object_and_the_chances_of_pointing(scenes):
     on[:2, 1] = 0.5
     off[3, 3] = 1
     maps = torch.from_numpy(np.stack([on, uniform, off])).float().flatten(1)
-    scores = score_maps(maps, question, (4, 4), image_processor)
+    scores = score_maps(maps, question, processor, (4, 4))
     # The first of equal cells is at the top left, outside. On average over the blocks, the cell at the bottom right wins.
     assert scores["pointing"] == [1, 0, 0, 0]
     assert scores["mass"] == pytest.approx([1, 2 / 16, 0, 3 / 8])
@@ -180,7 +180,7 @@ def test_maps_are_scored_against_the_object_and_the_chances_of_pointing(scenes):
     # The lower half of the cells is padding for an image half as high, which no chance counts.
     rles = [mask_to_rle(mask[:20]), mask_to_rle(other[:20] | mask[:20])]
     wide = replace(question, mask=rles[0], objects=(rles[0],))
-    scores = score_maps(maps, wide, (4, 4), image_processor)
+    scores = score_maps(maps, wide, processor, (4, 4))
     assert (scores["object_share"], scores["any_object"]) == (2 / 8, 1)
 
 

@@ -24,13 +24,12 @@ from agevlm.inference import attention as attention_maps
 from agevlm.inference.attention import (
     Phrase,
     attend,
-    block_titles,
     choose_phrases,
     find_phrase,
     find_question,
 )
 from agevlm.inference.generation import render_chat, render_question
-from agevlm.inference.replies import decode_with_offsets
+from agevlm.inference.replies import block_titles, decode_with_offsets
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
