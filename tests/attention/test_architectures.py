@@ -11,8 +11,7 @@ from tiny_vlms import CONFIGURATIONS
 WRITE = os.environ.get("WRITE_TABLES") == "1"
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.minutes
 def test_the_page_says_what_nine_architectures_do(shared, alone):
     rows = [row_of(kind, shared, alone) for kind in CONFIGURATIONS]
     if WRITE:

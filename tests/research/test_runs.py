@@ -112,7 +112,7 @@ def test_a_variant_is_trained_and_examined(laboratory, trained, name):
     assert len(losses(result)) == 4
     assert all(math.isfinite(loss) for loss in losses(result))
     assert {"existence", "objects", "count"} <= result["scores"]["test"].keys()
-    assert ("pointing" in result["scores"]["test"]) == (name != "concatenation")
+    assert "pointing" in result["scores"]["test"]
     assert result["similarity"]["test"]["pairs"] == 4
     # The language model is unchanged, and a text without an image does not see the rest.
     assert result["text_loss"]["model"] == result["text_loss"]["language_model"]

@@ -95,6 +95,7 @@ def test_lora_is_guided_and_what_is_saved_loads_without_it(tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path / "saved")) is type(processor)
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("flags", ["", "--use_peft --lora_target_modules q_proj k_proj"])
 def test_the_script(flags, tmp_path):
     processor = tiny_processor("smolvlm")
