@@ -115,10 +115,9 @@ class AttentionGuidance(AnyTrainer):
         Raises:
             ValueError: if the model's attention cannot be guided.
         """
-        check_places(find_model(model))
-        with attention_maps(
-            model, torch.zeros(1, 0, 0, dtype=torch.bool), layers=guided_layers(model, args.guided_layers)
-        ):
+        check_places(model)
+        self._guided_layers = guided_layers(model, args.guided_layers)
+        with attention_maps(model, torch.zeros(1, 0, 0, dtype=torch.bool), layers=self._guided_layers):
             pass  # it raises on entry
 
     def make_collator(self, model: nn.Module, processor: Any, args: Any, assistant_only_loss: bool) -> RowCollator:
@@ -156,7 +155,7 @@ class AttentionGuidance(AnyTrainer):
         if queries is None:
             yield lambda: None
             return
-        with attention_maps(self.model, queries, layers=guided_layers(self.model, self.args.guided_layers)) as found:
+        with attention_maps(self.model, queries, layers=self._guided_layers) as found:
             yield lambda: found.maps
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):

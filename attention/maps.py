@@ -113,7 +113,12 @@ def attention_maps(
     """
     inner = find_model(model)
     if "map_queries" in inspect.signature(inner.base_model.forward).parameters:
-        recording = _record_own_maps(inner, queries, keys, layers, over, per_head)
+        if per_head or keys is not None:
+            raise ValueError(
+                f"{type(inner).__name__} computes its maps itself, of all visual tokens and averaged over heads: leave out `keys` and "
+                "`per_head`."
+            )
+        recording = _record_own_maps(inner, queries, layers, over)
     else:
         recording = _record_layers(inner, queries, keys, layers, over, per_head)
     with torch.compiler.set_stance("force_eager"), recording as found:
@@ -148,32 +153,20 @@ def _record_layers(
         request.state = "done"
 
     base = model.base_model
-    hooks = [base.register_forward_pre_hook(begin, with_kwargs=True), base.register_forward_hook(end)]
-    hooks += [
-        module.register_forward_pre_hook(partial(ask, layer), with_kwargs=True) for layer, module in chosen.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(base.register_forward_pre_hook(begin, with_kwargs=True))
+        hooks.enter_context(base.register_forward_hook(end))
+        for layer, module in chosen.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(ask, layer), with_kwargs=True))
         yield request.result
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
 def _record_own_maps(
-    model: PreTrainedModel,
-    queries: torch.Tensor,
-    keys: torch.Tensor | None,
-    layers: Sequence[int] | None,
-    over: Over,
-    per_head: bool,
+    model: PreTrainedModel, queries: torch.Tensor, layers: Sequence[int] | None, over: Over
 ) -> Iterator[AttentionMaps]:
     """Asks a model that computes maps itself, as an AGE-VLM does: it takes `map_queries` and gives `cross_attention_maps`."""
-    name, own = type(model).__name__, list(model.config.get_text_config().cross_attention_layers)
-    if per_head or keys is not None:
-        raise ValueError(
-            f"{name} computes its maps itself, of all visual tokens and averaged over heads: leave out `keys` and `per_head`."
-        )
+    own = list(model.config.get_text_config().cross_attention_layers)
     chosen = own if layers is None else list(layers)
     _check_layers(chosen, own)
     result = AttentionMaps(chosen)
@@ -192,12 +185,8 @@ def _record_own_maps(
         result._found.update({layer: (maps[own.index(layer)], share[own.index(layer)]) for layer in chosen})
 
     base = model.base_model
-    hooks = [base.register_forward_pre_hook(ask, with_kwargs=True), base.register_forward_hook(keep)]
-    try:
+    with base.register_forward_pre_hook(ask, with_kwargs=True), base.register_forward_hook(keep):
         yield result
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- what is asked ---

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from ..attention.coverage import token_coverage
 from ..attention.grid import image_grid
 from ..attention.losses import pointing_cells, pointing_chances
-from ..inference.attention import Phrase, cross_attention_layers, show_reply
+from ..inference.attention import Phrase, show_reply
 from ..inference.generation import ask_about
 from ..inference.grounding import (
     CALIBRATION_FILE,
@@ -31,7 +31,7 @@ from ..inference.grounding import (
     phrase_features,
     trained_fingerprint,
 )
-from ..inference.replies import Reply, reply
+from ..inference.replies import Reply, cross_attention_layers, reply
 from ..plots import draw_grounding_scores
 from ..processing.rows import mask_from_rle
 from ..resume import digest

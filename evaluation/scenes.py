@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from ..attention.coverage import token_coverage
 from ..attention.losses import attention_iou, pointing_chances, pointing_hits
 from ..data.scene_builder import EXISTENCE_KINDS, KINDS
-from ..inference.attention import cross_attention_layers, find_question
-from ..inference.replies import Reply
+from ..inference.attention import find_question
+from ..inference.replies import Reply, cross_attention_layers
 from ..processing.rows import mask_from_rle, message_text
 from .answers import Question
 from .benchmark_data import first_of_each

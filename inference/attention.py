@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..attention.maps import attention_maps, find_model, text_layers
+from ..attention.maps import attention_maps, find_model
 from ..files import new_folder
-from ..modeling_agevlm.modeling_agevlm import AgeVlmForConditionalGeneration
 from ..plots import draw_heatmaps
 from ..processing.image_processing_agevlm import to_rgb
 from .generation import ask_about, render_chat
-from .replies import Reply, read_reply, reply
+from .replies import Reply, cross_attention_layers, is_agevlm, map_layers, read_reply, reply
 
 # More rows of heat maps than this are too many for one figure.
 _ROWS_DRAWN = 12
@@ -319,12 +318,6 @@ def show_reply(
     )
 
 
-def map_layers(model: PreTrainedModel) -> list[int]:
-    """The layers of the text model whose maps a reply has: of an AGE-VLM those before which it has cross-attention."""
-    inner = find_model(model)
-    return cross_attention_layers(inner.config) if is_agevlm(model) else list(text_layers(inner))
-
-
 def can_show(model: PreTrainedModel) -> bool:
     """Whether a model has maps: an AGE-VLM with cross-attention, or another whose attention [`attention_maps`] can read."""
     try:
@@ -334,19 +327,9 @@ def can_show(model: PreTrainedModel) -> bool:
         return False
 
 
-def is_agevlm(model: PreTrainedModel) -> bool:
-    """Whether a model is an AGE-VLM, alone or inside PEFT."""
-    return isinstance(find_model(model), AgeVlmForConditionalGeneration)
-
-
 def has_rest(model: PreTrainedModel) -> bool:
     """Whether attention can be on something else than places of images: an AGE-VLM's sink; in other models the text, or class tokens."""
     return not is_agevlm(model) or bool(find_model(model).config.get_text_config().cross_attention_sink)
-
-
-def cross_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """The Llama layers before which a model of this configuration has cross-attention; none in models of other kinds."""
-    return getattr(config.get_text_config(), "cross_attention_llama_layers", [])
 
 
 def check_cross_attention(config: PreTrainedConfig, name: str) -> None:

@@ -24,8 +24,8 @@ from transformers.utils import cached_file
 from ..data.phrases import find_phrases
 from ..parts import fingerprint_trained
 from ..plots import draw_grounding
-from .attention import Attention, Phrase, ask_or_read, cross_attention_layers, is_agevlm, map_layers, show_reply
-from .replies import Reply, inner_model
+from .attention import Attention, Phrase, ask_or_read, show_reply
+from .replies import Reply, cross_attention_layers, inner_model, is_agevlm, map_layers
 
 CALIBRATION_FILE = "grounding.json"
 """The name of the calibration in a checkpoint's folder."""

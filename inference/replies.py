@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from ..attention.coverage import image_token_id, tile_grid
@@ -96,14 +102,30 @@ def inner_model(model: torch.nn.Module) -> AgeVlmModel:
     return inner
 
 
-def block_titles(model: PreTrainedModel, heads_of: int | None = None) -> list[str]:
+def is_agevlm(model: torch.nn.Module) -> bool:
+    """Whether a model is an AGE-VLM, alone or inside PEFT."""
+    return isinstance(find_model(model), AgeVlmForConditionalGeneration)
+
+
+def cross_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """The Llama layers before which a model of this configuration has cross-attention; none in models of other kinds."""
+    return getattr(config.get_text_config(), "cross_attention_llama_layers", [])
+
+
+def map_layers(model: torch.nn.Module) -> list[int]:
+    """The layers of the text model whose maps a reply has: of an AGE-VLM those before which it has cross-attention."""
+    inner = find_model(model)
+    return cross_attention_layers(inner.config) if is_agevlm(inner) else list(text_layers(inner))
+
+
+def block_titles(model: torch.nn.Module, heads_of: int | None = None) -> list[str]:
     """A name for each block of a model's maps: of an AGE-VLM by the Llama layer that it stands before, of others by their layer; or for each
     head of the layer `heads_of`."""
-    text = model.config.get_text_config()
     if heads_of is not None:
-        return [f"layer {heads_of}, head {head}" for head in range(text.num_attention_heads)]
-    own = getattr(text, "cross_attention_llama_layers", [])
-    return [f"before layer {layer}" for layer in own] or [f"layer {layer}" for layer in text_layers(model)]
+        heads = find_model(model).config.get_text_config().num_attention_heads
+        return [f"layer {heads_of}, head {head}" for head in range(heads)]
+    where = "before layer" if is_agevlm(model) else "layer"
+    return [f"{where} {layer}" for layer in map_layers(model)]
 
 
 @contextlib.contextmanager
@@ -118,18 +140,11 @@ def record_maps(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         each = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
         return args, {**kwargs, "map_queries": each.expand(ids.shape[0], -1, -1)}
 
-    def keep(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
         maps.append(output.cross_attention_maps)
 
-    hooks = [
-        inner.register_forward_pre_hook(ask, with_kwargs=True),
-        inner.register_forward_hook(keep, with_kwargs=True),
-    ]
-    try:
+    with inner.register_forward_pre_hook(ask, with_kwargs=True), inner.register_forward_hook(keep):
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def conversation_images(messages: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
@@ -183,7 +198,7 @@ def reply(
     prompts = [render_chat(processor, messages, add_generation_prompt=True) for messages in conversations]
     images = [conversation_images(messages) for messages in conversations]
     batch = read_batch(model, processor, prompts, images if any(images) else None, known, offsets=maps)
-    own = isinstance(find_model(model), AgeVlmForConditionalGeneration)
+    own = is_agevlm(model)
     if own and heads_of is not None:
         raise ValueError("An AGE-VLM's blocks average over their heads: leave `heads_of` out.")
     longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -369,36 +384,29 @@ def _read_maps(
     heads_of: int | None,
     asked: str = "a question",
 ) -> torch.Tensor:
-    """The maps `(blocks, batch, tokens, image tokens)` of layers, or of one layer's heads, of prompts, of the first tokens of their replies and of those that were written,
-    `(batch, tokens)`, in one pass that reads them. Those of tokens of images are 0."""
+    """The maps `(blocks, batch, tokens, image tokens)` of layers, or of one layer's heads, in one pass that reads prompts, the first tokens
+    of their replies and those that were written, `(batch, tokens)`. Those of tokens of images are 0."""
     read = _append(inputs, begun, processor.tokenizer.pad_token_id)
     more = written.shape[1]
     length = read["input_ids"].shape[1]
     for name, value in read.items():
-        if (
-            isinstance(value, torch.Tensor)
-            and value.shape[:2] == read["input_ids"].shape[:2]
-            and value.ndim > 1
-            and name != "input_ids"
-        ):
-            # Replies are attended to, see what the last token of the prompt sees, and are no image.
-            last = value[:, -1:].expand(-1, more, *value.shape[2:])
+        if name == "input_ids" or not isinstance(value, torch.Tensor) or value.shape[:2] != read["input_ids"].shape:
+            continue
+        # Replies are attended to, see what the last token of the prompt sees, and are no image.
+        behind = value[:, -1:].expand(-1, more, *value.shape[2:])
+        if value.ndim == 2 and name != "attention_mask":
             # What follows a prompt of PaliGemma is marked, because its tokens do not see each other.
-            behind = (
-                last
-                if value.ndim > 2 or name == "attention_mask"
-                else last * 0 + (model.config.model_type == "paligemma")
-            )
-            read[name] = torch.cat([value, behind], 1)
+            behind = torch.full_like(behind, model.config.model_type == "paligemma")
+        read[name] = torch.cat([value, behind], 1)
     read["input_ids"] = torch.cat([read["input_ids"], written], 1)
     ids = read["input_ids"]
     texts = read["attention_mask"].bool()
     if not isinstance(processor, AgeVlmProcessor):  # of which an image has one token, and others have hundreds
         texts = texts & (ids != image_token_id(processor))
+    if not shows_images:
+        return torch.zeros(len(block_titles(model, heads_of)), *ids.shape, 0)
     rows = torch.eye(length + more, dtype=torch.bool, device=ids.device) & texts[:, None]
     kept = texts.any(0).nonzero()[:, 0]
-    if not shows_images:
-        return torch.zeros(len(block_titles(find_model(model), heads_of)), *ids.shape, 0)
     layers, by_head = (None, False) if heads_of is None else ([heads_of], True)
     with attention_maps(model, rows[:, kept], layers=layers, over="all", per_head=by_head) as found:
         outputs = model.base_model(**read, use_cache=False)
@@ -424,13 +432,13 @@ def _token_maps(
     assert batch.offsets is not None
     real = batch.inputs["attention_mask"][row].bool().cpu()
     offsets = torch.cat([batch.offsets[row][real], answer_offsets + len(batch.prompts[row])])
-    own = isinstance(find_model(model), AgeVlmForConditionalGeneration)
+    own = is_agevlm(model)
     images = batch.images[row]
     grid = (batch.grid if images else None) if own else tile_grid(find_model(model))
     grids = [image_grid(processor, (image.height, image.width), grid) for image in images]
     maps = maps[:, : len(offsets), : sum(len(each.shares) for each in grids)]
     ids = [*batch.inputs["input_ids"][row].cpu()[real].tolist(), *answer]
-    return TokenMaps(text, ids, offsets, maps.float().cpu(), grids, block_titles(find_model(model), heads_of), grid)
+    return TokenMaps(text, ids, offsets, maps.float().cpu(), grids, block_titles(model, heads_of), grid)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

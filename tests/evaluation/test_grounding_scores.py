@@ -17,10 +17,9 @@ from sklearn.metrics import roc_auc_score
 from agevlm import build_scenes
 from agevlm.evaluation import Grounding, answers, calibrate, evaluate, grounding
 from agevlm.evaluation.grounding import _auroc_row, best_grid_iou, fit_logistic, judge, mask_box
-from agevlm.inference.attention import cross_attention_layers
 from agevlm.inference.generation import load_model
 from agevlm.inference.grounding import CALIBRATION_FILE, find_calibration, trained_fingerprint
-from agevlm.inference.replies import reply
+from agevlm.inference.replies import cross_attention_layers, reply
 from agevlm.processing.rows import mask_from_rle, mask_to_rle
 
 pytestmark = pytest.mark.slow

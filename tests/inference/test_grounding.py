@@ -15,7 +15,7 @@ from tiny import IMAGE, tiny_tokenizer
 from tiny_models import open_gates, tiny_llama, tiny_vision
 
 from agevlm import AgeVlmForConditionalGeneration, AgeVlmImageProcessor, AgeVlmProcessor, from_parts
-from agevlm.inference.attention import Attention, Phrase, cross_attention_layers
+from agevlm.inference.attention import Attention, Phrase
 from agevlm.inference.grounding import (
     FEATURES,
     MAP_FEATURES,
@@ -30,7 +30,7 @@ from agevlm.inference.grounding import (
     noun_phrases,
     trained_fingerprint,
 )
-from agevlm.inference.replies import reply
+from agevlm.inference.replies import cross_attention_layers, reply
 from agevlm.processing.processing_agevlm import DEFAULT_CHAT_TEMPLATE
 
 SIZE = 32  # pixels; the tiny tower makes 4x4 tokens of them
